@@ -1,0 +1,75 @@
+"""Representation finetuning (ReFT): learn small edits of the hidden states of a frozen Hugging Face model.
+
+Importing this package makes PEFT know the method: any PEFT, transformers or TRL entry point takes a `ReftConfig`.
+What trains and reads data is imported when it is first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from peft import TaskType
+
+from .compat import get_intervention_locations, parse_positions
+from .config import ReftConfig, register
+from .errors import ReftError
+from .interventions import (
+    ConsreftIntervention,
+    DireftIntervention,
+    LobireftIntervention,
+    LoreftIntervention,
+    NodireftIntervention,
+    NoreftIntervention,
+)
+from .model import ReftModel, get_reft_model
+from .tuner import ReftTuner
+
+if TYPE_CHECKING:
+    from .data.supervised import (
+        ReftDataCollator,
+        make_last_position_supervised_data_module,
+        make_multiple_position_supervised_data_module,
+    )
+    from .training.trainer import ReftTrainer, ReftTrainerForCausalLM
+
+__version__ = "0.2.0.dev0"
+
+__all__ = [
+    "ConsreftIntervention",
+    "DireftIntervention",
+    "LobireftIntervention",
+    "LoreftIntervention",
+    "NodireftIntervention",
+    "NoreftIntervention",
+    "ReftConfig",
+    "ReftDataCollator",
+    "ReftError",
+    "ReftModel",
+    "ReftTrainer",
+    "ReftTrainerForCausalLM",
+    "TaskType",
+    "get_intervention_locations",
+    "get_reft_model",
+    "make_last_position_supervised_data_module",
+    "make_multiple_position_supervised_data_module",
+    "parse_positions",
+]
+
+_LAZY = {
+    "ReftDataCollator": "data.supervised",
+    "make_last_position_supervised_data_module": "data.supervised",
+    "make_multiple_position_supervised_data_module": "data.supervised",
+    "ReftTrainer": "training.trainer",
+    "ReftTrainerForCausalLM": "training.trainer",
+}
+
+register(ReftTuner)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

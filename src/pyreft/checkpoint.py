@@ -1,0 +1,102 @@
+"""Files in, files out: an adapter's directory is complete or absent, and read without executing anything.
+
+The layout is PEFT's: `adapter_config.json`, `adapter_model.safetensors` and a model card, `README.md`.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+
+from .config import ReftConfig, ReftPeftType
+from .errors import ReftError
+
+# written last: a directory with this file is complete
+_LAST = CONFIG_NAME
+
+
+def write_beside(directory: str | os.PathLike, write: Callable[[str], None]) -> None:
+    """Let `write` fill a new directory beside the target, then move its files in; on any failure nothing is left.
+
+    Other files of the target directory stay.
+    """
+    target = Path(directory)
+    if target.is_file():
+        raise ReftError(f"{target}: expected a directory to save in, this is a file.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        write(str(staged))
+        files = [path.relative_to(staged) for path in sorted(staged.rglob("*")) if path.is_file()]
+        for name in sorted(files, key=lambda path: path.name == _LAST):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged / name, target / name)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def is_adapter(directory: str | os.PathLike) -> bool:
+    """Whether a directory holds an adapter of PEFT, this method's or another's."""
+    return (Path(directory) / CONFIG_NAME).is_file()
+
+
+def read_config(directory: str | os.PathLike) -> ReftConfig:
+    """Return the config of an adapter's directory, checked.
+
+    Raises:
+        ReftError: not an adapter, one of another method, or a file that is damaged.
+    """
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        hint = ""
+        if any(Path(directory).glob("intkey_*.bin")):
+            hint = " It holds files of the original pyreft, which this version does not read yet."
+        raise ReftError(f"{directory}: expected an adapter's directory, found no {CONFIG_NAME}.{hint}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReftError(f"{path}: the file is damaged, it is not JSON ({error}).") from None
+    if not isinstance(data, dict) or data.get("peft_type") != ReftPeftType.REFT.value:
+        kind = data.get("peft_type") if isinstance(data, dict) else None
+        raise ReftError(f"{path}: expected an adapter of representation finetuning, this is one of the type {kind!r}.")
+    return ReftConfig(**ReftConfig.check_kwargs(**data))
+
+
+def read_shapes(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of an adapter's tensors without reading them.
+
+    Raises:
+        ReftError: the file is missing, damaged or cut short.
+    """
+    path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise ReftError(f"{directory}: the adapter has no {SAFETENSORS_WEIGHTS_NAME}; was it copied completely?")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise ReftError(f"{path}: the file is damaged or was cut short ({error}). Save or copy it again.") from None
+
+
+def check_tensors(directory: str | os.PathLike, expected: dict[str, tuple[int, ...]]) -> None:
+    """Compare an adapter's tensors with those its config asks for on this model.
+
+    Raises:
+        ReftError: tensors that are missing, of another shape, or too many.
+    """
+    found = read_shapes(directory)
+    missing, more = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or more:
+        raise ReftError(
+            f"{directory}: the file does not fit its config: {len(missing)} tensors are missing"
+            f"{f' ({missing[0]}, ...)' if missing else ''}, {len(more)} are not known"
+            f"{f' ({more[0]}, ...)' if more else ''}."
+        )
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ReftError(f"{directory}: {name} has the shape {list(found[name])}, the model needs {list(shape)}.")

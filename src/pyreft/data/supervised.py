@@ -1,0 +1,159 @@
+"""Prompts and answers as a training set: token ids, labels on the answers, and locations in the prompts.
+
+Knows tokenizers and lists, nothing of models or edits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from ..compat import get_intervention_locations
+from ..errors import ReftError
+
+IGNORED = -100  # the label of tokens without loss
+
+
+@dataclass
+class ReftDataCollator:
+    """Pads a batch with another collator and brings its `intervention_locations` to one shape.
+
+    Locations are token indices in rows that start at the first token, so they move with left padding.
+
+    Args:
+        data_collator: pads `input_ids` and `labels`, such as transformers' `DataCollatorForSeq2Seq`.
+    """
+
+    data_collator: Callable[[list[dict]], Mapping[str, Any]]
+
+    def __call__(self, instances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        rows = [dict(instance) for instance in instances]
+        locations = [row.pop("intervention_locations", None) for row in rows]
+        lengths = [len(row["input_ids"]) for row in rows]
+        batch = dict(self.data_collator(rows))
+        if any(at is not None for at in locations):
+            left = batch["input_ids"].shape[-1] if self._pads_left() else None
+            shifts = [0 if left is None else left - length for length in lengths]
+            batch["intervention_locations"] = _stack(locations, shifts)
+        return batch
+
+    def _pads_left(self) -> bool:
+        return getattr(getattr(self.data_collator, "tokenizer", None), "padding_side", "right") == "left"
+
+
+def _stack(locations: list[Any], shifts: list[int]) -> torch.Tensor:
+    """`[batch][interventions][positions]`, ragged in the positions, as a tensor filled with -1."""
+    width = max(len(places) for row in locations for places in row)
+    return torch.tensor(
+        [
+            [[int(at) + shift if at >= 0 else -1 for at in places] + [-1] * (width - len(places)) for places in row]
+            for row, shift in zip(locations, shifts, strict=True)
+        ]
+    )
+
+
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, end: bool = True, number: int = 0
+) -> tuple[list[int], int]:
+    """Return the token ids of a prompt and its answer, and how many of them are the prompt's.
+
+    Args:
+        end: close the answer with the tokenizer's EOS token.
+        number: which example this is, for messages.
+
+    Raises:
+        ReftError: a prompt that leaves no room for an answer within `tokenizer.model_max_length`, or an EOS token
+            that is asked for and not there.
+    """
+    if end and tokenizer.eos_token is None:
+        raise ReftError("The tokenizer has no EOS token: set tokenizer.eos_token, or pass nonstop=True.")
+    limit = tokenizer.model_max_length
+    prompt_ids = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
+    text = prompt + answer + (tokenizer.eos_token if end else "")
+    ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+    if len(prompt_ids) >= len(ids):
+        raise ReftError(
+            f"Example {number}: the prompt of {len(prompt_ids)} tokens leaves no room for an answer within "
+            f"tokenizer.model_max_length = {limit}."
+        )
+    return ids, len(prompt_ids)
+
+
+def make_last_position_supervised_data_module(
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    num_interventions: int = 1,
+    nonstop: bool = False,
+) -> dict[str, Any]:
+    """Return a training set that is edited at the last token of each prompt, with its collator.
+
+    Args:
+        tokenizer: of the base model, with a padding token.
+        model: the base model; accepted for the original's callers.
+        inputs, outputs: prompts and answers, one for one.
+        num_interventions: how many interventions the model has.
+        nonstop: do not close the answers with EOS.
+
+    Returns:
+        `train_dataset`, `eval_dataset` (none) and `data_collator`, for `ReftTrainerForCausalLM(**...)`.
+    """
+    return _data_module(tokenizer, inputs, outputs, lambda length: [[length - 1]] * num_interventions, nonstop=nonstop)
+
+
+def make_multiple_position_supervised_data_module(
+    tokenizer: PreTrainedTokenizerBase,
+    model: Any,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    positions: str = "f1+l1",
+    num_interventions: int = 1,
+    nonstop: bool = False,
+    share_weights: bool = False,
+) -> dict[str, Any]:
+    """Return a training set that is edited at several tokens of each prompt, with its collator.
+
+    As `make_last_position_supervised_data_module`, with a rule for the positions. A prompt that is too short for
+    the rule has fewer locations.
+    """
+
+    def locate(length: int) -> list[list[int]]:
+        return get_intervention_locations(
+            last_position=length,
+            positions=positions,
+            num_interventions=num_interventions,
+            share_weights=share_weights,
+            pad_mode="first",  # as -1, which edits nothing
+        )
+
+    return _data_module(tokenizer, inputs, outputs, locate, nonstop=nonstop)
+
+
+def _data_module(
+    tokenizer: PreTrainedTokenizerBase,
+    inputs: Sequence[str],
+    outputs: Sequence[str],
+    locate: Callable[[int], list[list[int]]],
+    *,
+    nonstop: bool,
+) -> dict[str, Any]:
+    if len(inputs) != len(outputs) or not len(inputs):
+        raise ReftError(f"Expected as many answers as prompts, at least one, got {len(inputs)} and {len(outputs)}.")
+    if tokenizer.pad_token_id is None:
+        raise ReftError("The tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token first.")
+    columns: dict[str, list] = {"input_ids": [], "intervention_locations": [], "labels": []}
+    for number, (prompt, answer) in enumerate(zip(inputs, outputs, strict=True)):
+        ids, length = encode_pair(tokenizer, prompt, answer, end=not nonstop, number=number)
+        columns["input_ids"].append(ids)
+        columns["intervention_locations"].append(locate(length))
+        columns["labels"].append([IGNORED] * length + ids[length:])
+    collator = DataCollatorForSeq2Seq(tokenizer=tokenizer, label_pad_token_id=IGNORED, padding="longest")
+    return {
+        "train_dataset": Dataset.from_dict(columns),
+        "eval_dataset": None,
+        "data_collator": ReftDataCollator(data_collator=collator),
+    }

@@ -1,0 +1,106 @@
+"""Which tokens: a rule such as `"f7+l7"` turned into a mask of located tokens, `[batch, tokens]`.
+
+Everything here is counted in tokens of the text, never in padding, and nothing is known of models or layers.
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .errors import ReftError, did_you_mean
+
+RULES = "f<n>, l<n>, f<n>+l<m>, prompt or all"
+
+
+@dataclass(frozen=True)
+class Positions:
+    """A position rule.
+
+    Args:
+        first: the first n tokens of the prompt.
+        last: the last m tokens of the prompt. Where both are asked for, each takes at most half of the prompt,
+            so that no token is edited twice; alone, a side takes at most the whole prompt.
+        whole: `"prompt"` for every token of the prompt, `"all"` for those that are generated, too.
+        side: take only the `"prefix"` or only the `"suffix"` of a rule that has both.
+    """
+
+    first: int = 0
+    last: int = 0
+    whole: Literal["prompt", "all"] | None = None
+    side: Literal["prefix", "suffix"] | None = None
+
+    @classmethod
+    def parse(cls, rule: str) -> "Positions":
+        """Read `f<n>`, `l<n>`, `f<n>+l<m>`, `prompt` or `all`.
+
+        >>> Positions.parse("f7+l5")
+        Positions(first=7, last=5, whole=None, side=None)
+        """
+        text = str(rule).replace(" ", "").lower()
+        if text in ("prompt", "all"):
+            return cls(whole=text)
+        match = re.fullmatch(r"(?:f(\d+))?(?:(?:^|\+)l(\d+))?", text)
+        if not match or not text or not any(int(n or 0) for n in match.groups()):
+            raise ReftError(f"positions: expected {RULES}, got {rule!r}.{_nearest(text)}")
+        return cls(first=int(match[1] or 0), last=int(match[2] or 0))
+
+    def sides(self) -> tuple["Positions", ...]:
+        """The prefix and the suffix apart, or the rule itself where it has only one of them."""
+        if not (self.first and self.last):
+            return (self,)
+        return replace(self, side="prefix"), replace(self, side="suffix")
+
+    def locate(self, prompt: Tensor) -> Tensor:
+        """Return the located tokens of a batch.
+
+        Args:
+            prompt: `[batch, tokens]`, true where a token belongs to the prompt, false for padding and for an answer.
+
+        Returns:
+            A mask of the same shape. For `all` it covers the prompt; the tokens after it belong to it as well.
+        """
+        if self.whole:
+            return prompt
+        rank = prompt.long().cumsum(-1)
+        length = rank[:, -1:]
+        first, last = torch.full_like(length, self.first), torch.full_like(length, self.last)
+        if self.first and self.last:
+            first, last = torch.minimum(first, length // 2), torch.minimum(last, length // 2)
+        prefix, suffix = prompt & (rank <= first), prompt & (rank > length - last)
+        if self.side == "prefix":
+            return prefix
+        return suffix if self.side == "suffix" else prefix | suffix
+
+
+def prompt_tokens(tokens: Tensor, labels: Tensor | None = None, prompt_lengths: Tensor | None = None) -> Tensor:
+    """Return which tokens belong to the prompt, `[batch, tokens]`.
+
+    Args:
+        tokens: `[batch, tokens]`, true for tokens of the text, false for padding.
+        labels: `[batch, tokens]` with -100 where there is no loss: the prompt ends before the first label. A row
+            whose first token has one is a text without a prompt of its own: all of it counts.
+        prompt_lengths: `[batch]`, how many tokens of the text are the prompt; it goes before the labels.
+            Without either, the whole text is the prompt.
+    """
+    if prompt_lengths is not None:
+        return tokens & (tokens.long().cumsum(-1) <= prompt_lengths.to(tokens.device).view(-1, 1))
+    if labels is not None:
+        prompt = tokens & ((labels != -100).to(tokens.device).long().cumsum(-1) == 0)
+        return torch.where(prompt.any(-1, keepdim=True), prompt, tokens)
+    return tokens
+
+
+def _nearest(text: str) -> str:
+    """A hint for rules that people write by analogy."""
+    digits = re.search(r"\d+", text)
+    if text.startswith("last"):
+        return f" Did you mean 'l{digits[0] if digits else 1}'?"
+    if text.startswith("first"):
+        return f" Did you mean 'f{digits[0] if digits else 1}'?"
+    swapped = re.fullmatch(r"l(\d+)\+f(\d+)", text)
+    if swapped:
+        return f" Did you mean 'f{swapped[2]}+l{swapped[1]}'?"
+    return did_you_mean(text, ("prompt", "all", "f1+l1", "l1", "f1"))

@@ -1,0 +1,1 @@
+"""Training: the Hugging Face Trainer for adapted models."""

@@ -1,0 +1,67 @@
+"""Tiny models made in the test, seeded; one thread for each worker."""
+
+import os
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny_llama(**changes):
+    """A random Llama whose greedy choices are far apart, so that rounding cannot turn them."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes | changes)).eval()
+
+
+@pytest.fixture
+def model():
+    return tiny_llama()
+
+
+@pytest.fixture
+def prompts():
+    """Prompts of different lengths, as lists of ids."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (9, 3, 6, 1)]
+
+
+def pad(rows, side, pad_id=0):
+    """Return ids and mask of rows padded on one side."""
+    width = max(map(len, rows))
+    fill = [[pad_id] * (width - len(row)) for row in rows]
+    ids = [f + r if side == "left" else r + f for r, f in zip(rows, fill, strict=True)]
+    mask = [
+        [0] * len(f) + [1] * len(r) if side == "left" else [1] * len(r) + [0] * len(f)
+        for r, f in zip(rows, fill, strict=True)
+    ]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def shaken(adapted):
+    """Make the edits large, so that a wrong location cannot go unnoticed."""
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "reft_" in name:
+                parameter.add_(torch.randn_like(parameter))
+    return adapted.eval()

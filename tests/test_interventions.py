@@ -1,0 +1,133 @@
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from pyreft.errors import ReftError
+from pyreft.interventions import INTERVENTIONS, LowRankRotateLayer, intervention_class, orthonormalize
+
+D, RANK = 24, 3
+
+
+def written_out(name, module, h):
+    """The six formulas of the paper's table 17, term by term."""
+    weight = getattr(module.learned_source, "weight", None)
+    bias = module.learned_source.bias if weight is not None else module.learned_source
+    second = module.proj_layer.weight if hasattr(module, "proj_layer") else module.rotate_layer.weight.T
+    source = bias if weight is None else h @ weight.T + bias
+    return {
+        "loreft": lambda: h + (source - h @ second.T) @ second,
+        "noreft": lambda: h + (source - h @ second.T) @ second,
+        "consreft": lambda: h + (source - h @ second.T) @ second,
+        "lobireft": lambda: h + source @ second,
+        "direft": lambda: h + source @ second,
+        "nodireft": lambda: h + source @ second,
+    }[name]()
+
+
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_formula(name):
+    module = INTERVENTIONS[name](embed_dim=D, low_rank_dimension=RANK)
+    h = torch.randn(5, D)
+    torch.testing.assert_close(module(h), written_out(name, module, h), atol=1e-6, rtol=1e-6)
+
+
+def test_activation_is_on_the_source_alone():
+    module = INTERVENTIONS["loreft"](embed_dim=D, low_rank_dimension=RANK, act_fn="relu")
+    h = torch.randn(5, D)
+    rotation = module.rotate_layer.weight
+    expected = h + (F.relu(module.learned_source(h)) - h @ rotation) @ rotation.T
+    torch.testing.assert_close(module(h), expected)
+
+
+def test_dropout_falls_on_the_edit_alone():
+    module = INTERVENTIONS["lobireft"](embed_dim=D, low_rank_dimension=RANK, dropout=0.999999)
+    h = torch.randn(5, D)
+    assert torch.equal(module.train()(h), h)
+    assert not torch.equal(module.eval()(h), h)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_states_are_edited_in_float32(dtype):
+    module = INTERVENTIONS["loreft"](embed_dim=D, low_rank_dimension=RANK)
+    h = torch.randn(5, D).to(dtype)
+    assert torch.equal(module(h), module(h.float()).to(dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module(h), module(h.float()).to(dtype))
+
+
+def test_parameters_take_the_dtype_asked_for():
+    module = INTERVENTIONS["noreft"](embed_dim=D, low_rank_dimension=RANK, add_bias=True, dtype=torch.bfloat16)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    assert module(torch.randn(2, D)).dtype == torch.float32
+
+
+def off_orthonormal(rotation):
+    return (rotation.T @ rotation - torch.eye(rotation.shape[1])).abs().max().item()
+
+
+def test_rotation_is_orthonormal_after_many_steps():
+    layer = LowRankRotateLayer(64, 8)
+    target = torch.randn(64, 8)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (layer.weight * target).sum().backward()
+        optimizer.step()
+        assert off_orthonormal(layer.weight.detach()) < 1e-5
+    # the best orthonormal matrix for this loss is the polar factor of -target
+    u, _, v = torch.linalg.svd(-target, full_matrices=False)
+    torch.testing.assert_close(layer.weight.detach(), u @ v, atol=1e-3, rtol=0)
+
+
+def test_an_orthonormal_matrix_is_kept():
+    layer = LowRankRotateLayer(64, 8)
+    rotation = torch.linalg.qr(torch.randn(64, 8))[0] * torch.tensor([1, -1] * 4)
+    layer.set_(rotation)
+    torch.testing.assert_close(layer.weight, rotation, atol=1e-6, rtol=0)
+
+
+def test_batched_orthonormalisation_equals_one_by_one():
+    layers = [LowRankRotateLayer(32, r) for r in (4, 2, 4)]
+    single = [layer.weight for layer in layers]
+    grads = torch.autograd.grad(sum(w.pow(3).sum() for w in single), [layer.free for layer in layers])
+    orthonormalize(layers)
+    batched = [layer.weight for layer in layers]
+    again = torch.autograd.grad(sum(w.pow(3).sum() for w in batched), [layer.free for layer in layers])
+    for one, other in zip([*single, *grads], [*batched, *again], strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)  # the order of sums may differ
+
+
+def test_rotation_is_computed_once_in_evaluation_and_anew_after_a_change():
+    layer = LowRankRotateLayer(16, 2).eval()
+    with torch.no_grad():
+        first = layer.weight
+        assert layer.weight is first
+        layer.free.add_(torch.randn_like(layer.free))
+        assert not torch.equal(layer.weight, first)
+        second = layer.weight
+        layer.load_state_dict({"free": torch.randn(16, 2)})
+        assert not torch.equal(layer.weight, second)
+        layer.free.data.mul_(torch.tensor([1.0, -1.0]))  # seen at the next train() or eval()
+        layer.eval()
+        torch.testing.assert_close(layer.weight, LowRankRotateLayer.weight.fget(copy.deepcopy(layer)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"low_rank_dimension": 25}, "expected a rank from 1 to the width 24 of the edited states, got 25"),
+        ({"low_rank_dimension": 0}, "got 0"),
+        ({"low_rank_dimension": 2, "act_fn": "rellu"}, "no activation is called 'rellu'. Did you mean 'relu'?"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ReftError, match=message.replace("?", r"\?")):
+        INTERVENTIONS["loreft"](embed_dim=D, **settings)
+
+
+def test_unknown_intervention():
+    assert intervention_class("LoreftIntervention") is INTERVENTIONS["loreft"]
+    with pytest.raises(ReftError, match=r"expected one of loreft, .*, got 'lowreft'. Did you mean 'loreft'\?"):
+        intervention_class("lowreft")

@@ -1,0 +1,87 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyreft.errors import ReftError
+from pyreft.positions import Positions, prompt_tokens
+
+
+def located(rule, length, side=None):
+    """The located tokens of one prompt without padding."""
+    parsed = Positions.parse(rule)
+    part = next((p for p in parsed.sides() if p.side == side), parsed)
+    return part.locate(torch.ones(1, length, dtype=torch.bool))[0].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("rule", "length", "expected"),
+    [
+        ("f2", 5, [0, 1]),
+        ("l2", 5, [3, 4]),
+        ("f2+l1", 5, [0, 1, 4]),
+        ("F2 + L1", 5, [0, 1, 4]),
+        ("prompt", 3, [0, 1, 2]),
+        ("all", 3, [0, 1, 2]),
+        ("l1", 1, [0]),
+        ("f7", 3, [0, 1, 2]),
+        ("l7", 3, [0, 1, 2]),
+        ("f7+l7", 5, [0, 1, 3, 4]),  # each side at most half
+        ("f7+l7", 1, []),
+        ("f0+l3", 5, [2, 3, 4]),
+    ],
+)
+def test_located_tokens(rule, length, expected):
+    assert located(rule, length) == expected
+
+
+def test_prefix_and_suffix_apart():
+    assert located("f2+l3", 9, "prefix") == [0, 1]
+    assert located("f2+l3", 9, "suffix") == [6, 7, 8]
+    assert Positions.parse("l3").sides() == (Positions(last=3),)
+
+
+@given(
+    rule=st.sampled_from(["f1", "f3", "l1", "l4", "f2+l2", "f7+l7", "prompt", "all"]),
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    side=st.sampled_from(["left", "right"]),
+    extra=st.integers(0, 4),
+)
+def test_padding_changes_nothing(rule, lengths, side, extra):
+    width = max(lengths) + extra
+    columns = torch.arange(width)[None]
+    sizes = torch.tensor(lengths)[:, None]
+    tokens = columns >= width - sizes if side == "left" else columns < sizes
+    mask = Positions.parse(rule).locate(tokens)
+    for row, length in enumerate(lengths):
+        shift = width - length if side == "left" else 0
+        assert (mask[row].nonzero()[:, 0] - shift).tolist() == located(rule, length)
+
+
+def test_where_the_prompt_ends():
+    tokens = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]]).bool()
+    labels = torch.tensor([[-100, -100, -100, 7, 8], [-100, 5, -100, 6, -100]])
+    assert prompt_tokens(tokens, labels).tolist() == [[False, True, True, False, False], [True] + [False] * 4]
+    lengths = torch.tensor([1, 3])  # goes before the labels
+    assert prompt_tokens(tokens, labels, lengths).int().tolist() == [[0, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
+    assert torch.equal(prompt_tokens(tokens), tokens)
+    no_loss, all_loss = torch.full_like(labels, -100), torch.full_like(labels, 5)
+    assert torch.equal(prompt_tokens(tokens, no_loss), tokens)
+    assert torch.equal(prompt_tokens(tokens, all_loss), tokens)
+
+
+@pytest.mark.parametrize(
+    ("rule", "near"),
+    [("last", "l1"), ("last3", "l3"), ("first2", "f2"), ("l2+f1", "f1+l2"), ("promt", "prompt"), ("f7-l7", "f1+l1")],
+)
+def test_unknown_rule(rule, near):
+    with pytest.raises(ReftError) as caught:
+        Positions.parse(rule)
+    message = f"positions: expected f<n>, l<n>, f<n>+l<m>, prompt or all, got {rule!r}. Did you mean {near!r}?"
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("rule", ["", "f", "f0", "l0", "f0+l0", "x3", None])
+def test_rules_that_name_nothing(rule):
+    with pytest.raises(ReftError, match="positions: expected"):
+        Positions.parse(rule)

@@ -1,0 +1,377 @@
+"""What the edits promise on a model: exact no-op, padding, chunks, caches, beams, PEFT's entry points, reload."""
+
+import copy
+
+import peft
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import pyreft
+from conftest import pad, shaken, tiny_llama
+from pyreft.interventions import INTERVENTIONS
+
+RULES = ["f2", "l1", "l4", "f2+l3", "f7+l7", "prompt", "all"]
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+
+
+def adapt(base, **config):
+    return shaken(peft.get_peft_model(base, pyreft.ReftConfig(**{"low_rank_dimension": 4} | config)))
+
+
+def one_by_one(adapted, prompts, **options):
+    return [adapted.generate(input_ids=torch.tensor([p]), **GREEDY | options)[0, len(p) :].tolist() for p in prompts]
+
+
+# -- which states change ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("intervention", INTERVENTIONS)
+def test_other_tokens_are_bit_identical_up_to_the_first_edited_layer(model, intervention):
+    ids = torch.randint(3, 96, (2, 10))
+    base = model(ids, output_hidden_states=True).hidden_states
+    adapted = adapt(model, layers=[1, 3], positions="f1+l2", intervention=intervention)
+    edited = adapted(ids, output_hidden_states=True).hidden_states  # the embeddings, then each block's output
+    for layer in (0, 1):
+        assert torch.equal(edited[layer], base[layer])
+    assert torch.equal(edited[2][:, 1:8], base[2][:, 1:8])
+    assert (edited[2][:, [0, 8, 9]] != base[2][:, [0, 8, 9]]).any(-1).all()
+
+
+def test_tokens_before_the_first_located_one_are_never_reached(model):
+    ids = torch.randint(3, 96, (1, 10))
+    base = model(ids).logits
+    edited = adapt(model, positions="l2")(ids).logits
+    assert torch.equal(edited[:, :8], base[:, :8])
+    assert (edited[:, 8:] != base[:, 8:]).any(-1).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_disabled_adapter_is_the_base_model(model, rule):
+    ids = torch.randint(3, 96, (2, 10))
+    base, tokens = model(ids).logits, model.generate(ids, **GREEDY)
+    adapted = adapt(model, positions=rule)
+    assert not torch.equal(adapted(ids).logits, base)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(ids).logits, base)
+        assert torch.equal(adapted.generate(input_ids=ids, **GREEDY), tokens)
+    assert torch.equal(adapted.unload()(ids).logits, base)
+
+
+def test_the_prompt_ends_where_the_labels_begin(model):
+    adapted = adapt(model, positions="l1")
+    ids = torch.randint(3, 96, (2, 10))
+    labels = torch.full_like(ids, -100)
+    labels[0, 4:], labels[1, 7:] = ids[0, 4:], ids[1, 7:]
+    by_labels = adapted(ids, labels=labels).logits
+    by_lengths = adapted(ids, prompt_lengths=[4, 7]).logits
+    by_locations = adapted(ids, intervention_locations=torch.tensor([[[3]] * 4, [[6]] * 4])).logits
+    assert torch.equal(by_labels, by_lengths)
+    assert torch.equal(by_labels, by_locations)
+    assert not torch.equal(by_labels, adapted(ids).logits)
+
+
+def test_a_location_that_stands_twice_is_edited_and_trained_once(model):
+    adapted = adapt(model, positions="l1", layers=1)
+    ids = torch.randint(3, 96, (1, 6))
+
+    def gradients(locations):
+        adapted.zero_grad()
+        adapted(ids, labels=ids, intervention_locations=[[locations]]).loss.backward()
+        return [p.grad.clone() for p in adapted.parameters() if p.requires_grad]
+
+    for once, twice in zip(gradients([2, 4]), gradients([2, 4, 4, 2, -1]), strict=True):
+        assert torch.equal(once, twice)
+
+
+# -- padding, chunks, caches, beams -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share_weights", [True, False])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_padded_batch_generates_what_each_prompt_does(model, prompts, rule, share_weights):
+    adapted = adapt(model, positions=rule, share_weights=share_weights)
+    expected = one_by_one(adapted, prompts)
+    assert expected != one_by_one(adapted.unload(), prompts)
+    adapted = adapt(tiny_llama(), positions=rule, share_weights=share_weights)
+    expected = one_by_one(adapted, prompts)
+    for side in ("left", "right"):
+        ids, mask = pad(prompts, side)
+        tokens = adapted.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+        assert tokens[:, ids.shape[1] :].tolist() == expected, side
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rule=st.sampled_from(RULES),
+    lengths=st.lists(st.integers(1, 11), min_size=1, max_size=4),
+    side=st.sampled_from(["left", "right"]),
+    chunk=st.sampled_from([None, 1, 2, 3, 5]),
+    beams=st.sampled_from([1, 1, 3]),
+    use_cache=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_how_generation_is_carried_out_changes_nothing(rule, lengths, side, chunk, beams, use_cache, seed):
+    torch.manual_seed(seed)
+    prompts = [torch.randint(3, 96, (n,)).tolist() for n in lengths]
+    adapted = adapt(tiny_llama(), positions=rule)
+    expected = one_by_one(adapted, prompts, num_beams=beams)
+    ids, mask = pad(prompts, side)
+    options = {"num_beams": beams, "use_cache": use_cache or chunk is not None, "prefill_chunk_size": chunk}
+    tokens = adapted.generate(input_ids=ids, attention_mask=mask, **GREEDY | options)
+    assert tokens[:, ids.shape[1] :].tolist() == expected
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("known", [1, 4, 8])
+def test_a_prefix_from_a_cache_changes_nothing(model, prompts, rule, known):
+    adapted = adapt(model, positions=rule)
+    ids = torch.tensor([prompts[0]])
+    expected = adapted.generate(input_ids=ids, **GREEDY)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        adapted(ids[:, :known], past_key_values=cache, prompt_lengths=[ids.shape[1]])
+    tokens = adapted.generate(input_ids=ids, past_key_values=copy.deepcopy(cache), **GREEDY)
+    assert torch.equal(tokens, expected)
+    if rule in ("l1",):  # nothing before the last token is edited, so the base model's own cache serves, too
+        cache = DynamicCache(config=model.config)
+        with adapted.disable_adapter(), torch.no_grad():
+            adapted(ids[:, :known], past_key_values=cache)
+        assert torch.equal(adapted.generate(input_ids=ids, past_key_values=cache, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_loop_of_ones_own_equals_generate(model, prompts, rule):
+    adapted = adapt(model, positions=rule)
+    ids, mask = pad(prompts, "left")
+    expected = adapted.generate(input_ids=ids, attention_mask=mask, **GREEDY)[:, ids.shape[1] :]
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    output = adapted(ids, attention_mask=mask, position_ids=position_ids, use_cache=True)
+    found = []
+    for _ in range(GREEDY["max_new_tokens"]):
+        token = output.logits[:, -1:].argmax(-1)
+        found.append(token)
+        mask = torch.cat([mask, torch.ones_like(token)], -1)
+        output = adapted(
+            token,
+            attention_mask=mask,
+            position_ids=mask.sum(-1, keepdim=True) - 1,
+            past_key_values=output.past_key_values,
+        )
+    assert torch.equal(torch.cat(found, -1), expected)
+
+
+def test_several_answers_to_a_prompt_share_its_locations(model, prompts):
+    adapted = adapt(model, positions="l2")
+    ids, mask = pad(prompts, "left")
+    tokens = adapted.generate(input_ids=ids, attention_mask=mask, num_beams=4, num_return_sequences=2, **GREEDY)
+    best = adapted.generate(input_ids=ids, attention_mask=mask, num_beams=4, **GREEDY)
+    assert torch.equal(tokens[::2], best)
+
+
+@pytest.mark.parametrize("rule", ["l1", "f2+l3", "prompt"])
+def test_decoding_after_the_prompt_runs_no_hook_of_ours(model, rule, monkeypatch):
+    adapted = adapt(model, positions=rule)
+    calls = []
+    monkeypatch.setattr(
+        pyreft.tuner.ReftLayer,
+        "edit_located",
+        lambda self, h, edit=pyreft.tuner.ReftLayer.edit_located: calls.append(h.shape[1]) or edit(self, h),
+    )
+    adapted.generate(input_ids=torch.randint(3, 96, (1, 9)), **GREEDY)
+    assert calls == [9] * 4  # the prefill of four layers
+    assert not any(block._forward_hooks for block in model.model.layers)
+
+
+def test_assisted_decoding_equals_plain(model):
+    adapted = adapt(model, positions="f1+l2")
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    plain = adapted.generate(input_ids=ids, **GREEDY)
+    assert torch.equal(adapted.generate(input_ids=ids, prompt_lookup_num_tokens=3, **GREEDY), plain)
+
+
+# -- PEFT and transformers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("intervention", INTERVENTIONS)
+@pytest.mark.parametrize("share_weights", [True, False])
+def test_every_way_to_reload_is_bit_exact(model, tmp_path, intervention, share_weights):
+    base = copy.deepcopy(model)
+    base.save_pretrained(tmp_path / "base")
+    ids = torch.randint(3, 96, (2, 10))
+    model.name_or_path = str(tmp_path / "base")
+    config = {"positions": "f1+l2", "share_weights": share_weights, "intervention": intervention, "act_fn": "tanh"}
+    adapted = adapt(model, **config)
+    expected = adapted(ids).logits
+    adapted.save_pretrained(tmp_path)
+    reloaded = [
+        peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path),
+        pyreft.ReftModel.from_pretrained(copy.deepcopy(base), tmp_path),
+        pyreft.ReftModel.load(tmp_path, copy.deepcopy(base)),
+        peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    ]
+    loaded = copy.deepcopy(base)
+    loaded.load_adapter(str(tmp_path))
+    for again in [*reloaded, loaded, copy.deepcopy(adapted)]:
+        assert torch.equal(again(ids).logits, expected), type(again)
+
+
+def test_saving_what_transformers_loaded_is_bit_exact(model, tmp_path):
+    ids = torch.randint(3, 96, (2, 10))
+    model.add_adapter(pyreft.ReftConfig(positions="l2", low_rank_dimension=4))
+    expected = shaken(model)(ids).logits
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert torch.equal(again(ids).logits, expected)
+    model.disable_adapters()
+    assert torch.equal(model(ids).logits, tiny_llama()(ids).logits)
+    model.enable_adapters()
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_two_adapters_in_one_model(model, tmp_path):
+    ids = torch.randint(3, 96, (2, 10))
+    alone = {}
+    for name, rule in (("first", "l1"), ("second", "f3")):
+        adapted = adapt(tiny_llama(), positions=rule, layers=[0, 2])
+        adapted.save_pretrained(tmp_path / name)
+        alone[name] = adapted(ids).logits
+    both = peft.PeftModel.from_pretrained(model, tmp_path / "first", adapter_name="first")
+    both.load_adapter(tmp_path / "second", adapter_name="second")
+    for name in ("first", "second", "first"):
+        both.set_adapter(name)
+        assert torch.equal(both(ids).logits, alone[name])
+    both.save_pretrained(tmp_path / "both")
+    again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "both" / "second", adapter_name="other")
+    assert torch.equal(again(ids).logits, alone["second"])
+    both.delete_adapter("first")
+    both.set_adapter("second")
+    assert torch.equal(both(ids).logits, alone["second"])
+
+
+def test_training_one_step_changes_the_edits_alone(model):
+    before = copy.deepcopy(model.state_dict())
+    adapted = peft.get_peft_model(model, pyreft.ReftConfig(positions="l2", low_rank_dimension=4)).train()
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 4 * 3
+    assert all("reft_" in name for name in trained)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
+    ids = torch.randint(3, 96, (2, 10))
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = adapted(ids, labels=ids, prompt_lengths=[4, 6]).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    after = adapted.unload().state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("component", ["block_output", "block_input", "mlp_output", "attention_output"])
+def test_gradient_checkpointing_gives_the_same_gradients(component):
+    ids = torch.randint(3, 96, (2, 10))
+    grads = []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        adapted = adapt(tiny_llama(), positions="l2", component=component).train()
+        if checkpointing:
+            base = adapted.get_base_model()
+            new = hasattr(base, "activation_checkpointing_enable")  # its name since transformers 5.2x
+            (base.activation_checkpointing_enable if new else base.gradient_checkpointing_enable)()
+            assert base.model.layers[0].gradient_checkpointing
+        adapted(ids, labels=ids, use_cache=False).loss.backward()
+        grads.append([p.grad for p in adapted.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_a_bfloat16_model_has_float32_edits(tmp_path):
+    adapted = adapt(tiny_llama().to(torch.bfloat16), positions="l2")
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    ids = torch.randint(3, 96, (2, 10))
+    expected = adapted(ids).logits
+    assert expected.dtype == torch.bfloat16
+    adapted.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(tiny_llama().to(torch.bfloat16), tmp_path)
+    assert torch.equal(again(ids).logits, expected)
+
+
+def test_the_backbone_may_be_called_without_the_head(model):
+    adapted = adapt(model, positions="l2")
+    ids = torch.randint(3, 96, (2, 10))
+    hidden = model.model(ids).last_hidden_state
+    assert torch.equal(model.lm_head(hidden), adapted(ids).logits)
+
+
+def test_rotations_stay_orthonormal_through_training_and_reload(model, tmp_path):
+    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(positions="l2", low_rank_dimension=4))
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(30):
+        optimizer.zero_grad()
+        adapted(torch.randint(3, 96, (2, 8)), labels=torch.randint(3, 96, (2, 8))).loss.backward()
+        optimizer.step()
+    adapted.save(tmp_path)
+    for one in (adapted, pyreft.ReftModel.load(tmp_path, tiny_llama())):
+        for intervention in one.interventions.values():
+            rotation = intervention.rotate_layer.weight.detach()
+            assert (rotation.T @ rotation - torch.eye(4)).abs().max() < 1e-5
+
+
+# -- what cannot be done ------------------------------------------------------------------------------------------
+
+
+def test_merging_is_refused(model):
+    adapted = adapt(model)
+    for merge in (adapted.merge_adapter, adapted.merge_and_unload):
+        with pytest.raises(pyreft.ReftError, match="cannot be merged"):
+            merge()
+
+
+def test_adapter_names_per_row_are_refused(model):
+    with pytest.raises(pyreft.ReftError, match="adapter_names: rows of one batch with different adapters"):
+        adapt(model)(torch.randint(3, 96, (2, 4)), adapter_names=["default", "__base__"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"layers": [0, 7]}, "layer: this model has the layers 0 to 3, got 7."),
+        ({"component": "block_outptu"}, "Did you mean 'block_output'?"),
+        ({"component": "model.layers[9].output"}, "component: expected one of block_input, block_output"),
+        ({"low_rank_dimension": 33}, "expected a rank from 1 to the width 32 of the edited states, got 33"),
+    ],
+)
+def test_what_does_not_fit_the_model_leaves_it_untouched(model, config, message):
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(pyreft.ReftError) as caught:
+        peft.get_peft_model(model, pyreft.ReftConfig(**config))
+    assert message in str(caught.value)
+    assert [name for name, _ in model.named_modules()] == names
+    adapt(model)(torch.randint(3, 96, (1, 4)))  # and can be adapted after the mistake is mended
+
+
+@pytest.mark.parametrize(
+    ("locations", "message"),
+    [
+        ([[[10]] * 4, [[1]] * 4], "expected indices from 0 to 9 in rows of 10 tokens (-1 for none), got 1 to 10"),
+        ([[[1]] * 3, [[1]] * 3], "the adapter 'default' has 4 interventions, locations came for 3"),
+        ([[[1]] * 4], "expected whole numbers of the shape [batch, interventions, positions] for a batch of 2"),
+        ([[1], [2]], "got [2, 1]"),
+    ],
+)
+def test_wrong_locations(model, locations, message):
+    with pytest.raises(pyreft.ReftError) as caught:
+        adapt(model)(torch.randint(3, 96, (2, 10)), intervention_locations=locations)
+    assert message in str(caught.value)
+
+
+def test_an_adapter_for_another_model_is_refused(model, tmp_path):
+    adapt(model).save_pretrained(tmp_path)
+    for load in (peft.PeftModel.from_pretrained, pyreft.ReftModel.from_pretrained):
+        with pytest.raises(pyreft.ReftError, match=r"made for a base model of .*'hidden_size': 32.* this one is .*64"):
+            load(tiny_llama(hidden_size=64), tmp_path)
