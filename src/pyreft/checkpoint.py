@@ -19,6 +19,24 @@ from .errors import ReftError
 # written last: a directory with this file is complete
 _LAST = CONFIG_NAME
 
+CARD = """---
+{header}
+---
+
+# An adapter of representation finetuning (ReFT)
+
+Small learned edits of the hidden states of `{base}`, made with [pyreft](https://pypi.org/project/pyreft/).
+
+```python
+import pyreft  # makes PEFT know the method
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model = PeftModel.from_pretrained(model, "THIS_ADAPTER")
+```
+"""
+
 
 def write_beside(directory: str | os.PathLike, write: Callable[[str], None]) -> None:
     """Let `write` fill a new directory beside the target, then move its files in; on any failure nothing is left.
@@ -38,6 +56,16 @@ def write_beside(directory: str | os.PathLike, write: Callable[[str], None]) -> 
             os.replace(staged / name, target / name)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def model_card(config: ReftConfig) -> str:
+    """A model card that a stranger can use: what it is, its base model, and how to load it."""
+    base = config.base_model_name_or_path or ""
+    front = {"library_name": "peft", "tags": ["reft", "representation-finetuning"]}
+    if base and not os.path.isabs(base):
+        front["base_model"] = base
+    header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+    return CARD.format(header=header, base=base or "BASE_MODEL")
 
 
 def is_adapter(directory: str | os.PathLike) -> bool:

@@ -5,7 +5,7 @@ Found by structure and by name patterns, without a table of architectures. Knows
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -101,12 +101,13 @@ def find_site(model: nn.Module, component: str, layer: int | None = None) -> Sit
 
 
 def _find_path(model: nn.Module, component: str) -> Site:
-    path, _, side = re.sub(r"\[(\d+)\]", r".\1", component).rpartition(".")
+    path, _, end = re.sub(r"\[(\d+)\]", r".\1", component).rpartition(".")
+    side: Literal["input", "output"] = "input" if end == "input" else "output"
     try:
         module = model.get_submodule(path)
     except AttributeError:
         module = None
-    if not path or module is None or side not in ("input", "output"):
+    if not path or module is None or end not in ("input", "output"):
         raise ReftError(
             f"component: expected one of {', '.join(COMPONENTS)}, or a module's path with .input or .output, got "
             f"{component!r}.{did_you_mean(component, COMPONENTS)}"
@@ -117,7 +118,7 @@ def _find_path(model: nn.Module, component: str) -> Site:
 
 def hidden_width(model: nn.Module) -> int:
     """The width of the states that flow between the blocks."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     width = getattr(config, "hidden_size", None)
@@ -128,9 +129,9 @@ def hidden_width(model: nn.Module) -> int:
 
 def _linear_widths(module: nn.Module) -> tuple[int, int] | None:
     """(input width, output width) of a linear layer, one that an adapter of another method wraps included."""
-    module = getattr(module, "base_layer", module)
-    if hasattr(module, "in_features"):
-        return module.in_features, module.out_features
-    if hasattr(module, "nx"):  # GPT-2's Conv1D
-        return module.nx, module.nf
+    linear: Any = getattr(module, "base_layer", module)
+    if hasattr(linear, "in_features"):
+        return linear.in_features, linear.out_features
+    if hasattr(linear, "nx"):  # GPT-2's Conv1D
+        return linear.nx, linear.nf
     return None

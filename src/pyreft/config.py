@@ -82,6 +82,8 @@ class Representation:
                     f"the intervention given for it {self.intervention.embed_dim}."
                 )
             return self.intervention
+        if self.low_rank_dimension is None:
+            raise ReftError(f"low_rank_dimension: no rank was given for the {self.component} of layer {self.layer}.")
         return intervention_class(self.intervention)(
             embed_dim=width,
             low_rank_dimension=self.low_rank_dimension,
@@ -209,7 +211,8 @@ class ReftConfig(PeftConfig):
         if self.representations is not None:
             return self.representations
         layers = range(number_of_layers) if self.layers == "all" else self.layers
-        sides = [None] if self.share_weights else [part.side for part in Positions.parse(self.positions).sides()]
+        rule = Positions.parse(self.positions or DEFAULT_POSITIONS)
+        sides = [None] if self.share_weights else [part.side for part in rule.sides()]
         return [
             Representation(
                 component=self.component,

@@ -71,8 +71,8 @@ class Locator:
         model: the adapted base model, whose `forward` takes `input_ids` or `inputs_embeds`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: Any) -> None:
+        self.model: Any = model
         self.layers: list[Any] = []  # the ReftLayers of the model
         self.rules: dict[str, list[Positions | None]] = {}  # of each adapter, by representation
         self.windows: dict[Key, Window] = {}
@@ -92,7 +92,7 @@ class Locator:
             entry.register_forward_pre_hook(self._before, with_kwargs=True)
             entry.register_forward_hook(self._after, always_call=True)
         if hasattr(model, "generate"):
-            model.generate = self.generate
+            self.model.generate = self.generate
 
     def __getstate__(self) -> dict:  # a copy of the model starts with nothing in flight
         return {**self.__dict__, "_known": None, "_located": None, "windows": {}, "_rotations": []}
@@ -256,10 +256,9 @@ class Locator:
         located = self.resolve(tokens, **given)
         if mask is not None and kwargs.get("past_key_values") is None and not bool(tokens[:, -1].all()):
             order = tokens.long().argsort(dim=1, stable=True)
-            for key in {name, "attention_mask", "input_ids"} & kwargs.keys():
-                kwargs[key] = _take(kwargs[key], order)
-            for key, at in located.masks.items():
-                located.masks[key] = _take(at, order)
+            for aligned in {name, "attention_mask", "input_ids"} & kwargs.keys():
+                kwargs[aligned] = _take(kwargs[aligned], order)
+            located.masks = {key: _take(mask, order) for key, mask in located.masks.items()}
         self._generating, self._generated = located, False
         try:
             return plain(*args, **kwargs)

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
-from .checkpoint import check_tensors, read_config, write_beside
+from .checkpoint import check_tensors, model_card, read_config, write_beside
 from .compat import read_unit_locations
 from .config import ReftConfig
 from .errors import ReftError
@@ -110,9 +111,8 @@ class ReftModel(PeftModel):
         """The active adapter's interventions, in the order of its representations."""
         named: dict[int, tuple[str, Intervention]] = {}
         for name, layer in self.named_modules():
-            if isinstance(layer, ReftLayer) and self.active_adapter in layer:
-                for index, module in zip(layer.indices[self.active_adapter], layer[self.active_adapter], strict=True):
-                    named[index] = (f"{name}.{index}", module)
+            if isinstance(layer, ReftLayer):
+                named |= {index: (f"{name}.{index}", module) for index, module in layer.of(self.active_adapter)}
         return dict(named[index] for index in sorted(named))
 
     def count_parameters(self, include_model: bool = False) -> int:
@@ -151,6 +151,10 @@ class ReftModel(PeftModel):
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(str(save_directory), **kwargs)
         write_beside(save_directory, lambda staged: super(ReftModel, self).save_pretrained(staged, **kwargs))
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write the model card of the active adapter."""
+        (Path(output_dir) / "README.md").write_text(model_card(self.peft_config[self.active_adapter]), "utf-8")
 
     def save(
         self, save_directory: str | PathLike, save_to_hf_hub: bool = False, hf_repo_name: str = "my-awesome-model"
@@ -191,7 +195,7 @@ class ReftModel(PeftModel):
         return cls.from_pretrained(model, load_directory, is_trainable=True).eval()
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls,
         model: nn.Module,
         model_id: str | PathLike,

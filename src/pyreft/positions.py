@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import ReftError, did_you_mean
 
+_WHOLE: dict[str, Literal["prompt", "all"]] = {"prompt": "prompt", "all": "all"}
 RULES = "f<n>, l<n>, f<n>+l<m>, prompt or all"
 
 
@@ -40,8 +41,8 @@ class Positions:
         Positions(first=7, last=5, whole=None, side=None)
         """
         text = str(rule).replace(" ", "").lower()
-        if text in ("prompt", "all"):
-            return cls(whole=text)
+        if text in _WHOLE:
+            return cls(whole=_WHOLE[text])
         match = re.fullmatch(r"(?:f(\d+))?(?:(?:^|\+)l(\d+))?", text)
         if not match or not text or not any(int(n or 0) for n in match.groups()):
             raise ReftError(f"positions: expected {RULES}, got {rule!r}.{_nearest(text)}")

@@ -5,9 +5,9 @@ adapters; a forward hook edits. Which tokens, the `Locator` of the model says.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -51,28 +51,33 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
 
     def add_intervention(self, adapter_name: str, index: int, intervention: Intervention) -> None:
         """Add an intervention of an adapter, the one of its representation `index`."""
-        if adapter_name not in self:
-            self[adapter_name] = nn.ModuleList()
-            self.indices[adapter_name] = []
-        self[adapter_name].append(intervention)
-        self.indices[adapter_name].append(index)
+        modules = cast(nn.ModuleList, self[adapter_name]) if adapter_name in self else nn.ModuleList()
+        modules.append(intervention)
+        self[adapter_name] = modules
+        self.indices.setdefault(adapter_name, []).append(index)
 
     @property
     def enabled_adapters(self) -> list[str]:
         """The active adapters that edit here, none while adapters are disabled."""
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in self]
 
+    def of(self, adapter_name: str) -> Iterator[tuple[int, Intervention]]:
+        """The interventions of an adapter here, each with the number of its representation."""
+        if adapter_name in self:
+            modules = cast(Iterable[Intervention], self[adapter_name])
+            yield from zip(self.indices[adapter_name], modules, strict=True)
+
     def _located(self, windows: dict[Key, Window]) -> Iterator[tuple[Intervention, Window]]:
         for name in self.enabled_adapters:
-            for index, intervention in zip(self.indices[name], self[name], strict=True):
+            for index, intervention in self.of(name):
                 if (name, index) in windows:
                     yield intervention, windows[name, index]
 
     def rotations(self, windows: dict[Key, Window]) -> Iterator[LowRankRotateLayer]:
         """The orthonormal matrices that the next forward needs."""
         for intervention, _ in self._located(windows):
-            if hasattr(intervention, "rotate_layer"):
-                yield intervention.rotate_layer
+            if isinstance(rotation := getattr(intervention, "rotate_layer", None), LowRankRotateLayer):
+                yield rotation
 
     def edit_located(self, h: Tensor) -> Tensor:
         """Return the states `[batch, tokens, d]` with the located tokens edited and every other bit as it was."""
@@ -154,7 +159,7 @@ class ReftTuner(BaseTuner):
         self._locator.rules[adapter_name] = [entry.rule() for entry in representations]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:  # type: ignore[override]
+    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
         return key in self._places
 
     def _create_and_replace(

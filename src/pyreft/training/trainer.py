@@ -24,7 +24,7 @@ class ReftTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, LOCATIONS, LENGTHS]))
+        self._signature_columns: list[str] = [*self._signature_columns, LOCATIONS, LENGTHS]
 
 
 class ReftTrainerForCausalLM(ReftTrainer):

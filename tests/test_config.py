@@ -1,0 +1,91 @@
+import json
+
+import pytest
+
+import pyreft
+from pyreft.config import Representation
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [("all", "all"), (3, [3]), ([1, 2], [1, 2]), ((0,), [0]), ("3;9;18", [3, 9, 18]), ("1, 2", [1, 2])],
+)
+def test_layers(layers, expected):
+    assert pyreft.ReftConfig(layers=layers).layers == expected
+
+
+def test_places_in_their_order():
+    tied = pyreft.ReftConfig(layers=[1, 3], positions="f2+l3").expand(4)
+    assert [(place.layer, place.side) for place in tied] == [(1, None), (3, None)]
+    untied = pyreft.ReftConfig(layers="all", positions="f2+l3", share_weights=False).expand(2)
+    assert [(place.layer, place.side) for place in untied] == [
+        (0, "prefix"),
+        (1, "prefix"),
+        (0, "suffix"),
+        (1, "suffix"),
+    ]
+    assert len(pyreft.ReftConfig(positions="l3", share_weights=False).expand(2)) == 2
+
+
+def test_entries_take_what_they_do_not_say_from_the_config():
+    places = [{"layer": 0}, {"layer": 1, "positions": "f1", "low_rank_dimension": 2, "intervention": "direft"}]
+    config = pyreft.ReftConfig(representations=places, positions="l2", low_rank_dimension=4, dropout=0.1)
+    first, second = config.expand(8)
+    assert (first.positions, first.low_rank_dimension, first.intervention, first.dropout) == ("l2", 4, "loreft", 0.1)
+    assert (second.positions, second.low_rank_dimension, second.intervention) == ("f1", 2, "direft")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"layers": [1], "positions": "l1", "act_fn": "relu"},
+        {"representations": [{"layer": 1, "component": "mlp_output"}], "intervention": "noreft", "add_bias": True},
+    ],
+)
+def test_to_dict_and_back(settings):
+    config = pyreft.ReftConfig(**settings)
+    plain = json.loads(json.dumps(config.to_dict()))
+    assert pyreft.ReftConfig(**plain).to_dict() == config.to_dict()
+    assert pyreft.ReftConfig(**plain).expand(3) == config.expand(3)
+
+
+def test_keys_of_the_original_that_go_without_saying():
+    place = {"layer": "1", "component": "block_output", "unit": "pos", "max_number_of_units": 1}
+    assert pyreft.ReftConfig(representations=[place]).expand(0)[0].layer == 1
+
+
+READY = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers": "some"}, "layers: expected 'all', a number, a list, or text such as '3;9;18', got 'some'."),
+        ({"layers": []}, "layers: expected"),
+        ({"layers": [1, 1]}, "a layer stands twice in [1, 1]"),
+        ({"layers": [1], "representations": {"layer": 1}}, "layers: each of the representations names its own layer"),
+        ({"positions": "lats"}, "positions: expected f<n>"),
+        ({"intervention": "loreff"}, "Did you mean 'loreft'?"),
+        ({"representations": []}, "expected at least one edited place"),
+        ({"representations": {"layers": 1}}, "got 'layers'. Did you mean 'layer'?"),
+        ({"representations": {"layer": 1, "unit": "h"}}, "only the unit 'pos' can be edited, got 'h'"),
+        (
+            {"representations": [{"layer": n, "intervention": READY} for n in (1, 2)]},
+            "the same intervention module stands in two of them",
+        ),
+        (
+            {"representations": {"layer": 1, "low_rank_dimension": 4, "intervention": READY}},
+            "low_rank_dimension is 4 beside an intervention made with 2",
+        ),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(pyreft.ReftError) as caught:
+        pyreft.ReftConfig(**settings)
+    assert message in str(caught.value)
+
+
+def test_a_ready_intervention_of_another_width():
+    with pytest.raises(pyreft.ReftError, match="is 16 wide, the intervention given for it 8"):
+        Representation(layer=1, intervention=READY).make(16)

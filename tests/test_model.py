@@ -1,0 +1,231 @@
+"""ReftModel: the original's calls, its members, saving and loading."""
+
+import copy
+import errno
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BatchEncoding
+
+import pyreft
+from conftest import shaken, tiny_llama
+
+IDS = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(5))
+OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+
+
+def one_layer(layer=2):
+    intervention = pyreft.LoreftIntervention(embed_dim=32, low_rank_dimension=4)
+    place = {"layer": layer, "component": "block_output", "low_rank_dimension": 4, "intervention": intervention}
+    return pyreft.ReftConfig(representations=place)
+
+
+@pytest.fixture
+def adapted(model):
+    return shaken(pyreft.get_reft_model(model, one_layer()))
+
+
+def at(*rows):
+    return {"sources->base": (None, [[list(row) for row in rows]])}
+
+
+def test_an_original_call_returns_a_pair(model, adapted):
+    inputs = BatchEncoding({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)})
+    none, edited = adapted(inputs, unit_locations=at([9], [9]), labels=IDS)
+    assert none is None
+    plain = adapted(**inputs, labels=IDS, intervention_locations=[[[9]], [[9]]])
+    assert torch.equal(edited.logits, plain.logits)
+    assert torch.equal(edited.loss, plain.loss)
+    base, _ = adapted(inputs, unit_locations=at([9], [9]), output_original_output=True)
+    assert torch.equal(base.logits, tiny_llama()(IDS).logits)
+    assert not torch.equal(base.logits, edited.logits)
+
+
+def test_an_original_generation_returns_a_pair(adapted):
+    base, edited = adapted.generate(
+        {"input_ids": IDS},
+        unit_locations=at([9], [9]),
+        intervene_on_prompt=True,
+        output_original_output=True,
+        **OPTIONS,
+    )
+    assert torch.equal(base, tiny_llama().generate(IDS, **OPTIONS))
+    assert not torch.equal(base, edited)
+    everywhere = adapted.generate({"input_ids": IDS}, unit_locations={"base": 9}, **OPTIONS)[1]
+    assert torch.equal(everywhere, edited)
+
+
+def test_without_a_rule_and_without_locations_the_model_is_the_base(model, adapted):
+    assert torch.equal(adapted(IDS).logits, tiny_llama()(IDS).logits)
+    with pytest.raises(pyreft.ReftError, match="this model's config has no position rule"):
+        adapted.generate({"input_ids": IDS})
+
+
+@pytest.mark.parametrize(
+    ("locations", "got"),
+    [
+        (at([9]), "got 1 interventions with 1 rows."),
+        ({"sources->base": (None, [[[9], [9]]] * 2)}, "got 2 interventions with 2 rows."),
+        (at([-1], [-1]), "and indices from 0, got [[[-1], [-1]]]."),
+        ({"sources->base": (None, [9, 9])}, "got {'sources->base': (None, [9, 9])}."),
+        ({"source": 3}, "got {'source': 3}."),
+        (at([99], [9]), "expected indices from 0 to 9 in rows of 10 tokens (-1 for none), got 9 to 99."),
+    ],
+)
+def test_wrong_unit_locations(adapted, locations, got):
+    with pytest.raises(pyreft.ReftError) as caught:
+        adapted({"input_ids": IDS}, unit_locations=locations)
+    assert got in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"subspaces": [[0]]}, "subspaces: not supported yet"),
+        ({"intervene_on_prompt": False}, "intervene_on_prompt: edits begin in the prompt"),
+    ],
+)
+def test_what_is_not_supported_says_so(adapted, arguments, message):
+    with pytest.raises(pyreft.ReftError, match=message):
+        adapted.generate({"input_ids": IDS}, unit_locations=at([9], [9]), **arguments)
+
+
+def test_the_original_members(model, adapted, capsys):
+    assert adapted.model is model
+    assert [type(module) for module in adapted.interventions.values()] == [pyreft.LoreftIntervention]
+    assert adapted.count_parameters() == adapted.count_parameters(include_model=True) == 2 * 32 * 4 + 4
+    assert adapted.set_device("cpu") is adapted
+    assert adapted.get_device() == torch.device("cpu")
+    adapted.print_trainable_parameters()
+    printed = capsys.readouterr().out
+    assert printed == (
+        "trainable intervention params: 260 || trainable model params: 0\n"
+        f"model params: {tiny_llama().num_parameters():,d} || trainable%: {26000 / tiny_llama().num_parameters():.6f}\n"
+    )
+
+
+def test_the_intervention_that_was_given_is_the_one_that_is_trained(model):
+    config = one_layer()
+    mine = config.representations[0].intervention
+    adapted = pyreft.get_reft_model(model, config)
+    assert list(adapted.interventions.values()) == [mine]
+    json.dumps(adapted.peft_config["default"].to_dict())
+
+
+def test_the_base_stays_trainable_if_asked(model):
+    adapted = pyreft.get_reft_model(model, one_layer(), disable_model_grads=False)
+    assert adapted.count_parameters(include_model=True) == 260 + model.num_parameters() - 260
+    assert adapted.count_parameters() == 260
+
+
+def test_save_and_load_on_the_same_base_variable(model, adapted, tmp_path):
+    expected = adapted({"input_ids": IDS}, unit_locations=at([9], [8]))[1].logits
+    adapted.save(save_directory=tmp_path / "one", save_to_hf_hub=False)
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    again = pyreft.ReftModel.load(tmp_path / "one", model)
+    assert torch.equal(again({"input_ids": IDS}, unit_locations=at([9], [8]))[1].logits, expected)
+    with pytest.raises(pyreft.ReftError, match="were taken off its base model when another ReftModel was made"):
+        adapted(IDS)
+    again.save(tmp_path / "two")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_the_model_card_shows_how_to_load(adapted, tmp_path):
+    adapted.peft_config["default"].base_model_name_or_path = "some/base"
+    adapted.save(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert 'base_model: "some/base"' in card
+    assert 'tags: ["reft", "representation-finetuning"]' in card
+    assert "import pyreft" in card
+
+
+def test_upload_to_the_hub_up_to_the_network(adapted, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    calls = []
+
+    def no_network(self, method, url, *args, **kwargs):
+        calls.append((method, str(url)))
+        raise ConnectionError("no network in tests")
+
+    client = huggingface_hub.get_session()
+    monkeypatch.setattr(type(client), "request", no_network)
+    monkeypatch.setattr(type(client), "send", lambda self, request, **_: no_network(self, request.method, request.url))
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+    with pytest.raises(Exception, match="no network in tests"):
+        adapted.save(tmp_path, save_to_hf_hub=True, hf_repo_name="someone/my-reft")
+    assert (tmp_path / "adapter_model.safetensors").exists()
+    assert calls
+    assert "api/repos/create" in calls[0][1]
+
+
+# -- files that cannot be used ------------------------------------------------------------------------------------
+
+
+def test_a_failed_save_leaves_the_old_adapter(adapted, tmp_path, monkeypatch):
+    adapted.save(tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    shaken(adapted)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    for directory in ("adapter", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            adapted.save(tmp_path / directory)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()} == before
+    assert os.listdir(tmp_path) == ["adapter"]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def drop_a_tensor(path):
+    tensors = load_file(path)
+    tensors.popitem()
+    save_file(tensors, path)
+
+
+def narrow(path):
+    save_file({name: tensor[..., :2].contiguous() for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("adapter_model.safetensors", truncate, "is damaged or was cut short"),
+        ("adapter_model.safetensors", drop_a_tensor, "1 tensors are missing"),
+        ("adapter_model.safetensors", narrow, "has the shape"),
+        ("adapter_model.safetensors", os.unlink, "the adapter has no adapter_model.safetensors"),
+        ("adapter_config.json", lambda path: path.write_text('{"peft'), "is damaged, it is not JSON"),
+        ("adapter_config.json", lambda path: path.write_text('{"peft_type": "LORA"}'), "one of the type 'LORA'"),
+        ("adapter_config.json", os.unlink, "expected an adapter's directory, found no adapter_config.json"),
+    ],
+)
+def test_damaged_files(adapted, tmp_path, name, damage, message):
+    adapted.save(tmp_path)
+    damage(tmp_path / name)
+    fresh = tiny_llama()
+    before = copy.deepcopy(fresh.state_dict())
+    with pytest.raises(pyreft.ReftError, match=message):
+        pyreft.ReftModel.load(tmp_path, fresh)
+    assert fresh.state_dict().keys() == before.keys()  # the model is as it was
+
+
+def test_an_unknown_class_in_a_file_is_not_imported(adapted, tmp_path):
+    adapted.save(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["representations"][0]["intervention"] = "os.system"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(pyreft.ReftError, match="intervention: expected one of loreft"):
+        pyreft.ReftModel.load(tmp_path, tiny_llama())
