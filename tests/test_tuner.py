@@ -1,19 +1,21 @@
 """What the edits promise on a model: exact no-op, padding, chunks, caches, beams, PEFT's entry points, reload."""
 
 import copy
+import pickle
 
 import peft
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, BertConfig, DynamicCache
 
 import pyreft
 from conftest import pad, shaken, tiny_llama
 from pyreft.interventions import INTERVENTIONS
 
 RULES = ["f2", "l1", "l4", "f2+l3", "f7+l7", "prompt", "all"]
+ROTARY = (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
@@ -375,3 +377,31 @@ def test_an_adapter_for_another_model_is_refused(model, tmp_path):
     for load in (peft.PeftModel.from_pretrained, pyreft.ReftModel.from_pretrained):
         with pytest.raises(pyreft.ReftError, match=r"made for a base model of .*'hidden_size': 32.* this one is .*64"):
             load(tiny_llama(hidden_size=64), tmp_path)
+
+
+def test_an_interrupted_forward_leaves_nothing_behind(model, monkeypatch):
+    adapted = adapt(model, positions="l2")
+    ids = torch.randint(3, 96, (2, 10))
+    expected, base = adapted(ids).logits, tiny_llama().model.layers[0](torch.ones(1, 4, 32), position_embeddings=ROTARY)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.model.norm, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        adapted(ids)
+    assert torch.equal(adapted(ids).logits, expected)
+    assert torch.equal(model.model.layers[0](torch.ones(1, 4, 32), position_embeddings=ROTARY), base)
+
+
+def test_an_adapted_model_can_be_pickled(model):
+    adapted = adapt(model, positions="l2")
+    ids = torch.randint(3, 96, (2, 10))
+    expected = adapted(ids).logits
+    again = pickle.loads(pickle.dumps(adapted))
+    assert torch.equal(again(ids).logits, expected)
+    assert torch.equal(again.generate(input_ids=ids, **GREEDY), adapted.generate(input_ids=ids, **GREEDY))
+
+
+def test_labels_of_a_token_classifier_say_nothing_about_a_prompt():
+    config = BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+    adapted = adapt(AutoModelForTokenClassification.from_config(config).eval(), positions="f3")
+    ids = torch.randint(3, 96, (2, 10))
+    labels = torch.ones_like(ids).index_fill(1, torch.tensor([0]), -100)
+    assert torch.equal(adapted(input_ids=ids, labels=labels).logits, adapted(input_ids=ids).logits)

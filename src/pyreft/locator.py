@@ -82,8 +82,9 @@ class Locator:
         self._generated = False
         self._known: weakref.WeakKeyDictionary[Any, Located] = weakref.WeakKeyDictionary()
         self.removed = False
-        self._running = 0
+        self._running: nn.Module | None = None  # the entry whose forward runs
         self._hooked = False
+        self._causal = hasattr(model, "can_generate") and model.can_generate()
         self._rotations: list[LowRankRotateLayer] = []
         backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
         # some trainers call the backbone directly, without the head
@@ -119,9 +120,9 @@ class Locator:
     # -- around a forward -----------------------------------------------------------------------------------------
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        self._running += 1
-        if self._running > 1:
-            return None
+        if module is not self.model and self._running is self.model:
+            return None  # the backbone, called by the model
+        self._running = module
         if self._generated and kwargs.get("past_key_values") is not None:
             self._hook(False)  # decoding after the last located token: nothing to compute
             return None
@@ -139,18 +140,28 @@ class Locator:
         return (args, kwargs) if given else None
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        self._running -= 1
-        if self._running or self._generating is not None:
+        if module is not self._running:
             return
-        # the backward of gradient checkpointing computes the blocks, and so the edits inside them, once more
-        if not (self.model.training and any(getattr(m, "gradient_checkpointing", False) for m in self.model.modules())):
+        self._running = None
+        if self._generating is not None:
+            return
+        if not self._recomputes():
             for rotation in self._rotations:
                 rotation.forget_graph()
-            self._rotations = []
+            self._rotations, self.windows = [], {}
+            self._hook(False)
         cache = getattr(output, "past_key_values", None)
         if cache is not None and self._located is not None:
             self._known[cache] = self._located
         self._located = None
+
+    def _recomputes(self) -> bool:
+        """Whether the backward will compute the blocks, and so the edits inside them, once more."""
+        return (
+            self.model.training
+            and torch.is_grad_enabled()
+            and any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        )
 
     def _locate(self, given: dict[str, Any], past: int, inputs: Tensor, kwargs: dict) -> Located:
         cache = kwargs.get("past_key_values")
@@ -160,8 +171,8 @@ class Locator:
         mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
         if not (isinstance(mask, Tensor) and mask.shape == (rows, end)):
             mask = inputs.new_ones((rows, end), dtype=torch.bool)
-        if not (isinstance(labels, Tensor) and labels.shape == (rows, end)):
-            labels = None
+        if not (self._causal and isinstance(labels, Tensor) and labels.shape == (rows, end)):
+            labels = None  # none, or not those of a language model
         return self.resolve(mask.bool(), labels, **given)
 
     def _hook(self, wanted: bool) -> None:
@@ -263,7 +274,9 @@ class Locator:
         try:
             return plain(*args, **kwargs)
         finally:
-            self._generating, self._generated, self._running, self._located = None, False, 0, None
+            self._generating, self._generated, self._running, self._located = None, False, None, None
+            self.windows = {}
+            self._hook(False)
 
 
 def _take(rows: Tensor, order: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """`ReftModel`: a PEFT model that also answers to the calls of the original library."""
 
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -39,7 +40,9 @@ class ReftModel(PeftModel):
         autocast_adapter_dtype: bool = False,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
+            warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+            super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._locator: Locator = self.base_model._locator
 
     # -- calls ----------------------------------------------------------------------------------------------------

@@ -59,7 +59,8 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
     @property
     def enabled_adapters(self) -> list[str]:
         """The active adapters that edit here, none while adapters are disabled."""
-        return [] if self.disable_adapters else [name for name in self.active_adapters if name in self]
+        active = cast(list[str], self.active_adapters)
+        return [] if self.disable_adapters else [name for name in active if name in self]
 
     def of(self, adapter_name: str) -> Iterator[tuple[int, Intervention]]:
         """The interventions of an adapter here, each with the number of its representation."""

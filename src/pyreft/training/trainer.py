@@ -21,6 +21,7 @@ class ReftTrainer(Trainer):
         if tokenizer is not None:
             kwargs.setdefault("processing_class", tokenizer)
         super().__init__(*args, **kwargs)
+        self.label_names = self.args.label_names or ["labels"]  # Trainer cannot infer them for a PEFT model
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
