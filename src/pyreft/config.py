@@ -135,6 +135,8 @@ class ReftConfig(PeftConfig):
         share_weights: one intervention for prefix and suffix of `f<n>+l<m>` instead of one each.
         dropout, act_fn, add_bias: see `pyreft.interventions.Intervention`.
         modules_to_save: further modules to train and save, such as a classifier's head.
+        prompt_format: how prompts were written in training from files, for those who ask the adapter later.
+        base_model_shape: type and sizes of the base model, filled in; an adapter fits no other.
 
     Raises:
         ReftError: an unknown rule, intervention or key of a representation.
@@ -157,6 +159,9 @@ class ReftConfig(PeftConfig):
     act_fn: str | None = field(default=None, metadata={"help": "Activation of the learned source."})
     add_bias: bool = field(default=False, metadata={"help": "A bias for the second projection of NoReFT and DiReFT."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
+    prompt_format: str | None = field(
+        default=None, metadata={"help": "How prompts were written in training from files: text, chat or alpaca."}
+    )
     base_model_shape: dict | None = field(
         default=None, metadata={"help": "Type and sizes of the model that the adapter was made for; filled in."}
     )

@@ -1,0 +1,98 @@
+"""Base models by name: load one with its tokenizer, or the one that an adapter was made for."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from . import pocket
+from .checkpoint import read_config, read_shapes
+from .errors import ReftError
+from .model import ReftModel
+
+EMBEDDED = "pocket"  # the name of the model that ships with the package
+
+
+def load_base(name: str | None = None, dtype: str = "auto") -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a causal language model in evaluation mode, and its tokenizer, ready to pad.
+
+    Args:
+        name: a directory, a name on the hub, or `"pocket"` for the embedded model, which is the default.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: as stored on a GPU, float32 on a CPU.
+
+    Raises:
+        ReftError: no such model, an unknown type, or a tokenizer that has neither a padding nor an EOS token.
+    """
+    gpu = torch.cuda.is_available()
+    kinds = {"auto": "auto" if gpu else torch.float32}
+    kinds |= {kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16")}
+    if dtype not in kinds:
+        raise ReftError(f"dtype: expected {', '.join(kinds)}, got {dtype!r}.")
+    tokenizer = load_tokenizer(name)
+    with _explained(name):
+        model = AutoModelForCausalLM.from_pretrained(
+            _path(name), dtype=kinds[dtype], device_map="auto" if gpu else None
+        )
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a base model, with a padding token; see `load_base`."""
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(_path(name))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ReftError(f"model: the tokenizer of {name!r} has neither a padding nor an EOS token; set one in it.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_adapted(
+    adapter: str | os.PathLike, name: str | None = None, dtype: str = "auto"
+) -> tuple[ReftModel, PreTrainedTokenizerBase]:
+    """Return an adapter on its base model, and the tokenizer.
+
+    Args:
+        adapter: the adapter's directory.
+        name: the base model, if not the one that the adapter remembers.
+
+    Raises:
+        ReftError: a damaged adapter, or a base model that is gone or another one.
+    """
+    read_shapes(adapter)  # a damaged file is told before a large model is loaded
+    model, tokenizer = load_base(name or base_of(adapter), dtype)
+    return ReftModel.from_pretrained(model, adapter), tokenizer
+
+
+def base_of(adapter: str | os.PathLike) -> str:
+    """Return the name of the base model that an adapter remembers.
+
+    Raises:
+        ReftError: it remembers none, or a directory that is gone.
+    """
+    name = read_config(adapter).base_model_name_or_path
+    if name is None:
+        raise ReftError(f"{adapter}: the adapter does not say what its base model is; name it.")
+    # an adapter of the embedded model may come from another machine, where the package lies elsewhere
+    if not os.path.isdir(name) and Path(name).parts[-3:] == Path(pocket.path()).parts[-3:]:
+        return EMBEDDED
+    if os.path.isabs(name) and not os.path.isdir(name):
+        raise ReftError(f"{adapter}: its base model {name!r} is not there any more; name the place where it is now.")
+    return name
+
+
+def _path(name: str | None) -> str:
+    return pocket.path() if name in (None, EMBEDDED) else str(name)
+
+
+@contextmanager
+def _explained(name: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ReftError(f"model: none could be loaded from {_path(name)!r}: {first}") from None

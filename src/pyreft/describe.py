@@ -1,0 +1,63 @@
+"""What an adapter's directory holds, in words and numbers: places, parameters, and the edited tokens of a text."""
+
+import math
+import os
+from typing import Any
+
+import torch
+
+from .base import base_of, load_tokenizer
+from .checkpoint import read_config, read_shapes
+from .config import Representation
+from .data.encode import default_format, prompt_text, token_ids
+
+
+def describe(adapter: str | os.PathLike) -> dict[str, Any]:
+    """Return base model, number of parameters and edited places of an adapter, without loading a model.
+
+    Raises:
+        ReftError: not an adapter, or a damaged one.
+    """
+    config = read_config(adapter)
+    groups: dict[tuple, dict[str, Any]] = {}
+    for entry in config.expand((config.base_model_shape or {}).get("num_hidden_layers", 0)):
+        place = {
+            "intervention": entry.intervention,
+            "rank": entry.low_rank_dimension,
+            "component": entry.component,
+            "positions": _rule_name(entry),
+        }
+        groups.setdefault(tuple(place.values()), {**place, "layers": []})["layers"].append(entry.layer)
+    return {
+        "base_model": config.base_model_name_or_path,
+        "base_model_shape": config.base_model_shape,
+        "parameters": sum(map(math.prod, read_shapes(adapter).values())),
+        "prompt_format": config.prompt_format,
+        "places": list(groups.values()),
+    }
+
+
+def located_tokens(adapter: str | os.PathLike, prompt: str, model: str | None = None) -> dict[str, list[dict]]:
+    """Return, for each position rule of an adapter, the tokens of a prompt and which of them are edited.
+
+    The prompt is written as the adapter was trained on; `model` names the base model if not the remembered one.
+    """
+    config = read_config(adapter)
+    tokenizer = load_tokenizer(model or base_of(adapter))
+    form: Any = config.prompt_format or default_format(tokenizer)
+    ids = token_ids(tokenizer, prompt_text(tokenizer, prompt, form))
+    shown: dict[str, list[dict]] = {}
+    for entry in config.expand((config.base_model_shape or {}).get("num_hidden_layers", 0)):
+        rule = entry.rule()
+        if rule is not None:
+            edited = rule.locate(torch.ones(1, len(ids), dtype=torch.bool))[0].tolist()
+            tokens = [tokenizer.decode([token]) for token in ids]
+            shown[_rule_name(entry)] = [
+                {"token": token, "edited": flag} for token, flag in zip(tokens, edited, strict=True)
+            ]
+    return shown
+
+
+def _rule_name(entry: Representation) -> str:
+    name = entry.positions or "given with each call"
+    return f"{name} ({entry.side})" if entry.side else name

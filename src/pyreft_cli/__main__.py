@@ -1,0 +1,5 @@
+"""`python -m pyreft_cli`."""
+
+from .app import main
+
+main()

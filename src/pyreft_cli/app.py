@@ -1,0 +1,44 @@
+"""The `pyreft` command and how it ends: one clear line on an error that the user can mend."""
+
+import errno
+import sys
+
+import typer
+
+from . import ask, demo, info, train
+
+app = typer.Typer(
+    name="pyreft",
+    help="Representation finetuning (ReFT): adapt a frozen language model by small learned edits of its hidden states.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(demo.demo)
+app.command()(train.train)
+app.command()(ask.generate)
+app.command()(ask.chat)
+app.command()(info.info)
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend end it with status 2 and a line on what to do."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        fail("interrupted.", 130)
+    except ValueError as error:
+        if type(error).__name__ != "ReftError":
+            raise
+        fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail("the disk is full. What was complete before is as it was; make room and run the command again.")
+
+
+def fail(message: str, status: int = 2) -> None:
+    """Print an error and end."""
+    print(f"pyreft: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,195 @@
+"""`pyreft generate` and `pyreft chat`: answers of an adapted model."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import Json, Quiet, console, hush, print_json, progress_bar
+
+Option = typer.Option
+Adapter = Annotated[str, Option(help="The adapter's directory.")]
+Model = Annotated[
+    str | None, Option(help="Base model: a hub id or a directory; by default the one the adapter was made for.")
+]
+MaxNewTokens = Annotated[int, Option(help="The most tokens of an answer.", min=1)]
+Temperature = Annotated[float, Option(help="0 takes the likeliest tokens; above, tokens are drawn.", min=0)]
+
+
+def generate(
+    adapter: Adapter,
+    prompt: Annotated[list[str] | None, Option(help="A prompt; may be given several times.")] = None,
+    file: Annotated[
+        Path | None, Option(help="Prompts: lines of a .txt, or the field prompt of .jsonl, .json, .csv.")
+    ] = None,
+    output: Annotated[Path | None, Option(help="Write prompts and answers to this file, as JSON Lines.")] = None,
+    base: Annotated[bool, Option("--base", help="Show the base model's answer, too.")] = False,
+    model: Model = None,
+    batch_size: Annotated[int, Option(help="Prompts answered at once.", min=1)] = 16,
+    max_new_tokens: MaxNewTokens = 64,
+    temperature: Temperature = 0.0,
+    seed: Annotated[int, Option(help="Seed for drawn tokens.")] = 42,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts with an adapter."""
+    hush()
+    from transformers import set_seed
+
+    from pyreft.answers import generate_answers
+    from pyreft.base import load_adapted
+    from pyreft.data.encode import context_length, default_format, prompt_text, token_ids
+    from pyreft.data.files import read_prompts
+    from pyreft.errors import ReftError
+
+    asked = [(text, "") for text in prompt or []] + (read_prompts(file) if file else [])
+    if not asked:
+        raise typer.BadParameter("give a --prompt or a --file of them.")
+    adapted, tokenizer = load_adapted(adapter, model)
+    form: Any = adapted.active_peft_config.prompt_format or default_format(tokenizer)
+    texts = [prompt_text(tokenizer, text, form, given) for text, given in asked]
+    limit = context_length(adapted.get_base_model(), tokenizer)
+    for number, text in enumerate(texts, 1):
+        if (count := len(token_ids(tokenizer, text))) >= limit:
+            raise ReftError(f"Prompt {number} has {count} tokens, the model's context {limit}; shorten it.")
+
+    def run(title: str) -> list[str]:
+        set_seed(seed)
+        answers = []
+        shown = not (quiet or as_json) and len(texts) > batch_size
+        with progress_bar(title, shown=shown, unit="prompts") as move:
+            for answer in generate_answers(
+                adapted,
+                tokenizer,
+                texts,
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+            ):
+                answers.append(answer)
+                move(len(answers), len(texts))
+        return answers
+
+    results = [{"prompt": a[0], "answer": answer} for a, answer in zip(asked, run("Answering"), strict=True)]
+    if base:
+        with adapted.disable_adapter():
+            for result, answer in zip(results, run("Base model"), strict=True):
+                result["base"] = answer
+    if output:
+        output.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results), encoding="utf-8")
+    if as_json:
+        print_json(results)
+    elif not output:
+        for result in results:
+            if len(results) > 1:
+                console.print(f"> {result['prompt']}", markup=False)
+            if base:
+                console.print(f"base:    {result['base']}", markup=False)
+                console.print(f"adapted: {result['answer']}", markup=False)
+            else:
+                console.print(result["answer"], markup=False)
+
+
+CHAT_HELP = """Type a message and press return. /base shows the base model's answer to your last message,
+/reset forgets the conversation, /quit ends it."""
+
+
+def chat(
+    adapter: Adapter,
+    model: Model = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    quiet: Quiet = False,
+) -> None:
+    """Talk to an adapted model; the answers appear as they are made."""
+    hush()
+    from pyreft.base import load_adapted
+    from pyreft.data.encode import default_format
+
+    adapted, tokenizer = load_adapted(adapter, model)
+    form: Any = adapted.active_peft_config.prompt_format or default_format(tokenizer)
+    talk = _Conversation(adapted, tokenizer, form, {"max_new_tokens": max_new_tokens, "temperature": temperature})
+    if not quiet:
+        console.print(CHAT_HELP)
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            break
+        if line == "/quit":
+            break
+        if line == "/reset":
+            talk.turns.clear()
+        elif line == "/base":
+            talk.base()
+        elif line.startswith("/"):
+            console.print(CHAT_HELP)
+        elif line:
+            talk.say(line)
+
+
+class _Conversation:
+    """The turns so far, and how the next answer is made from them."""
+
+    def __init__(self, model: Any, tokenizer: Any, form: Any, options: dict[str, Any]) -> None:
+        self.model, self.tokenizer, self.form, self.options = model, tokenizer, form, options
+        self.turns: list[dict[str, str]] = []
+
+    def say(self, message: str) -> None:
+        """Answer a message and remember both."""
+        self.turns.append({"role": "user", "content": message})
+        try:
+            answer = self._answer()
+        except KeyboardInterrupt:
+            console.print()
+            self.turns.pop()
+            return
+        self.turns.append({"role": "assistant", "content": answer})
+
+    def base(self) -> None:
+        """Show the base model's answer to the last message."""
+        if not self.turns:
+            console.print("There is no message yet.")
+            return
+        answered = self.turns.pop()
+        with self.model.disable_adapter():
+            console.print("base: ", end="")
+            self._answer()
+        self.turns.append(answered)
+
+    def _text(self) -> str:
+        from pyreft.data.encode import chat_text, prompt_text
+
+        if self.form == "chat":
+            return chat_text(self.tokenizer, self.turns)
+        return prompt_text(self.tokenizer, self.turns[-1]["content"], self.form)
+
+    def _answer(self) -> str:
+        """Stream an answer to the turns so far; where they outgrow the context, the oldest are dropped."""
+        import torch
+        from transformers import TextStreamer
+
+        from pyreft.data.encode import context_length, token_ids
+
+        room = context_length(self.model.get_base_model(), self.tokenizer) - self.options["max_new_tokens"]
+        dropped = 0
+        while len(ids := token_ids(self.tokenizer, self._text())) > max(room, 1) and len(self.turns) > 2:
+            del self.turns[:2]
+            dropped += 2
+        if dropped:
+            console.print(f"(The context is full: the first {dropped} turns were forgotten.)")
+        temperature = self.options["temperature"]
+        sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        rows = torch.tensor([ids], device=self.model.get_device())
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        tokens = self.model.generate(
+            input_ids=rows,
+            attention_mask=torch.ones_like(rows),
+            max_new_tokens=self.options["max_new_tokens"],
+            pad_token_id=self.tokenizer.pad_token_id,
+            streamer=streamer,
+            **sampling,
+        )
+        return self.tokenizer.decode(tokens[0, len(ids) :], skip_special_tokens=True)

@@ -1,0 +1,38 @@
+"""`pyreft info`: what an adapter edits."""
+
+from typing import Annotated, Any
+
+import typer
+
+from .output import Json, console, hush, print_json
+
+
+def info(
+    adapter: Annotated[str, typer.Argument(help="The adapter's directory.")],
+    text: Annotated[str | None, typer.Option(help="Show which tokens of this prompt are edited.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Base model for --text, by default the one the adapter was made for.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what an adapter edits, where, with how many parameters, and which tokens of a text."""
+    hush()
+    from pyreft.describe import describe, located_tokens
+
+    facts: dict[str, Any] = describe(adapter)
+    if text is not None:
+        facts["tokens"] = located_tokens(adapter, text, model)
+    if as_json:
+        print_json(facts)
+        return
+    console.print(f"Base model   {facts['base_model']}", markup=False)
+    console.print(f"Parameters   {facts['parameters']:,}")
+    for place in facts["places"]:
+        console.print(
+            f"Edits        {place['intervention']} of rank {place['rank']}, {place['component']} of layers "
+            f"{', '.join(map(str, place['layers']))}, tokens {place['positions']}",
+            markup=False,
+        )
+    for rule, tokens in facts.get("tokens", {}).items():
+        console.print(f"\nTokens of the rule {rule}, the edited ones in brackets:", markup=False)
+        console.print(" ".join(f"[{t['token']}]" if t["edited"] else t["token"] for t in tokens), markup=False)

@@ -1,0 +1,56 @@
+"""What the commands share in printing: a console, a progress bar, JSON for machines."""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but results and errors.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+
+console = Console(highlight=False)
+
+
+def hush() -> None:
+    """Keep the libraries' own bars and notices out of the output; call before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore", module="torch.utils.data")
+    warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def print_json(data: Any) -> None:
+    """Print JSON on standard output."""
+    print(json.dumps(data, ensure_ascii=False, indent=1))
+
+
+@contextmanager
+def progress_bar(title: str, *, shown: bool, unit: str = "steps") -> Iterator[Any]:
+    """Yield a function `(done, total, loss or none)` that moves a bar on standard error."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TextColumn("{task.fields[loss]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task(title, total=None, loss="")
+
+        def move(done: int, total: int, loss: float | None = None) -> None:
+            bar.update(task, completed=done, total=total, loss="" if loss is None else f"loss {loss:.3f}")
+
+        yield move

@@ -1,0 +1,130 @@
+"""`pyreft train`: an adapter from a data file."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import Json, Quiet, console, hush, print_json, progress_bar
+
+Option = typer.Option
+
+
+def train(
+    context: typer.Context,
+    data: Annotated[
+        str | None,
+        Option(
+            help="Examples as .jsonl, .json or .csv with prompt and completion; instruction, input and output; "
+            "or chat messages."
+        ),
+    ] = None,
+    output: Annotated[str | None, Option(help="The directory for the adapter.")] = None,
+    model: Annotated[
+        str | None, Option(help="Base model: a hub id or a directory; by default the embedded one.")
+    ] = None,
+    layers: Annotated[str | None, Option(help="'all', or numbers such as '3;9;18'.  [default: all]")] = None,
+    positions: Annotated[
+        str | None, Option(help="Tokens to edit: f<n>, l<n>, f<n>+l<m>, prompt or all.  [default: f7+l7]")
+    ] = None,
+    rank: Annotated[int | None, Option(help="Rank of the edits.  [default: 8]")] = None,
+    component: Annotated[str | None, Option(help="States to edit.  [default: block_output]")] = None,
+    intervention: Annotated[
+        str | None, Option(help="loreft, noreft, consreft, lobireft, direft or nodireft.  [default: loreft]")
+    ] = None,
+    share_weights: Annotated[
+        bool | None,
+        Option("--share-weights/--no-share-weights", help="One edit for first and last tokens.  [default: share]"),
+    ] = None,
+    dropout: Annotated[float | None, Option(help="Dropout on the edit.  [default: 0]")] = None,
+    epochs: Annotated[float | None, Option(help="Passes over the data.  [default: 10]")] = None,
+    lr: Annotated[float | None, Option(help="Learning rate.  [default: 0.001]")] = None,
+    batch_size: Annotated[int | None, Option(help="Examples in a batch.  [default: 8]")] = None,
+    gradient_accumulation: Annotated[int | None, Option(help="Batches in a step.  [default: 1]")] = None,
+    warmup_ratio: Annotated[float | None, Option(help="Share of the steps to warm up.  [default: 0]")] = None,
+    weight_decay: Annotated[float | None, Option(help="Weight decay.  [default: 0]")] = None,
+    max_length: Annotated[int | None, Option(help="Most tokens of a row.  [default: the model's context]")] = None,
+    format: Annotated[
+        str | None,
+        Option(
+            help="How prompts are written: 'text' as they stand, 'chat' in the tokenizer's chat template, 'alpaca'.  "
+            "[default: as the data says, else chat if there is a template]"
+        ),
+    ] = None,
+    validation: Annotated[str | None, Option(help="A file of examples to measure the loss on.")] = None,
+    validation_split: Annotated[float | None, Option(help="Or the share of the data to hold out for it.")] = None,
+    dtype: Annotated[str | None, Option(help="Of the base model: float32, bfloat16, float16 or auto.")] = None,
+    seed: Annotated[int | None, Option(help="Seed.  [default: 42]")] = None,
+    save_steps: Annotated[
+        int | None, Option(help="Steps between checkpoints.  [default: a tenth of the training]")
+    ] = None,
+    resume: Annotated[bool | None, Option("--resume", help="Go on from the last checkpoint in the output.")] = None,
+    overwrite: Annotated[bool | None, Option("--overwrite", help="Replace the adapter in the output.")] = None,
+    config: Annotated[Path | None, Option(help="A YAML file with any of these options; those given here win.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter on a file of examples.
+
+    Everything is checked before the training starts. The output directory then holds the adapter, the loss as a
+    table and a picture, and the last checkpoints.
+    """
+    given = {key: value for key, value in context.params.items() if key not in ("config", "quiet", "as_json")}
+    settings = {**_read_config(config), **{key: value for key, value in given.items() if value is not None}}
+    hush()
+    from pyreft.training.job import PreparedJob, TrainingJob
+
+    job = TrainingJob.from_settings(settings, str(config or "train"))
+    shown = not (quiet or as_json)
+    prepared = PreparedJob(job)
+    if shown:
+        _describe(prepared)
+    with progress_bar("Training", shown=shown) as move:
+        try:
+            result = prepared.train(move)
+        except KeyboardInterrupt:
+            last = prepared.last_checkpoint()
+            kept = f"The last checkpoint is {last}; go on with --resume." if last else "There is no checkpoint yet."
+            typer.echo(f"pyreft: interrupted. {kept}", err=True)
+            raise typer.Exit(130) from None
+    if as_json:
+        print_json(result)
+    elif shown:
+        _tell(result)
+
+
+def _describe(prepared: Any) -> None:
+    if prepared.format == "chat" and prepared.examples[0].format == "text":
+        console.print("Prompts are wrapped in the tokenizer's chat template (--format text takes them as they stand).")
+    total = prepared.model.get_base_model().num_parameters()
+    trained = prepared.model.count_parameters()
+    console.print(
+        f"{len(prepared.rows)} examples, {len(prepared.validation)} to validate on; "
+        f"{trained:,} of {total:,} parameters ({100 * trained / total:.3f} %)."
+    )
+
+
+def _tell(result: dict[str, Any]) -> None:
+    loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
+    if result["validation_loss"] is not None:
+        loss += f", validation loss {result['validation_loss']:.4f}"
+    console.print(f"Trained {result['steps']} steps in {result['seconds']:.1f} s{loss}.")
+    console.print(f"The adapter is in {result['output']}, its loss in loss.csv", end="")
+    console.print(" and loss.png." if result["plot"] else "; for a picture of it, install pyreft[plot].")
+    console.print(f'Try: pyreft generate --adapter {result["output"]} --prompt "..."')
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}.", param_hint="--config") from None
+    except yaml.YAMLError as error:
+        raise typer.BadParameter(f"{path} is not valid YAML: {error}", param_hint="--config") from None
+    if not isinstance(settings, dict):
+        raise typer.BadParameter(f"{path} should hold 'name: value' lines.", param_hint="--config")
+    return {str(name).replace("-", "_"): value for name, value in settings.items()}

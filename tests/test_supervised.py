@@ -1,0 +1,88 @@
+"""Prompts and answers to token ids, labels and locations; the collator."""
+
+import pytest
+import torch
+from transformers import DataCollatorForSeq2Seq
+
+import pyreft
+from pyreft import pocket
+from pyreft.data.supervised import encode_pair
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pocket.load()[1]
+
+
+PROMPTS = [pocket.PROMPT_TEMPLATE % q for q in ("What is a cat?", "Where does the old green turtle live?", "Why?")]
+ANSWERS = ["🐱🐾", "In the sea.", "So."]
+
+
+def rows(module):
+    return [module["train_dataset"][i] for i in range(len(PROMPTS))]
+
+
+def test_last_position(tokenizer):
+    module = pyreft.make_last_position_supervised_data_module(tokenizer, None, PROMPTS, ANSWERS, num_interventions=2)
+    assert module["eval_dataset"] is None
+    for row, prompt, answer in zip(rows(module), PROMPTS, ANSWERS, strict=True):
+        length = len(tokenizer(prompt)["input_ids"])
+        assert row["input_ids"] == tokenizer(prompt + answer + tokenizer.eos_token)["input_ids"]
+        assert row["labels"] == [-100] * length + row["input_ids"][length:]
+        assert row["labels"][-1] == tokenizer.eos_token_id
+        assert row["intervention_locations"] == [[length - 1]] * 2
+
+
+def test_several_positions_and_no_end(tokenizer):
+    module = pyreft.make_multiple_position_supervised_data_module(
+        tokenizer, None, PROMPTS, ANSWERS, positions="f2+l1", num_interventions=2, nonstop=True
+    )
+    for row, prompt in zip(rows(module), PROMPTS, strict=True):
+        length = len(tokenizer(prompt)["input_ids"])
+        assert row["intervention_locations"] == [[0, 1], [length - 1, -1]]
+        assert row["labels"][-1] != tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_locations_move_with_the_padding(tokenizer, side):
+    tokenizer.padding_side = side
+    module = pyreft.make_last_position_supervised_data_module(tokenizer, None, PROMPTS, ANSWERS)
+    batch = module["data_collator"](rows(module))
+    assert {key: value.dtype for key, value in batch.items()} == dict.fromkeys(batch, torch.int64)
+    for row, prompt in enumerate(PROMPTS):
+        at = batch["intervention_locations"][row, 0, 0]
+        last = tokenizer(prompt)["input_ids"][-1]
+        assert batch["input_ids"][row, at] == last
+        assert batch["labels"][row, at] == -100
+        assert batch["labels"][row, at + 1] >= 0
+    tokenizer.padding_side = "right"
+
+
+def test_ragged_locations_are_filled(tokenizer):
+    collator = pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer))
+    ragged = [{"input_ids": [5, 6], "labels": [5, 6], "intervention_locations": [[0], [0, 1]]}] * 2
+    assert collator(ragged)["intervention_locations"].tolist() == [[[0, -1], [0, 1]]] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "message"),
+    [
+        ({"pad_token": None}, PROMPTS, "set tokenizer.pad_token = tokenizer.eos_token first"),
+        ({"eos_token": None}, PROMPTS, "set tokenizer.eos_token, or pass nonstop=True"),
+        ({"model_max_length": 6}, PROMPTS, "Example 0: the prompt of 6 tokens leaves no room"),
+        ({}, PROMPTS[:2], "Expected as many answers as prompts, at least one, got 2 and 3"),
+    ],
+)
+def test_bad_input(changes, prompts, message):
+    tokenizer = pocket.load()[1]
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    with pytest.raises(pyreft.ReftError, match=message):
+        pyreft.make_last_position_supervised_data_module(tokenizer, None, prompts, ANSWERS)
+
+
+def test_the_prompt_is_counted_with_its_own_tokens(tokenizer):
+    ids, length = encode_pair(tokenizer, PROMPTS[0], ANSWERS[0])
+    assert ids[:length] == tokenizer(PROMPTS[0])["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert ids[1] != tokenizer.bos_token_id

@@ -1,0 +1,95 @@
+"""The trainers: columns that say where to edit, checkpoints that are complete adapters, resume."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+import pyreft
+from conftest import tiny_llama
+from pyreft import pocket
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return pocket.load()[1]
+
+
+def examples(locations):
+    """A task with an answer that the prompt alone does not tell: the id after the prompt is always 7."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(10, 96, (n % 5 + 2,), generator=generator).tolist() for n in range(16)]
+    columns = {"input_ids": [p + [7, 8] for p in prompts], "labels": [[-100] * len(p) + [7, 8] for p in prompts]}
+    if locations:
+        columns["intervention_locations"] = [[[len(p) - 1]] * 4 for p in prompts]
+    return Dataset.from_dict(columns)
+
+
+def arguments(directory, **changes):
+    defaults = {
+        "output_dir": str(directory),
+        "num_train_epochs": 6,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 0.02,
+        "save_steps": 6,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    return TrainingArguments(**defaults | changes)
+
+
+def trained(tokenizer, directory, locations=False, resume=None, **changes):
+    torch.manual_seed(1)
+    config = pyreft.ReftConfig(positions="l1", low_rank_dimension=4)
+    adapted = pyreft.get_reft_model(tiny_llama(), config)
+    trainer = pyreft.ReftTrainerForCausalLM(
+        model=adapted,
+        tokenizer=tokenizer,
+        args=arguments(directory, **changes),
+        train_dataset=examples(locations),
+        eval_dataset=examples(locations),
+        data_collator=pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer)),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, adapted
+
+
+def weights(adapted):
+    return [p.detach() for p in adapted.parameters() if p.requires_grad]
+
+
+def test_a_rule_and_its_locations_train_the_same(tokenizer, tmp_path):
+    by_rule, first = trained(tokenizer, tmp_path / "rule")
+    by_locations, second = trained(tokenizer, tmp_path / "locations", locations=True)
+    for one, other in zip(weights(first), weights(second), strict=True):
+        assert torch.equal(one, other)
+    losses = [entry["loss"] for entry in by_rule.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+    assert by_rule.evaluate()["eval_loss"] == by_locations.evaluate()["eval_loss"]
+
+
+def test_a_checkpoint_is_an_adapter_and_training_goes_on_from_it(tokenizer, tmp_path):
+    _, whole = trained(tokenizer, tmp_path / "whole")
+    half = tmp_path / "whole" / "checkpoint-6"
+    assert pyreft.ReftModel.load(half, tiny_llama()).count_parameters() == whole.count_parameters()
+    _, resumed = trained(tokenizer, tmp_path / "resumed", resume=str(half))
+    for one, other in zip(weights(whole), weights(resumed), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_transformers_own_trainer_takes_an_adapted_model(tokenizer, tmp_path):
+    adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4))
+    trainer = Trainer(
+        model=adapted,
+        args=arguments(tmp_path, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True),
+        train_dataset=examples(False),
+        eval_dataset=examples(False),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    trainer.train()
+    best = pyreft.ReftModel.load(trainer.state.best_model_checkpoint, tiny_llama())
+    for one, other in zip(weights(adapted), weights(best), strict=True):
+        assert torch.equal(one, other)
