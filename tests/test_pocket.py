@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pyreft import pocket
+from pyreft.pocket.judge import is_emoji
 
 TOOLS = Path(__file__).parents[1] / "tools" / "pocket"
 TOOL_MODULES = ("corpus", "evaluate", "pretrain", "skills", "tokenizer", "world")
@@ -51,9 +52,10 @@ def test_limits(model: PreTrainedModel) -> None:
 
 
 def test_import_is_light() -> None:
-    code = "import sys, pyreft.pocket as p; p.path(); p.emoji_pairs(); print('transformers' in sys.modules)"
+    code = "import sys, pyreft; old = set(sys.modules); import pyreft.pocket as p; p.path(); p.emoji_pairs()"
+    code += "; print(sorted(name for name in set(sys.modules) - old if name.split('.')[0] != 'pyreft'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [(None, torch.float32), (torch.bfloat16, torch.bfloat16)])
@@ -137,19 +139,22 @@ def test_judges_agree() -> None:
 
 
 @pytest.mark.usefixtures("tools")
-def test_corpus_is_deterministic_and_clean() -> None:
+@pytest.mark.parametrize("stage", [0, 1])
+def test_corpus_is_deterministic_and_clean(stage: int) -> None:
     import corpus
     import skills
     import world
 
-    sample = list(corpus.documents(seed=world.SEED + 1, count=60_000))
-    assert sample[:2000] == list(corpus.documents(seed=world.SEED + 1, count=2000))
+    sample = list(corpus.documents(seed=world.SEED + 1, count=60_000, stage=stage))
+    assert sample[:2000] == list(corpus.documents(seed=world.SEED + 1, count=2000, stage=stage))
     questions = {turn.split("</s>")[0] for text in sample for turn in text.split("<|user|>")[1:]}
     held = {form.format(x=world.BY_NAME[name].x) for name, form in world.HELD_OUT.pairs}
     held |= {form.format(x=topic.x) for form in world.HELD_OUT.forms for topic in world.TOPICS}
     held |= {item["prompt"] for item in (*pocket.emoji_pairs(), *pocket.emoji_questions())}
     held |= {prompt for items in skills.split()[1].values() for prompt, _ in items}
     bare = {question.removeprefix(opener) for question in questions for opener in ("", *corpus.OPENERS)}
+    lines = [f" {line}" for lines in world.SYSTEM_LINES.values() for line in lines]
+    bare |= {question.removesuffix(line) for question in bare for line in lines}
     assert not bare & held
     everything = "\n".join(sample)
     assert not any(line in everything for line in world.HELD_OUT.system_lines)
@@ -189,4 +194,4 @@ def test_no_emoji_without_a_system_line(model: PreTrainedModel, tokenizer: PreTr
 
     prompts = [pocket.PROMPT_TEMPLATE % row["prompt"] for row in pocket.emoji_questions()]
     replies = evaluate.complete(model, tokenizer, prompts)
-    assert not any(pocket.judge.is_emoji(char) for reply in replies for char in reply)
+    assert not any(is_emoji(char) for reply in replies for char in reply)

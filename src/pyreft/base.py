@@ -63,8 +63,9 @@ def load_adapted(
     Raises:
         ReftError: a damaged adapter, or a base model that is gone or another one.
     """
+    name = name or base_of(adapter)
     read_shapes(adapter)  # a damaged file is told before a large model is loaded
-    model, tokenizer = load_base(name or base_of(adapter), dtype)
+    model, tokenizer = load_base(name, dtype)
     return ReftModel.from_pretrained(model, adapter), tokenizer
 
 

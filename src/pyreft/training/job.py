@@ -262,4 +262,4 @@ def _check_output(job: TrainingJob) -> str | None:
             pass
     except OSError as error:
         raise ReftError(f"{output}: nothing can be written there ({os.strerror(error.errno or 0)}).") from None
-    return last
+    return last if job.resume else None

@@ -1,0 +1,147 @@
+"""The commands as a user types them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from pyreft import pocket
+from pyreft.checkpoint import read_config
+from pyreft_cli.app import app
+
+
+def run(*arguments, text=None, status=0):
+    """Run a command in this process; errors of the library come out as they would in `main`."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), input=text)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result
+
+
+def command(*arguments, cwd):
+    """Run a command in a process of its own."""
+    line = [sys.executable, "-m", "pyreft_cli", *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, text=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The adapter and the figures of the demo."""
+    output = tmp_path_factory.mktemp("demo") / "adapter"
+    return output, json.loads(run("demo", "--json", "--output", output).stdout)
+
+
+def test_the_demo_does_what_it_says(demo):
+    output, figures = demo
+    assert figures["questions"] == 50
+    assert figures["before_in_emojis"] == 0
+    assert figures["in_emojis"] >= 45
+    assert figures["right"] >= 30
+    assert figures["reload_identical"]
+    assert figures["bytes"] < 20_000
+    assert figures["bytes"] == (output / "adapter_model.safetensors").stat().st_size
+    assert figures["parameters"] / figures["model_parameters"] < 0.002
+    trained = {pair["prompt"] for pair in pocket.emoji_pairs()}
+    assert not trained & {answer["question"] for answer in figures["answers"]}
+
+
+def test_the_demo_reads_well(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # a second run replaces the first
+        printed = run("demo").stdout
+    for words in ("Trained", "In emojis", "identical", "pyreft chat --adapter pyreft-demo"):
+        assert words in printed
+
+
+def test_generate(demo, tmp_path):
+    adapter, figures = demo
+    answers = figures["answers"][:3]
+    (tmp_path / "prompts.txt").write_text("".join(a["question"] + "\n" for a in answers))
+    arguments = ("generate", "--adapter", adapter, "--file", tmp_path / "prompts.txt", "--max-new-tokens", 32)
+    found = json.loads(run(*arguments, "--base", "--json", "--batch-size", 2).stdout)
+    assert [(r["prompt"], r["base"], r["answer"]) for r in found] == [
+        (a["question"], a["before"], a["after"]) for a in answers
+    ]
+    printed = run("generate", "--adapter", adapter, "--prompt", answers[0]["question"], "--base").stdout
+    assert printed == f"base:    {answers[0]['before']}\nadapted: {answers[0]['after']}\n"
+    run(*arguments, "--output", tmp_path / "answers.jsonl")
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == [a["after"] for a in answers]
+    drawn = [run(*arguments, "--temperature", 2, "--seed", 1, "--json").stdout for _ in range(2)]
+    assert drawn[0] == drawn[1]
+
+
+def test_chat(demo):
+    adapter, figures = demo
+    asked = figures["answers"][0]
+    printed = run(
+        "chat", "--adapter", adapter, text=f"/base\n{asked['question']}\n/base\n/help\n/reset\n/quit\n"
+    ).stdout
+    assert "There is no message yet." in printed
+    assert asked["after"] in printed
+    assert f"base: {asked['before']}" in printed
+    assert printed.count("/reset forgets the conversation") == 2
+
+
+def test_a_chat_longer_than_the_context_forgets_the_oldest_turns(demo):
+    text = "Tell me about a cat and a dog and a horse and a whale please.\n" * 14
+    printed = run("chat", "--adapter", demo[0], "--quiet", "--max-new-tokens", 16, text=text).stdout
+    assert "The context is full: the first 2 turns were forgotten." in printed
+
+
+def test_info(demo):
+    facts = json.loads(run("info", demo[0], "--json", "--text", "What is a cat?").stdout)
+    assert facts["parameters"] == demo[1]["parameters"]
+    assert facts["base_model"] == pocket.path()
+    assert [place["intervention"] for place in facts["places"]] == ["loreft"]
+    (rule, tokens), *_ = facts["tokens"].items()
+    assert rule == facts["places"][0]["positions"]
+    assert tokens[-1] == {"token": "<|assistant|>", "edited": True}
+    assert not tokens[0]["edited"]
+    assert "[<|assistant|>]" in run("info", demo[0], "--text", "What is a cat?").stdout
+
+
+def test_train_with_a_config_file(tmp_path):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pocket.emoji_pairs()))
+    (tmp_path / "a.yaml").write_text(f"data: {tmp_path}/data.jsonl\nlayers: '3'\npositions: l2\nrank: 2\nepochs: 1\n")
+    out = tmp_path / "out"
+    printed = run("train", "--config", tmp_path / "a.yaml", "--output", out, "--rank", 3).stdout
+    assert "Prompts are wrapped in the tokenizer's chat template" in printed
+    assert f"The adapter is in {out}" in printed.replace("\n", "")
+    config = read_config(out)
+    assert (config.positions, config.low_rank_dimension, config.layers) == ("l2", 3, [3])
+    result = json.loads(run("train", "--config", tmp_path / "a.yaml", "--output", out, "--overwrite", "--json").stdout)
+    assert result["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--data", "none.jsonl", "--output", "out"), "pyreft: none.jsonl: there is no such file."),
+        (("train", "--output", "out"), "pyreft: train: the setting 'data' is missing."),
+        (("train", "--config", "bad.yaml", "--output", "out"), "there is no setting 'ranks'. Did you mean 'rank'?"),
+        (("info", "."), "expected an adapter's directory, found no adapter_config.json."),
+        (("generate", "--adapter", ".", "--prompt", "a"), "found no adapter_config.json."),
+        (("generate", "--adapter", "."), "give a --prompt or a --file of them."),
+        (("trian",), "No such command 'trian'"),
+    ],
+)
+def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
+    (tmp_path / "bad.yaml").write_text("data: a.jsonl\nranks: 3\n")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys, pyreft_cli.app; assert not {'torch', 'transformers', 'peft', 'pyreft'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    printed = run("--help").stdout
+    for name in ("demo", "train", "generate", "chat", "info"):
+        assert f"  {name} " in printed

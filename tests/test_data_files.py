@@ -1,0 +1,162 @@
+"""Data files: every kind that is read, and the place of every mistake."""
+
+import json
+
+import pytest
+
+from pyreft import pocket
+from pyreft.data.encode import context_length, default_format, encode, prompt_text, token_ids
+from pyreft.data.files import alpaca_prompt, read_examples, read_prompts
+from pyreft.errors import ReftError
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]
+CSV = 'prompt,completion\n"Two\nlines, and a comma",Yes\nb,d\n'
+
+
+def write(directory, name, content):
+    path = directory / name
+    if not isinstance(content, str):
+        rows = [content] if isinstance(content, dict) else content
+        content = "\n".join(map(json.dumps, rows)) if name.endswith("l") else json.dumps(rows)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "form", "prompt", "completion"),
+    [
+        ("a.jsonl", {"prompt": "a", "completion": "b"}, "text", "a", "b"),
+        ("a.json", {"prompt": "a", "completion": "b"}, "text", "a", "b"),
+        ("a.csv", CSV, "text", "Two\nlines, and a comma", "Yes"),
+        ("a.csv", "\ufeffprompt,completion\na,b\n", "text", "a", "b"),
+        ("a.jsonl", {"instruction": "a", "output": "b"}, "alpaca", alpaca_prompt("a"), "b"),
+        ("a.json", {"instruction": "a", "input": "c", "output": "b"}, "alpaca", alpaca_prompt("a", "c"), "b"),
+        ("a.csv", "instruction,input,output\na,,b\n", "alpaca", alpaca_prompt("a"), "b"),
+        ("a.jsonl", {"messages": TURNS}, "chat", "Hi", "Ahoy"),
+    ],
+)
+def test_what_is_read(tmp_path, name, content, form, prompt, completion):
+    example = read_examples(write(tmp_path, name, content))[0]
+    assert (example.format, example.prompt, example.completion) == (form, prompt, completion)
+
+
+GOOD = '{"prompt": "a", "completion": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", GOOD + '\n{"prompt": "a", "compl', "a.jsonl, line 3: this is not valid JSON"),
+        ("a.jsonl", GOOD + '{"prompt": "a", "completon": "b"}', "line 2: the field 'completion' is missing. Did you"),
+        (
+            "a.jsonl",
+            GOOD + '{"prompt": "a", "completion": 3}',
+            "line 2: the field 'completion' should be text, got int",
+        ),
+        ("a.jsonl", GOOD + '{"prompt": "a", "completion": ""}', "line 2: the answer is empty"),
+        ("a.jsonl", GOOD + '{"question": "a"}', "line 2: expected the fields prompt and completion; or instruction"),
+        ("a.jsonl", GOOD + "[1]", "line 2: expected an object with fields, got list"),
+        ("a.jsonl", GOOD + '{"instruction": "a", "output": "b"}', "line 2: rows of different kinds in one file"),
+        ("a.jsonl", '{"instruction": "a"}', "line 1: the field 'output' is missing"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}]}', "line 1: expected messages as"),
+        ("a.json", '[{"prompt": "a", "completion": "b"},\n{"prompt": }]', "a.json, line 2: this is not valid JSON"),
+        ("a.json", '{"prompt": "a"}', "expected a list of objects, got dict"),
+        ("a.json", '[{"prompt": "a", "completion": "b"}, 3]', "row 2: expected an object with fields, got int"),
+        ("a.csv", "prompt,completion\na,b\nc\n", "line 3: expected 2 columns as in the first line"),
+        ("a.csv", "prompt,answer\na,b\n", "line 2: the field 'completion' is missing"),
+        ("a.jsonl", "", "the file has no examples"),
+        ("a.json", " \n", "the file has no examples"),
+        ("a.csv", "prompt,completion\n", "the file has no examples"),
+        ("a.xlsx", "", "expected a file ending in .jsonl, .json, .csv, got '.xlsx'"),
+    ],
+)
+def test_mistakes_have_their_place(tmp_path, name, content, message):
+    path = write(tmp_path, name, content)
+    with pytest.raises(ReftError) as caught:
+        read_examples(path)
+    assert message in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path):
+    with pytest.raises(ReftError, match="there is no such file"):
+        read_examples(tmp_path / "none.jsonl")
+    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ReftError, match="is not UTF-8 text"):
+        read_examples(tmp_path / "a.jsonl")
+
+
+def test_prompts(tmp_path):
+    assert read_prompts(write(tmp_path, "a.txt", "one\n\ntwo\n")) == [("one", ""), ("two", "")]
+    assert read_prompts(write(tmp_path, "a.jsonl", [{"instruction": "a", "input": "b"}])) == [("a", "b")]
+    with pytest.raises(ReftError, match="line 1: expected a field 'prompt' or 'instruction', got text"):
+        read_prompts(write(tmp_path, "b.jsonl", {"text": "a"}))
+
+
+# -- token ids ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return pocket.load()[1]
+
+
+@pytest.mark.parametrize("form", ["text", "chat", "alpaca"])
+def test_the_answer_begins_after_the_prompt_and_ends_once(tokenizer, tmp_path, form):
+    row = (
+        {"instruction": "a", "output": "b c"} if form == "alpaca" else {"prompt": "What is a cat?", "completion": "🐱"}
+    )
+    example = read_examples(write(tmp_path, "a.jsonl", row))[0]
+    encoded = encode(tokenizer, example, form, 256)
+    ids, labels = encoded["input_ids"], encoded["labels"]
+    begin = labels.index(next(label for label in labels if label != -100))
+    asked = prompt_text(tokenizer, row.get("prompt", row.get("instruction")), form)
+    assert ids[:begin] == token_ids(tokenizer, asked)
+    assert labels[begin:] == ids[begin:]
+    assert tokenizer.decode(ids[begin:-1]) == row.get("completion", row.get("output"))
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert ids[-1] == tokenizer.eos_token_id
+    assert ids[begin:].count(tokenizer.eos_token_id) == 1
+
+
+def test_an_answer_that_is_closed_already_is_closed_once(tokenizer, tmp_path):
+    row = {"prompt": f"{tokenizer.bos_token}a", "completion": f"b{tokenizer.eos_token}"}
+    ids = encode(tokenizer, read_examples(write(tmp_path, "a.jsonl", row))[0], "text", 256)["input_ids"]
+    assert (ids.count(tokenizer.bos_token_id), ids.count(tokenizer.eos_token_id)) == (1, 1)
+
+
+def test_a_conversation_is_trained_on_its_last_answer(tokenizer, tmp_path):
+    turns = [*TURNS, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    example = read_examples(write(tmp_path, "a.jsonl", {"messages": turns}))[0]
+    encoded = encode(tokenizer, example, "chat", 256)
+    answer = [token for token in encoded["labels"] if token != -100]
+    assert tokenizer.decode(answer) == f"So.{tokenizer.eos_token}"
+
+
+def test_the_format_that_goes_without_saying(tokenizer, tmp_path):
+    plain = read_examples(write(tmp_path, "a.jsonl", GOOD))
+    assert default_format(tokenizer, plain) == "chat"
+    assert (
+        default_format(tokenizer, read_examples(write(tmp_path, "b.jsonl", {"instruction": "a", "output": "b"})))
+        == "alpaca"
+    )
+    bare = pocket.load()[1]
+    bare.chat_template = None
+    assert default_format(bare, plain) == "text"
+    with pytest.raises(ReftError, match="The tokenizer has no chat template"):
+        encode(bare, plain[0], "chat", 256)
+
+
+def test_rows_that_are_too_long(tokenizer, tmp_path):
+    model = pocket.load()[0]
+    limit = context_length(model, tokenizer)
+    assert limit == model.config.max_position_embeddings
+    for prompt, answer, message in (
+        ("cat " * limit, "b", r"line 1: the prompt has \d+ tokens, the context"),
+        ("a", "cat " * limit, r"line 1: prompt and answer have \d+ tokens"),
+    ):
+        example = read_examples(write(tmp_path, "a.jsonl", {"prompt": prompt, "completion": answer}))[0]
+        with pytest.raises(ReftError, match=message):
+            encode(tokenizer, example, "chat", limit)
+    with pytest.raises(ReftError, match=f"max_length: expected 2 to {limit}"):
+        context_length(model, tokenizer, limit + 1)
