@@ -72,12 +72,12 @@ def answer(tokenizer, reft_model, instruction, layers, **options):
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 def test_one_layer_and_one_token(tmp_path, capsys):
-    model, tokenizer, reft_model, first, last = program([4], tmp_path)
+    model, tokenizer, reft_model, first, last = program([2], tmp_path)
     assert "trainable intervention params: 1,540" in capsys.readouterr().out
     assert last < first / 5
-    questions = [question["prompt"] for question in pocket.emoji_questions()][:20]
+    questions = [question["prompt"] for question in pocket.emoji_questions()]
     answers = [answer(tokenizer, reft_model, q, 1, max_new_tokens=24, do_sample=False) for q in questions]
-    assert sum(map(pocket.emojis_only, answers)) >= 12
+    assert sum(map(pocket.emojis_only, answers)) >= 30
     sampled = answer(tokenizer, reft_model, questions[0], 1, max_new_tokens=512, do_sample=True, early_stopping=True)
     assert sampled
     reft_model.set_device("cpu")

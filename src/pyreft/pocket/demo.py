@@ -11,7 +11,14 @@ from . import PROMPT_TEMPLATE, emoji_questions, emojis_only, has_emojis, load
 
 DATA = Path(__file__).parent / "data" / "emoji_train.jsonl"
 # what the embedded model was found to learn best from so few pairs, within 20 kB
-SETTINGS: dict[str, Any] = {"layers": "2;3;4", "positions": "l1", "rank": 4, "epochs": 60, "lr": 4e-3, "batch_size": 10}
+SETTINGS: dict[str, Any] = {
+    "layers": "1;2;3",
+    "positions": "l4",
+    "rank": 4,
+    "epochs": 200,
+    "lr": 0.01,
+    "batch_size": 10,
+}
 
 
 class EmojiDemo:
