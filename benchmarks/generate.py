@@ -1,12 +1,16 @@
-"""What prompt-only edits cost in generation: an adapted model against its base, in pairs.
+"""What prompt-only edits cost in generation: an adapted model against its base, in pairs, and LoRA beside it.
 
 python benchmarks/generate.py
 """
 
 import argparse
+import copy
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import pyreft
@@ -20,27 +24,37 @@ def random_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=16000, eos_token_id=None, **sizes)).eval()
 
 
-def measure(name: str, make: object, positions: str, tokens: int, runs: int) -> dict:
+def reft(positions: str) -> pyreft.ReftConfig:
+    return pyreft.ReftConfig(layers="all", positions=positions, low_rank_dimension=4)
+
+
+METHODS = {
+    "ReFT, l1": reft("l1"),
+    "ReFT, f7+l7": reft("f7+l7"),
+    "LoRA r8 q,v, not merged": LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
+}
+
+
+def measure(name: str, make: Callable[[], Any], method: str, tokens: int, runs: int) -> dict:
     torch.manual_seed(0)
     base, edited = make(), make()
     edited.load_state_dict(base.state_dict())
-    config = pyreft.ReftConfig(layers="all", positions=positions, low_rank_dimension=4)
-    edited = pyreft.get_reft_model(edited, config).eval()
+    edited = get_peft_model(edited, copy.deepcopy(METHODS[method])).eval()
     ids = torch.randint(10, 1000, (1, 32))
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
 
-    def run(model: torch.nn.Module) -> object:
+    def run(model: Any) -> Callable[[], object]:
         return lambda: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
 
     times = paired(run(edited), run(base), runs=runs)
     return {
         "model": name,
         "parameters (M)": base.num_parameters() / 1e6,
-        "positions": positions,
+        "method": method,
         "new tokens": tokens,
-        "edited (s)": statistics.median(times[0]),
+        "adapted (s)": statistics.median(times[0]),
         "base (s)": statistics.median(times[1]),
-        "edited / base": ratio(times),
+        "adapted / base": ratio(times),
     }
 
 
@@ -50,9 +64,9 @@ def main() -> None:
     runs = parser.parse_args().runs
     torch.set_num_threads(2)
     rows = [
-        measure(name, make, positions, tokens, runs)
+        measure(name, make, method, tokens, runs)
         for name, make, tokens in (("embedded", lambda: pocket.load()[0], 128), ("random Llama", random_llama, 64))
-        for positions in ("l1", "f7+l7")
+        for method in METHODS
     ]
     report("generate", rows)
 

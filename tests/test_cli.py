@@ -1,5 +1,6 @@
 """The commands as a user types them."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -92,6 +93,12 @@ def test_a_chat_longer_than_the_context_forgets_the_oldest_turns(demo):
     assert "The context is full: the first 2 turns were forgotten." in printed
 
 
+def test_a_message_longer_than_the_context_is_told(demo):
+    printed = run("chat", "--adapter", demo[0], "--quiet", text=f"{'cat ' * 300}\nWhat is a cat?\n").stdout
+    assert "The message has 305 tokens, the model's context 256; shorten it." in printed.replace("\n", " ")
+    assert any(pocket.emojis_only(line) for line in printed.splitlines())
+
+
 def test_info(demo):
     facts = json.loads(run("info", demo[0], "--json", "--text", "What is a cat?").stdout)
     assert facts["parameters"] == demo[1]["parameters"]
@@ -117,9 +124,25 @@ def test_train_with_a_config_file(tmp_path):
     assert result["steps"] == 2
 
 
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "full"), 2)])
+def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, error, status):
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pocket.emoji_pairs()))
+
+    def stop(*_):
+        raise error
+
+    monkeypatch.setattr("pyreft.model.ReftModel.save", stop)
+    arguments = ("--data", tmp_path / "data.jsonl", "--layers", 3, "--epochs", 1, "--save-steps", 1)
+    result = run("train", *arguments, "--output", tmp_path / "out", status=status)
+    assert "interrupted" in result.stderr if status == 130 else "the disk is full" in result.stderr
+    assert f"The last checkpoint is {tmp_path / 'out' / 'checkpoints' / 'checkpoint-2'}; go on with" in result.stderr
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("generate", "--adapter", ".", "--prompt", "a", "--output", "no/such.jsonl"), "no is not a directory"),
         (("train", "--data", "none.jsonl", "--output", "out"), "pyreft: none.jsonl: there is no such file."),
         (("train", "--output", "out"), "pyreft: train: the setting 'data' is missing."),
         (("train", "--config", "bad.yaml", "--output", "out"), "there is no setting 'ranks'. Did you mean 'rank'?"),

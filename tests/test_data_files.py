@@ -33,6 +33,8 @@ def write(directory, name, content):
         ("a.json", {"instruction": "a", "input": "c", "output": "b"}, "alpaca", alpaca_prompt("a", "c"), "b"),
         ("a.csv", "instruction,input,output\na,,b\n", "alpaca", alpaca_prompt("a"), "b"),
         ("a.jsonl", {"messages": TURNS}, "chat", "Hi", "Ahoy"),
+        ("a.JSONL", '{"prompt": "a\u2028b\x85", "completion": "c"}', "text", "a\u2028b\x85", "c"),
+        ("a.csv", "prompt,completion\na\u2028b,c\n", "text", "a\u2028b", "c"),
     ],
 )
 def test_what_is_read(tmp_path, name, content, form, prompt, completion):
@@ -63,6 +65,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ("a.json", '{"prompt": "a"}', "expected a list of objects, got dict"),
         ("a.json", '[{"prompt": "a", "completion": "b"}, 3]', "row 2: expected an object with fields, got int"),
         ("a.csv", "prompt,completion\na,b\nc\n", "line 3: expected 2 columns as in the first line"),
+        ("a.csv", f"prompt,completion\na,{'b' * 140_000}\n", "line 1: this is not valid CSV (field larger than"),
         ("a.csv", "prompt,answer\na,b\n", "line 2: the field 'completion' is missing"),
         ("a.jsonl", "", "the file has no examples"),
         ("a.json", " \n", "the file has no examples"),

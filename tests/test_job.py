@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+import transformers
 
 import pyreft
 from conftest import tiny_llama
@@ -96,6 +97,62 @@ def test_a_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/1"),
+        Exception("No space left on device (os error 28)"),  # as tokenizers says it
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_on_the_disk_is_taken_back(data, tmp_path, monkeypatch, error):
+    job = prepared(data, tmp_path, save_steps=2)
+    save = transformers.Trainer._save_optimizer_and_scheduler
+
+    def full(self, directory):
+        if directory.endswith("-4"):
+            raise error
+        save(self, directory)
+
+    monkeypatch.setattr(transformers.Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        job.train()
+    assert caught.value.errno == errno.ENOSPC
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["checkpoint-2"]
+    monkeypatch.undo()
+    assert prepared(data, tmp_path, resume=True).train()["steps"] == 6
+
+
+def test_a_checkpoint_cut_short_is_not_resumed_from(data, tmp_path):
+    job = prepared(data, tmp_path, save_steps=2)
+    job.train()
+    (tmp_path / "out" / "checkpoints" / "checkpoint-6" / "trainer_state.json").unlink()
+    assert job.last_checkpoint().endswith("checkpoint-4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 3}, "was made with low_rank_dimension = 2, now it is 3"),
+        ({"positions": "l2"}, "was made with positions = 'l1', now it is 'l2'"),
+        ({"layers": "1"}, r"was made with layers = \[3\], now it is \[1\]"),
+        ({"format": "text"}, "was made with prompt_format = 'chat', now it is 'text'"),
+    ],
+)
+def test_other_settings_cannot_go_on_from_a_checkpoint(data, tmp_path, changes, message):
+    prepared(data, tmp_path, epochs=1).train()
+    with pytest.raises(pyreft.ReftError, match=message):
+        prepared(data, tmp_path, resume=True, **changes)
+
+
+def test_what_is_held_out_depends_on_the_seed_alone(data, tmp_path):
+    jobs = [prepared(data, tmp_path, validation_split=0.3, seed=seed) for seed in (1, 1, 2)]
+    assert jobs[0].validation == jobs[1].validation != jobs[2].validation
+    for job in jobs:
+        assert len(job.rows) == 7
+        assert not [row for row in job.validation if row in job.rows]
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"layers": "3;9"}, "layer: this model has the layers 0 to 6, got 9."),
@@ -108,6 +165,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
         ({"model": "/nowhere/model"}, "model: none could be loaded from '/nowhere/model'"),
         ({"dtype": "float8"}, "dtype: expected auto, float32"),
         ({"epochs": 0}, "epochs: expected a number above 0, got 0"),
+        ({"save_steps": 0}, "save_steps: expected a number above 0, got 0"),
+        ({"seed": -1}, "seed: expected a number from 0 to 2**32 - 1, got -1"),
+        ({"weight_decay": -1.0}, "weight_decay: expected 0 or more, got -1.0"),
         ({"dropout": 1.5}, "dropout: expected a share from 0 to below 1, got 1.5"),
         ({"validation_split": 0.99}, "of 10 examples, 10 would be held out"),
         ({"validation": "x.jsonl", "validation_split": 0.1}, "validation: give a file or validation_split, not both"),
@@ -138,6 +198,49 @@ def test_an_unknown_setting_names_the_nearest():
         TrainingJob.from_settings({"data": "a", "output": "b", "layer": 3}, "a.yaml")
     with pytest.raises(pyreft.ReftError, match="the setting 'output' is missing"):
         TrainingJob.from_settings({"data": "a"}, "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "read"),
+    [
+        ("lr", "1e-3", 0.001),  # YAML's own reading of 1e-3
+        ("epochs", 3, 3.0),
+        ("rank", "4", 4),
+        ("layers", [1, 2], "1;2"),
+        ("layers", 3, "3"),
+        ("max_length", None, None),
+        ("share_weights", False, False),
+    ],
+)
+def test_how_settings_are_read(name, value, read):
+    job = TrainingJob.from_settings({"data": "a", "output": "b", name: value}, "a.yaml")
+    assert getattr(job, name) == read
+    assert type(getattr(job, name)) is type(read)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("epochs", "three", "a.yaml: epochs: expected a number, got 'three'"),
+        ("lr", True, "a.yaml: lr: expected a number, got True"),
+        ("lr", "nan", "a.yaml: lr: expected a number, got 'nan'"),
+        ("rank", 2.5, "a.yaml: rank: expected a whole number, got 2.5"),
+        ("share_weights", "no", "a.yaml: share_weights: expected true or false, got 'no'"),
+    ],
+)
+def test_settings_of_another_type(name, value, message):
+    with pytest.raises(pyreft.ReftError) as caught:
+        TrainingJob.from_settings({"data": "a", "output": "b", name: value}, "a.yaml")
+    assert message in str(caught.value)
+
+
+def test_a_base_model_given_by_a_relative_path_is_found_from_anywhere(data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, tokenizer = load_base()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained("base")
+    tokenizer.save_pretrained("base")
+    prepared(data, tmp_path, model="base", layers="1", epochs=1).train()
+    assert base_of(tmp_path / "out") == str(tmp_path / "base")
 
 
 def test_an_adapter_finds_its_base_model(data, tmp_path):

@@ -33,9 +33,11 @@ def main() -> None:
             raise
         fail(str(error))
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno == errno.ENOSPC:
+            fail("the disk is full. What was complete before is as it was; make room and run the command again.")
+        if error.filename is None:
             raise
-        fail("the disk is full. What was complete before is as it was; make room and run the command again.")
+        fail(f"{error.filename}: {error.strerror}.")
 
 
 def fail(message: str, status: int = 2) -> None:

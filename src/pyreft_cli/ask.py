@@ -44,6 +44,8 @@ def generate(
     from pyreft.data.files import read_prompts
     from pyreft.errors import ReftError
 
+    if output and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{output.parent} is not a directory.", param_hint="--output")
     asked = [(text, "") for text in prompt or []] + (read_prompts(file) if file else [])
     if not asked:
         raise typer.BadParameter("give a --prompt or a --file of them.")
@@ -144,9 +146,11 @@ class _Conversation:
             answer = self._answer()
         except KeyboardInterrupt:
             console.print()
+            answer = None
+        if answer is None:
             self.turns.pop()
-            return
-        self.turns.append({"role": "assistant", "content": answer})
+        else:
+            self.turns.append({"role": "assistant", "content": answer})
 
     def base(self) -> None:
         """Show the base model's answer to the last message."""
@@ -166,20 +170,27 @@ class _Conversation:
             return chat_text(self.tokenizer, self.turns)
         return prompt_text(self.tokenizer, self.turns[-1]["content"], self.form)
 
-    def _answer(self) -> str:
-        """Stream an answer to the turns so far; where they outgrow the context, the oldest are dropped."""
+    def _answer(self) -> str | None:
+        """Stream an answer to the turns so far; where they outgrow the context, the oldest are dropped.
+
+        None where the last message alone outgrows it.
+        """
         import torch
         from transformers import TextStreamer
 
         from pyreft.data.encode import context_length, token_ids
 
-        room = context_length(self.model.get_base_model(), self.tokenizer) - self.options["max_new_tokens"]
+        limit = context_length(self.model.get_base_model(), self.tokenizer)
+        room = limit - self.options["max_new_tokens"]
         dropped = 0
         while len(ids := token_ids(self.tokenizer, self._text())) > max(room, 1) and len(self.turns) > 2:
             del self.turns[:2]
             dropped += 2
         if dropped:
             console.print(f"(The context is full: the first {dropped} turns were forgotten.)")
+        if len(ids) >= limit:
+            console.print(f"(The message has {len(ids)} tokens, the model's context {limit}; shorten it.)")
+            return None
         temperature = self.options["temperature"]
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
         rows = torch.tensor([ids], device=self.model.get_device())
@@ -187,7 +198,7 @@ class _Conversation:
         tokens = self.model.generate(
             input_ids=rows,
             attention_mask=torch.ones_like(rows),
-            max_new_tokens=self.options["max_new_tokens"],
+            max_new_tokens=min(self.options["max_new_tokens"], limit - len(ids)),
             pad_token_id=self.tokenizer.pad_token_id,
             streamer=streamer,
             **sampling,

@@ -1,5 +1,6 @@
 """`pyreft train`: an adapter from a data file."""
 
+import errno
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,14 +80,21 @@ def train(
     prepared = PreparedJob(job)
     if shown:
         _describe(prepared)
+    stopped: tuple[str, int] | None = None
     with progress_bar("Training", shown=shown) as move:
         try:
             result = prepared.train(move)
         except KeyboardInterrupt:
-            last = prepared.last_checkpoint()
-            kept = f"The last checkpoint is {last}; go on with --resume." if last else "There is no checkpoint yet."
-            typer.echo(f"pyreft: interrupted. {kept}", err=True)
-            raise typer.Exit(130) from None
+            stopped = "interrupted", 130
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            stopped = "the disk is full", 2
+    if stopped:
+        last = prepared.last_checkpoint()
+        kept = f"The last checkpoint is {last}; go on with --resume." if last else "There is no checkpoint yet."
+        typer.echo(f"pyreft: {stopped[0]}. {kept}", err=True)
+        raise typer.Exit(stopped[1])
     if as_json:
         print_json(result)
     elif shown:

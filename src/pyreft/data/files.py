@@ -4,6 +4,7 @@ Knows files and fields, nothing of tokenizers or models.
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -87,8 +88,8 @@ def read_prompts(path: str | Path) -> list[tuple[str, str]]:
     Raises:
         ReftError: as `read_examples`.
     """
-    if Path(path).suffix == ".txt":
-        prompts = [(line, "") for line in _text(Path(path)).splitlines() if line.strip()]
+    if Path(path).suffix.lower() == ".txt":
+        prompts = [(line, "") for line in _text(Path(path)).split("\n") if line.strip()]
     else:
         prompts = []
         for where, row in _rows(Path(path)):
@@ -112,18 +113,23 @@ def _text(path: Path) -> str:
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of a file with its place."""
-    if path.suffix not in ENDINGS:
+    kind = path.suffix.lower()
+    if kind not in ENDINGS:
         raise ReftError(f"{path}: expected a file ending in {', '.join(ENDINGS)}, got {path.suffix or 'no ending'!r}.")
     text = _text(path)
-    if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True), restkey=None)
-        for row in reader:
-            where = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise ReftError(f"{where}: expected {len(reader.fieldnames or [])} columns as in the first line.")
-            yield where, row
-    elif path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), 1):
+    # a line ends with a line feed alone: JSON and CSV may hold the other separators that splitlines() knows
+    if kind == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""), restkey=None)
+        try:
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                if None in row or None in row.values():
+                    raise ReftError(f"{where}: expected {len(reader.fieldnames or [])} columns as in the first line.")
+                yield where, row
+        except csv.Error as error:
+            raise ReftError(f"{path}, line {reader.line_num}: this is not valid CSV ({error}).") from None
+    elif kind == ".jsonl":
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
     elif text.strip():

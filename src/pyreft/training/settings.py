@@ -1,0 +1,110 @@
+"""What a training job may be told, with the defaults, and the checks that need no file and no model."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+from ..config import DEFAULT_POSITIONS
+from ..data.files import FORMATS, Format
+from ..errors import ReftError, did_you_mean
+
+
+@dataclass
+class TrainingJob:
+    """What to train, on what, and where the adapter goes.
+
+    Args:
+        data: a file of examples, see `data.files.read_examples`.
+        output: the adapter's directory.
+        model: the base model, see `base.load_base`.
+        layers, positions, component, intervention, rank, share_weights, dropout: see `ReftConfig`.
+        epochs, lr, batch_size, gradient_accumulation, warmup_ratio, weight_decay, seed: of the training.
+        max_length: the most tokens of a row, the model's context if not given.
+        format: how prompts are written: `text`, `chat` or `alpaca`; by default as the data and tokenizer suggest.
+        validation: a second file of examples; or `validation_split`, the share of `data` to hold out.
+        dtype: of the base model, see `base.load_base`.
+        save_steps: how many steps lie between checkpoints; by default a tenth of the training.
+        resume: go on from the last checkpoint in `output`.
+        overwrite: replace the adapter that `output` holds.
+    """
+
+    data: str
+    output: str
+    model: str | None = None
+    layers: str = "all"
+    positions: str = DEFAULT_POSITIONS
+    component: str = "block_output"
+    intervention: str = "loreft"
+    rank: int = 8
+    share_weights: bool = True
+    dropout: float = 0.0
+    epochs: float = 10
+    lr: float = 1e-3
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    seed: int = 42
+    max_length: int | None = None
+    format: Format | None = None
+    validation: str | None = None
+    validation_split: float = 0.0
+    dtype: str = "auto"
+    save_steps: int | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any], where: str) -> "TrainingJob":
+        """Make a job of named settings, such as those of a YAML file; `where` they stand is for messages."""
+        known = {f.name: f.type for f in fields(cls)}
+        for name in settings:
+            if name not in known:
+                raise ReftError(f"{where}: there is no setting {name!r}.{did_you_mean(name, known)}")
+        for name in ("data", "output"):
+            if not settings.get(name):
+                raise ReftError(f"{where}: the setting {name!r} is missing.")
+        return cls(**{name: _read(value, known[name], f"{where}: {name}") for name, value in settings.items()})
+
+
+def check_numbers(job: TrainingJob) -> None:
+    """Refuse numbers that no training can have, and settings that contradict each other."""
+    for name in ("epochs", "lr", "batch_size", "gradient_accumulation", "save_steps"):
+        if (value := getattr(job, name)) is not None and not value > 0:
+            raise ReftError(f"{name}: expected a number above 0, got {value}.")
+    if not 0 <= job.seed < 2**32:
+        raise ReftError(f"seed: expected a number from 0 to 2**32 - 1, got {job.seed}.")
+    if job.weight_decay < 0:
+        raise ReftError(f"weight_decay: expected 0 or more, got {job.weight_decay}.")
+    for name in ("dropout", "warmup_ratio", "validation_split"):
+        if not 0 <= getattr(job, name) < 1:
+            raise ReftError(f"{name}: expected a share from 0 to below 1, got {getattr(job, name)}.")
+    if job.validation and job.validation_split:
+        raise ReftError("validation: give a file or validation_split, not both.")
+    if job.format is not None and job.format not in FORMATS:
+        raise ReftError(
+            f"format: expected {', '.join(FORMATS)}, got {job.format!r}.{did_you_mean(job.format, FORMATS)}"
+        )
+
+
+def _read(value: Any, kind: Any, where: str) -> Any:
+    """A setting's value as its type asks for; YAML reads `1e-3` as text."""
+    kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    if where.endswith(": layers"):
+        return ";".join(map(str, value)) if isinstance(value, list) else str(value)
+    if bool in kinds:
+        if isinstance(value, bool):
+            return value
+        raise ReftError(f"{where}: expected true or false, got {value!r}.")
+    if not {int, float} & set(kinds):
+        return str(value)
+    try:
+        number = float(value)
+        if isinstance(value, bool) or not math.isfinite(number) or (int in kinds and number != int(number)):
+            raise ValueError
+    except (TypeError, ValueError):
+        expected = "a whole number" if int in kinds else "a number"
+        raise ReftError(f"{where}: expected {expected}, got {value!r}.") from None
+    return int(value) if int in kinds else number
