@@ -94,7 +94,8 @@ def generate(
                 console.print(result["answer"], markup=False)
 
 
-CHAT_HELP = """Type a message and press return. /base shows the base model's answer to your last message,
+CHAT_HELP = """Type a message and press return.
+/base shows the base model's answer to your last message,
 /reset forgets the conversation, /quit ends it."""
 
 

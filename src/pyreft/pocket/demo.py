@@ -15,7 +15,7 @@ SETTINGS: dict[str, Any] = {
     "layers": "1;2;3",
     "positions": "l4",
     "rank": 4,
-    "epochs": 200,
+    "epochs": 100,
     "lr": 0.01,
     "batch_size": 10,
 }
