@@ -69,7 +69,7 @@ READY = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2)
         ({"intervention": "loreff"}, "Did you mean 'loreft'?"),
         ({"representations": []}, "expected at least one edited place"),
         ({"representations": {"layers": 1}}, "got 'layers'. Did you mean 'layer'?"),
-        ({"representations": {"layer": 1, "unit": "h"}}, "only the unit 'pos' can be edited, got 'h'"),
+        ({"representations": {"layer": 1, "unit": "w"}}, "expected the unit 'pos', or the number of a head, got 'w'"),
         (
             {"representations": [{"layer": n, "intervention": READY} for n in (1, 2)]},
             "the same intervention module stands in two of them",

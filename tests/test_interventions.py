@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import pyreft
+from conftest import shaken, tiny_llama
 from pyreft.errors import ReftError
-from pyreft.interventions import INTERVENTIONS, LowRankRotateLayer, intervention_class, orthonormalize
+from pyreft.interventions import INTERVENTIONS, Intervention, LowRankRotateLayer, intervention_class, orthonormalize
 
 D, RANK = 24, 3
 
@@ -26,7 +28,7 @@ def written_out(name, module, h):
     }[name]()
 
 
-@pytest.mark.parametrize("name", INTERVENTIONS)
+@pytest.mark.parametrize("name", ["loreft", "noreft", "consreft", "lobireft", "direft", "nodireft"])
 def test_formula(name):
     module = INTERVENTIONS[name](embed_dim=D, low_rank_dimension=RANK)
     h = torch.randn(5, D)
@@ -131,3 +133,114 @@ def test_unknown_intervention():
     assert intervention_class("LoreftIntervention") is INTERVENTIONS["loreft"]
     with pytest.raises(ReftError, match=r"expected one of loreft, .*, got 'lowreft'. Did you mean 'loreft'\?"):
         intervention_class("lowreft")
+
+
+# -- the wider family ---------------------------------------------------------------------------------------------
+
+
+def random_one(name, **settings):
+    """An intervention with parameters away from where they start."""
+    module = INTERVENTIONS[name](embed_dim=D, **settings).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return module
+
+
+@pytest.mark.parametrize("name", ["red", "bias", "road", "lofit", "jola"])
+def test_edits_without_a_rank_start_as_the_identity(name):
+    h = torch.randn(5, D)
+    assert torch.equal(INTERVENTIONS[name](embed_dim=D).eval()(h), h)
+
+
+def test_formulas_without_a_rank():
+    h = torch.randn(5, D)
+    red, bias, lofit = random_one("red"), random_one("bias"), random_one("lofit")
+    torch.testing.assert_close(red(h), red.scale * h + red.bias)
+    torch.testing.assert_close(bias(h), h + bias.bias)
+    torch.testing.assert_close(lofit(h), (1 + lofit.scale) * h)
+
+
+def test_road_rotates_pairs():
+    module, h = random_one("road"), torch.randn(5, D)
+    expected = h.clone()
+    for pair, (theta, alpha) in enumerate(zip(module.theta, module.alpha, strict=True)):
+        matrix = alpha * torch.tensor([[theta.cos(), -theta.sin()], [theta.sin(), theta.cos()]])
+        expected[:, 2 * pair : 2 * pair + 2] = h[:, 2 * pair : 2 * pair + 2] @ matrix.T
+    torch.testing.assert_close(module(h), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ReftError, match="the width 5 is odd"):
+        INTERVENTIONS["road"](embed_dim=5)
+
+
+def test_jola_opens_and_closes_its_gates():
+    module, h = random_one("jola", l0=0.1), torch.randn(5, D)
+    with torch.no_grad():
+        module.log_alpha.copy_(torch.tensor([20.0, -20.0]))
+    torch.testing.assert_close(module(h), (1 + module.scale) * h)
+    # the expected number of open gates, by drawing many
+    with torch.no_grad():
+        module.log_alpha.copy_(torch.tensor([0.3, -1.0]))
+    module.train()
+    drawn = torch.stack([(module.gates() > 0).float().sum() for _ in range(20000)]).mean()
+    torch.testing.assert_close(module.penalty() / 0.1, drawn, atol=0.03, rtol=0)
+
+
+def test_reftr1_moves_a_row_by_the_mean_of_its_top_latents():
+    module = random_one("reftr1", top_k=2, l1=0.5).train()
+    h, rows = torch.randn(7, D), torch.tensor([0, 0, 0, 0, 2, 5, 5])
+    w = module.rotate_layer.weight[:, 0]
+    assert abs(w.norm().item() - 1) < 1e-6
+    edited, expected, rest = module(h, rows=rows), h.clone(), []
+    for row in (0, 2, 5):
+        latents = (h[rows == row] @ w).relu().sort(descending=True).values
+        expected[rows == row] += latents[:2].mean() * w
+        rest += latents[2:].tolist()
+    torch.testing.assert_close(edited, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(module.penalty(), 0.5 * torch.tensor(rest).mean(), atol=1e-6, rtol=1e-5)
+    assert module.penalty() is None
+
+
+class PullIntervention(Intervention):
+    """Moves a state some way to a learned point."""
+
+    def __init__(self, *, embed_dim, way=0.5, **settings):
+        super().__init__(embed_dim=embed_dim, **settings)
+        self.way = way
+        self.point = torch.nn.Parameter(torch.zeros(embed_dim))
+
+    @property
+    def settings(self):
+        return {**super().settings, "way": self.way}
+
+    def edit(self, h):
+        return self.way * (self.point - h)
+
+
+def test_an_intervention_of_ones_own_is_saved_and_loaded(tmp_path):
+    config = pyreft.ReftConfig(
+        layers=[1], positions="l2", intervention=PullIntervention, intervention_kwargs={"way": 0.25}
+    )
+    adapted = shaken(pyreft.get_reft_model(tiny_llama(), config))
+    ready = PullIntervention(embed_dim=32, way=0.25)
+    ready.load_state_dict(next(iter(adapted.interventions.values())).state_dict())
+    place = {"layer": 1, "component": "block_output", "positions": "l2", "intervention": ready}
+    given = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(representations=place)).eval()
+    ids = torch.randint(3, 96, (2, 9))
+    expected = adapted(ids).logits
+    assert torch.equal(given(ids).logits, expected)
+    for number, model in enumerate((adapted, given)):
+        model.save(tmp_path / str(number))
+        del INTERVENTIONS["pull"]
+        with pytest.raises(ReftError, match=r"expected one of loreft, .*got 'pull'.*interventions=.MyIntervention."):
+            pyreft.ReftModel.load(tmp_path / str(number), tiny_llama())
+        again = pyreft.ReftModel.load(tmp_path / str(number), tiny_llama(), interventions=[PullIntervention])
+        assert torch.equal(again(ids).logits, expected)
+
+
+def test_a_name_belongs_to_one_class():
+    with pytest.raises(ReftError, match=r"the name 'loreft' of .* belongs to .*give the class another"):
+        pyreft.ReftConfig(intervention=type("LoreftIntervention", (Intervention,), {}))
+    with pytest.raises(ReftError, match=r"expected a subclass of pyreft.interventions.Intervention"):
+        pyreft.ReftConfig(intervention=torch.nn.Linear)
+    with pytest.raises(ReftError, match=r"l2: the intervention 'lofit' does not take it.*Did you mean 'l1'"):
+        pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(intervention="lofit", intervention_kwargs={"l2": 1}))

@@ -84,13 +84,36 @@ def test_wrong_unit_locations(adapted, locations, got):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"subspaces": [[0]]}, "subspaces: not supported yet"),
+        ({"subspaces": [[0]]}, "subspaces: expected .* with 1 interventions and a batch of 2, got"),
+        ({"subspaces": [[[4], [0]]]}, "subspaces: expected directions from 0 to 3, got .4."),
+        ({"sources": [1]}, "sources: ReFT learns its edits"),
         ({"intervene_on_prompt": False}, "intervene_on_prompt: edits begin in the prompt"),
     ],
 )
 def test_what_is_not_supported_says_so(adapted, arguments, message):
     with pytest.raises(pyreft.ReftError, match=message):
         adapted.generate({"input_ids": IDS}, unit_locations=at([9], [9]), **arguments)
+
+
+def test_subspaces_choose_directions_by_row(model, adapted):
+    both = {"sources->base": (None, [[[0, 2], [1]]])}
+    _, edited = adapted({"input_ids": IDS}, unit_locations=at([9], [9]), subspaces=both, output_hidden_states=True)
+    h = tiny_llama()(IDS, output_hidden_states=True).hidden_states[3][:, 9]
+    (module,) = adapted.interventions.values()
+    basis = module.basis()
+    coordinates = module.coordinates(h, basis) * torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]])
+    torch.testing.assert_close(edited.hidden_states[3][:, 9], h + coordinates @ basis, atol=1e-5, rtol=1e-5)
+    one = {"input_ids": IDS[:1]}
+    _, alone = adapted.generate(one, unit_locations=at([9]), subspaces={"base": [[[0, 2]]]}, **OPTIONS)
+    beams = {**OPTIONS, "num_beams": 2}
+    _, searched = adapted.generate({"input_ids": IDS}, unit_locations=at([9], [9]), subspaces=both, **beams)
+    _, pair = adapted.generate({"input_ids": IDS}, unit_locations=at([9], [9]), subspaces=both, **OPTIONS)
+    assert torch.equal(pair[:1], alone)
+    assert torch.equal(
+        adapted.generate(one, unit_locations=at([9]), subspaces={"base": [[[0, 2]]]}, **beams)[1], searched[:1]
+    )
+    every = adapted(input_ids=IDS, intervention_locations=[[[9]]] * 2, subspaces=[[[0, 1, 2, 3]], [None]]).logits
+    torch.testing.assert_close(every, adapted(IDS, intervention_locations=[[[9]]] * 2).logits)
 
 
 def test_the_original_members(model, adapted, capsys):

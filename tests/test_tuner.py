@@ -1,7 +1,9 @@
 """What the edits promise on a model: exact no-op, padding, chunks, caches, beams, PEFT's entry points, reload."""
 
+import contextlib
 import copy
 import pickle
+import re
 
 import peft
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 import pyreft
 from conftest import pad, shaken, tiny_llama
-from pyreft.interventions import INTERVENTIONS
+from pyreft.interventions import INTERVENTIONS, intervention_class
 
 RULES = ["f2", "l1", "l4", "f2+l3", "f7+l7", "prompt", "all"]
 ROTARY = (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
@@ -20,7 +22,9 @@ GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
 def adapt(base, **config):
-    return shaken(peft.get_peft_model(base, pyreft.ReftConfig(**{"low_rank_dimension": 4} | config)))
+    ranked = "low_rank_dimension" in intervention_class(config.get("intervention", "loreft")).setting_names()
+    rank = {"low_rank_dimension": 4} if ranked else {}
+    return shaken(peft.get_peft_model(base, pyreft.ReftConfig(**rank | config)))
 
 
 def one_by_one(adapted, prompts, **options):
@@ -39,7 +43,8 @@ def test_other_tokens_are_bit_identical_up_to_the_first_edited_layer(model, inte
     for layer in (0, 1):
         assert torch.equal(edited[layer], base[layer])
     assert torch.equal(edited[2][:, 1:8], base[2][:, 1:8])
-    assert (edited[2][:, [0, 8, 9]] != base[2][:, [0, 8, 9]]).any(-1).all()
+    if intervention != "reftr1":  # which leaves alone a row where the concept is not
+        assert (edited[2][:, [0, 8, 9]] != base[2][:, [0, 8, 9]]).any(-1).all()
 
 
 def test_tokens_before_the_first_located_one_are_never_reached(model):
@@ -204,7 +209,9 @@ def test_every_way_to_reload_is_bit_exact(model, tmp_path, intervention, share_w
     base.save_pretrained(tmp_path / "base")
     ids = torch.randint(3, 96, (2, 10))
     model.name_or_path = str(tmp_path / "base")
-    config = {"positions": "f1+l2", "share_weights": share_weights, "intervention": intervention, "act_fn": "tanh"}
+    config = {"positions": "f1+l2", "share_weights": share_weights, "intervention": intervention}
+    if "act_fn" in intervention_class(intervention).setting_names():
+        config["act_fn"] = "tanh"
     adapted = adapt(model, **config)
     expected = adapted(ids).logits
     adapted.save_pretrained(tmp_path)
@@ -334,9 +341,92 @@ def test_merging_is_refused(model):
             merge()
 
 
-def test_adapter_names_per_row_are_refused(model):
-    with pytest.raises(pyreft.ReftError, match="adapter_names: rows of one batch with different adapters"):
-        adapt(model)(torch.randint(3, 96, (2, 4)), adapter_names=["default", "__base__"])
+# -- several adapters ---------------------------------------------------------------------------------------------
+
+
+def three_adapters(rules=("l1", "f3", "all")):
+    """A model with adapters a, b and c that have different places, rules and formulas."""
+    adapted = peft.get_peft_model(tiny_llama(), pyreft.ReftConfig(positions=rules[0], layers=[0, 2]), "a")
+    adapted.add_adapter("b", pyreft.ReftConfig(positions=rules[1], intervention="red", share_weights=False))
+    adapted.add_adapter("c", pyreft.ReftConfig(positions=rules[2], layers=[2, 3], intervention="direft"))
+    return shaken(adapted)
+
+
+NAMES = ["a", "__base__", "c", "b"]
+
+
+@pytest.mark.parametrize("rules", [("l1", "f3", "all"), ("f2+l2", "prompt", "l2")])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_each_row_of_a_batch_has_its_own_adapter(prompts, rules, side):
+    adapted = three_adapters(rules)
+    ids, mask = pad(prompts, side)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    logits = adapted(**batch, adapter_names=NAMES).logits
+    tokens = adapted.generate(**batch, adapter_names=NAMES, **GREEDY)[:, -6:].tolist()
+    beams = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
+    searched = adapted.generate(**batch, adapter_names=NAMES, **beams)[:, -6:].tolist()
+    for row, name in enumerate(NAMES):
+        one = {"input_ids": torch.tensor([prompts[row]])}
+        with adapted.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+            if name != "__base__":
+                adapted.set_adapter(name)
+            at = mask[row].bool()
+            torch.testing.assert_close(logits[row, at], adapted(**one).logits[0], atol=1e-4, rtol=1e-4)
+            assert adapted.generate(**one, **GREEDY)[0, -6:].tolist() == tokens[row]
+            assert adapted.generate(**one, **beams)[:, -6:].tolist() == searched[2 * row : 2 * row + 2]
+    adapted.set_adapter("a")
+    assert torch.equal(adapted(**batch).logits, adapted(**batch, adapter_names=["a"] * 4).logits)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["a", "d"], "expected adapters of this model (a, b, c) or '__base__', got 'd'."),
+        (["a"], "expected one name for each of the 2 rows, got 1."),
+        ([], "expected one name for each row, got none."),
+    ],
+)
+def test_wrong_adapter_names(names, message):
+    adapted = three_adapters()
+    ids = torch.randint(3, 96, (2, 4))
+    base = adapted(ids).logits
+    with pytest.raises(pyreft.ReftError, match=re.escape(message)):
+        adapted(ids, adapter_names=names)
+    assert torch.equal(adapted(ids).logits, base)
+
+
+def test_the_edits_of_active_adapters_are_summed(model):
+    ids = torch.randint(3, 96, (2, 8))
+    base = model(ids, output_hidden_states=True).hidden_states[3]
+    adapted = peft.get_peft_model(model, pyreft.ReftConfig(layers=[2], positions="l3"), "a")
+    adapted.add_adapter("b", pyreft.ReftConfig(layers=[2], positions="f6", intervention="nodireft"))
+    shaken(adapted)
+    states = {}
+    for active in (["a"], ["b"], ["a", "b"], ["b", "a"]):
+        adapted.base_model.set_adapter(active)
+        states["".join(active)] = adapted(ids, output_hidden_states=True).hidden_states[3]
+    expected = base + (states["a"] - base) + (states["b"] - base)
+    torch.testing.assert_close(states["ab"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(states["ba"], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 2.0])
+def test_strength_multiplies_the_edit(model, strength):
+    ids = torch.randint(3, 96, (2, 8))
+    base = model(ids, output_hidden_states=True).hidden_states[3]
+    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(layers=[2], positions="l2", low_rank_dimension=4))
+    shaken(adapted)
+    full = adapted(ids, output_hidden_states=True).hidden_states[3]
+    weighted = adapted(ids, output_hidden_states=True, strength=strength).hidden_states[3]
+    torch.testing.assert_close(weighted, base + strength * (full - base), atol=1e-5, rtol=1e-5)
+    adapted.set_strength("default", strength)
+    assert torch.equal(adapted(ids, output_hidden_states=True).hidden_states[3], weighted)
+    tokens = adapted.generate(ids, **GREEDY)
+    adapted.set_strength("default", 1)
+    assert torch.equal(adapted.generate(ids, strength=strength, **GREEDY), tokens)
+    assert torch.equal(adapted.generate(ids, strength={"default": strength}, **GREEDY), tokens)
+    with pytest.raises(pyreft.ReftError, match="strength: expected adapters of this model"):
+        adapted(ids, strength={"defualt": 1})
 
 
 @pytest.mark.parametrize(

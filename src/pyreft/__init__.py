@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft import TaskType
 
 from .compat import get_intervention_locations, parse_positions
-from .config import ReftConfig, register
+from .config import ReftConfig, register_with_peft
 from .errors import ReftError
 from .interventions import (
     ConsreftIntervention,
@@ -62,7 +62,7 @@ _LAZY = {
     "ReftTrainerForCausalLM": "training.trainer",
 }
 
-register(ReftTuner)
+register_with_peft(ReftTuner)
 
 
 def __getattr__(name: str) -> Any:

@@ -67,6 +67,33 @@ def get_intervention_locations(
     return [side + [pad] * (width - len(side)) for side in sides]
 
 
+def _nested(given: Any) -> Any:
+    """What the original's callers wrap in `{"sources->base": (None, L)}` or `{"base": L}`: L as plain lists."""
+    if isinstance(given, dict):
+        given = next((given[key] for key in ("sources->base", "base") if key in given), None)
+        if isinstance(given, tuple):
+            given = given[-1]
+    return given.tolist() if hasattr(given, "tolist") else given
+
+
+def read_subspaces(subspaces: Any, batch: int, interventions: int) -> list[list[list[int] | None]]:
+    """Turn the original's `[interventions][batch][directions]` into `[batch][interventions][directions]`.
+
+    Raises:
+        ReftError: another nesting or count.
+    """
+    nested = _nested(subspaces)
+    try:
+        if len(nested) != interventions or any(rows is not None and len(rows) != batch for rows in nested):
+            raise TypeError
+        return [[None if rows is None else rows[row] for rows in nested] for row in range(batch)]
+    except TypeError:
+        raise ReftError(
+            f'subspaces: expected {{"sources->base": (None, [interventions][batch][directions])}} with {interventions} '
+            f"interventions and a batch of {batch}, got {subspaces!r}."
+        ) from None
+
+
 def read_unit_locations(unit_locations: Any, batch: int, interventions: int) -> list[list[list[int]]]:
     """Turn the original's nested locations into `[batch][interventions][positions]`, ragged ones filled with -1.
 
@@ -77,13 +104,7 @@ def read_unit_locations(unit_locations: Any, batch: int, interventions: int) -> 
     Raises:
         ReftError: another nesting or count; the message shows the expected one.
     """
-    nested = unit_locations
-    if isinstance(unit_locations, dict):
-        nested = next((unit_locations[key] for key in ("sources->base", "base") if key in unit_locations), None)
-        if isinstance(nested, tuple):
-            nested = nested[-1]
-    if hasattr(nested, "tolist"):
-        nested = nested.tolist()
+    nested = _nested(unit_locations)
     if isinstance(nested, int):
         nested = [[[nested]] * batch] * interventions
     expected = f"unit_locations: expected {_SHAPE} with {interventions} interventions and a batch of {batch}"

@@ -10,8 +10,8 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .errors import ReftError, did_you_mean
-from .interventions import Intervention, intervention_class
-from .positions import Positions
+from .interventions import Intervention, intervention_class, register, short_name
+from .positions import Positions, rule_name
 
 
 class ReftPeftType(enum.StrEnum):
@@ -27,21 +27,26 @@ class Representation:
     Args:
         component: a name such as `"block_output"`, or a module's path with `.input` or `.output`.
         layer: the number of the block; not needed for a path.
-        positions: the rule for the tokens; none if locations are given with each call.
+        head: the number of the attention head, for components that begin with `head_`.
+        positions: the rule for the tokens, or a function (see `pyreft.positions.register_rule`); none if locations
+            are given with each call.
         side: the `"prefix"` or the `"suffix"` of the rule alone.
         intervention: a name such as `"loreft"`, its class, or a ready module.
-        low_rank_dimension, dropout, act_fn, add_bias: see `pyreft.interventions.Intervention`.
+        low_rank_dimension, dropout, act_fn, add_bias: see `pyreft.interventions.LowRankIntervention`.
+        intervention_kwargs: further arguments of the intervention's class, plain data.
     """
 
     component: str = "block_output"
     layer: int | None = None
-    positions: str | None = None
+    head: int | None = None
+    positions: Any = None
     side: str | None = None
     intervention: Any = "loreft"
     low_rank_dimension: int | None = None
     dropout: float | None = None
     act_fn: str | None = None
     add_bias: bool | None = None
+    intervention_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, str):
@@ -49,22 +54,23 @@ class Representation:
         if isinstance(self.intervention, Intervention):
             self._take_settings(self.intervention)
         else:
-            if isinstance(self.intervention, type) and issubclass(self.intervention, Intervention):
-                self.intervention = self.intervention.__name__
-            self.intervention = _short_name(intervention_class(self.intervention))
+            self.intervention = short_name(intervention_class(self.intervention))
         if self.positions is not None:
-            Positions.parse(self.positions)
+            self.positions = rule_name(self.positions)
 
     def _take_settings(self, module: Intervention) -> None:
         """A ready module decides its settings; a contradicting one beside it is an error."""
-        settings = (module.low_rank_dimension, module.dropout.p, module.act_fn_name, module.add_bias)
-        for name, value in zip(_SETTINGS, settings, strict=True):
-            if getattr(self, name) not in (None, value):
+        register(type(module))
+        settings = dict(module.settings)
+        for name in _SETTINGS:
+            value = settings.pop(name, None)
+            if value is not None and getattr(self, name) not in (None, value):
                 raise ReftError(
                     f"representations: {name} is {getattr(self, name)} beside an intervention made with {value}; "
                     "give it once, or twice the same."
                 )
             setattr(self, name, value)
+        self.intervention_kwargs = settings or None
 
     def rule(self) -> Positions | None:
         """The position rule as an object."""
@@ -82,37 +88,38 @@ class Representation:
                     f"the intervention given for it {self.intervention.embed_dim}."
                 )
             return self.intervention
-        if self.low_rank_dimension is None:
+        cls = intervention_class(self.intervention)
+        settings = {name: getattr(self, name) for name in _SETTINGS if getattr(self, name)}
+        settings |= self.intervention_kwargs or {}
+        taken = cls.setting_names()
+        for name in settings:
+            if name not in taken:
+                raise ReftError(
+                    f"{name}: the intervention {self.intervention!r} does not take it, only "
+                    f"{', '.join(sorted(taken))}.{did_you_mean(name, taken)}"
+                )
+        if "low_rank_dimension" in taken and self.low_rank_dimension is None:
             raise ReftError(f"low_rank_dimension: no rank was given for the {self.component} of layer {self.layer}.")
-        return intervention_class(self.intervention)(
-            embed_dim=width,
-            low_rank_dimension=self.low_rank_dimension,
-            dropout=self.dropout or 0.0,
-            act_fn=self.act_fn,
-            add_bias=bool(self.add_bias),
-        )
+        return cls(embed_dim=width, **settings)
 
     def settle(self) -> None:
         """Let go of a ready module, which now belongs to a model, and remember its class by name."""
         if isinstance(self.intervention, Intervention):
-            self.intervention = _short_name(type(self.intervention))
+            self.intervention = short_name(type(self.intervention))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: a module is named by its class."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         if isinstance(self.intervention, Intervention):
-            data["intervention"] = _short_name(type(self.intervention))
+            data["intervention"] = short_name(type(self.intervention))
         return {key: value for key, value in data.items() if value is not None}
-
-
-def _short_name(cls: type[Intervention]) -> str:
-    return cls.__name__.lower().removesuffix("intervention")
 
 
 DEFAULT_POSITIONS = "f7+l7"  # the paper's choice
 _SETTINGS = ("low_rank_dimension", "dropout", "act_fn", "add_bias")
+DEFAULT_RANK = 8
 # keys of the original's representations that say what is always so here
-_IMPLIED = {"unit": "pos", "max_number_of_units": None}
+_IMPLIED = ("unit", "max_number_of_units")
 
 
 @dataclass
@@ -128,12 +135,13 @@ class ReftConfig(PeftConfig):
             the locations that come with each call.
         layers: `"all"`, a number, a list of numbers, or text such as `"3;9;18"`.
         component: which states of a layer.
-        positions: `f<n>`, `l<n>`, `f<n>+l<m>`, `prompt` or `all`; `f7+l7` if nothing is said here and there are no
-            representations.
-        intervention: `"loreft"`, `"noreft"`, `"consreft"`, `"lobireft"`, `"direft"` or `"nodireft"`.
-        low_rank_dimension: the rank of the edits.
+        positions: `f<n>`, `l<n>`, `f<n>+l<m>`, `prompt` or `all`, or a function (see
+            `pyreft.positions.register_rule`); `f7+l7` if nothing is said here and there are no representations.
+        intervention: a name in `pyreft.interventions.INTERVENTIONS` such as `"loreft"`, or a class.
+        low_rank_dimension: the rank of the edits, 8 if not given; for interventions that have one.
         share_weights: one intervention for prefix and suffix of `f<n>+l<m>` instead of one each.
-        dropout, act_fn, add_bias: see `pyreft.interventions.Intervention`.
+        dropout, act_fn, add_bias: see `pyreft.interventions.LowRankIntervention`.
+        intervention_kwargs: further arguments of the intervention's class, plain data.
         modules_to_save: further modules to train and save, such as a classifier's head.
         prompt_format: how prompts were written in training from files, for those who ask the adapter later.
         base_model_shape: type and sizes of the base model, filled in; an adapter fits no other.
@@ -151,13 +159,14 @@ class ReftConfig(PeftConfig):
     representations: Any = field(default=None, metadata={"help": "Edited places one by one, as dicts."})
     layers: Any = field(default="all", metadata={"help": "'all', a number, a list, or text such as '3;9;18'."})
     component: str = field(default="block_output", metadata={"help": "Which states of a layer."})
-    positions: str | None = field(default=None, metadata={"help": "Which tokens: f<n>, l<n>, f<n>+l<m>, prompt, all."})
-    intervention: str = field(default="loreft", metadata={"help": "Which formula."})
-    low_rank_dimension: int = field(default=8, metadata={"help": "The rank of the edits."})
+    positions: Any = field(default=None, metadata={"help": "Which tokens: f<n>, l<n>, f<n>+l<m>, prompt, all."})
+    intervention: Any = field(default="loreft", metadata={"help": "Which formula."})
+    low_rank_dimension: int | None = field(default=DEFAULT_RANK, metadata={"help": "The rank of the edits."})
     share_weights: bool = field(default=True, metadata={"help": "One intervention for prefix and suffix."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the edit, in training."})
     act_fn: str | None = field(default=None, metadata={"help": "Activation of the learned source."})
     add_bias: bool = field(default=False, metadata={"help": "A bias for the second projection of NoReFT and DiReFT."})
+    intervention_kwargs: dict | None = field(default=None, metadata={"help": "Further arguments of the intervention."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
     prompt_format: str | None = field(
         default=None, metadata={"help": "How prompts were written in training from files: text, chat or alpaca."}
@@ -179,12 +188,11 @@ class ReftConfig(PeftConfig):
             self.representations = [self._read(entry) for entry in given]
             self._refuse_double_modules()
         else:
-            if isinstance(self.intervention, type):
-                self.intervention = self.intervention.__name__
-            self.intervention = _short_name(intervention_class(self.intervention))
-            if self.positions is None:
-                self.positions = DEFAULT_POSITIONS
-            Positions.parse(self.positions)
+            cls = intervention_class(self.intervention)
+            self.intervention = short_name(cls)
+            if self.low_rank_dimension == DEFAULT_RANK and "low_rank_dimension" not in cls.setting_names():
+                self.low_rank_dimension = None
+            self.positions = rule_name(DEFAULT_POSITIONS if self.positions is None else self.positions)
 
     def _read(self, entry: Any) -> Representation:
         if isinstance(entry, Representation):
@@ -195,12 +203,20 @@ class ReftConfig(PeftConfig):
                 raise ReftError(
                     f"representations: expected the keys {', '.join(known)}, got {key!r}.{did_you_mean(key, known)}"
                 )
-        if entry.get("unit", "pos") != "pos":
-            raise ReftError(f"representations: only the unit 'pos' can be edited, got {entry['unit']!r}.")
         values = {key: value for key, value in entry.items() if key in known}
-        ready = isinstance(values.get("intervention"), Intervention)
-        shared = ("positions", "component") if ready else ("positions", "component", "intervention", *_SETTINGS)
-        return Representation(**{name: getattr(self, name) for name in shared} | values)
+        unit = entry.get("unit", "pos")
+        if isinstance(unit, int):
+            values.setdefault("head", unit)
+        elif unit not in ("pos", "h", "h.pos"):
+            raise ReftError(f"representations: expected the unit 'pos', or the number of a head, got {unit!r}.")
+        given = values.get("intervention", self.intervention)
+        inherited = ["positions", "component"]
+        if not isinstance(given, Intervention):
+            taken = intervention_class(given).setting_names()
+            inherited += ["intervention", *(name for name in _SETTINGS if name in taken)]
+            if "intervention" not in values:
+                inherited.append("intervention_kwargs")
+        return Representation(**{name: getattr(self, name) for name in inherited} | values)
 
     def _refuse_double_modules(self) -> None:
         modules = [id(r.intervention) for r in self.representations if isinstance(r.intervention, Intervention)]
@@ -225,7 +241,7 @@ class ReftConfig(PeftConfig):
                 positions=self.positions,
                 side=side,
                 intervention=self.intervention,
-                **{name: getattr(self, name) for name in _SETTINGS},
+                **{name: getattr(self, name) for name in (*_SETTINGS, "intervention_kwargs")},
             )
             for side in sides
             for layer in layers
@@ -261,7 +277,7 @@ def _read_layers(layers: Any) -> Any:
     return list(layers)
 
 
-def register(tuner: type) -> None:
+def register_with_peft(tuner: type) -> None:
     """Make PEFT know this method: its four mappings are plain dicts and take a key of our own."""
     PEFT_TYPE_TO_CONFIG_MAPPING[ReftPeftType.REFT] = ReftConfig
     PEFT_TYPE_TO_TUNER_MAPPING[ReftPeftType.REFT] = tuner

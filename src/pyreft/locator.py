@@ -3,7 +3,8 @@
 A `Locator` belongs to one model. It turns the position rules, or locations given with a call, into masks of absolute
 token indices once, where a sequence begins, and hands each later forward the part that falls into the window of
 tokens it computes. So one-shot and chunked prefill, a reused prefix, decoding, beams and padding are one mechanism.
-The formulas and the places in the network are not known here.
+A model computes one `Stream` of tokens, or two if it has an encoder and a decoder. The formulas and the places in the
+network are not known here.
 """
 
 import functools
@@ -13,167 +14,104 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ReftError
+from .errors import ReftError, did_you_mean
 from .interventions import LowRankRotateLayer, orthonormalize
+from .located import Key, Located, Window, mask_of, row_masks, subspace_masks
 from .positions import Positions, prompt_tokens
 
-Key = tuple[str, int]  # an adapter and the number of one of its representations
-Window = tuple[Tensor, Tensor] | None  # row and column of every token to edit; none for every token there is
-LOCATIONS, LENGTHS = "intervention_locations", "prompt_lengths"  # what a call may give
+# what a call may give, beside what the model itself takes
+LOCATIONS, LENGTHS, SUBSPACES, STRENGTH = "intervention_locations", "prompt_lengths", "subspaces", "strength"
+GIVEN = (LOCATIONS, LENGTHS, SUBSPACES, STRENGTH)
+BASE = "__base__"  # the name of no adapter, as in PEFT
 
 
-class Located:
-    """The located tokens of a batch of sequences.
-
-    Args:
-        masks: `[batch, tokens]` in absolute token indices; representations with the same rule share the tensor.
-        endless: those that cover every token after the mask, too.
-    """
-
-    def __init__(self, masks: dict[Key, Tensor], endless: set[Key]) -> None:
-        self.masks = masks
-        self.endless = endless
-        self.length = max((mask.shape[1] for mask in masks.values()), default=0)
-
-    def done(self, end: int) -> bool:
-        """Whether nothing is located from this index on."""
-        return end >= self.length and not self.endless
-
-    def windows(self, past: int, tokens: int, rows: int) -> dict[Key, Window]:
-        """What to edit in a forward over the tokens `[past, past + tokens)`.
-
-        Rows that beams or several answers to a prompt have multiplied share the locations of their prompt.
-        """
-        found: dict[Key, Window] = {}
-        seen: dict[tuple[int, bool], Window] = {}
-        for key, mask in self.masks.items():
-            endless = key in self.endless
-            if endless and past >= self.length:
-                found[key] = None
-                continue
-            same = id(mask), endless
-            if same not in seen:
-                part = mask[:, past : past + tokens]
-                if endless:
-                    part = nn.functional.pad(part, (0, tokens - part.shape[1]), value=True)
-                part = part.repeat_interleave(rows // len(part), dim=0)
-                seen[same] = part.nonzero(as_tuple=True)  # type: ignore[assignment]
-            at = seen[same]
-            if at is not None and len(at[0]):
-                found[key] = at
-        return found
-
-
-class Locator:
-    """Resolves the locations before each forward of a model and serves them to its edited layers.
+class Stream:
+    """One sequence of tokens that a model computes, and what is edited in it now.
 
     Args:
-        model: the adapted base model, whose `forward` takes `input_ids` or `inputs_embeds`.
+        locator: of the model.
+        name: `"encoder"`, `"decoder"`, or empty for a model with one sequence.
+        entries: the modules whose `forward` takes the tokens; the first may call the others.
     """
 
-    def __init__(self, model: Any) -> None:
-        self.model: Any = model
-        self.layers: list[Any] = []  # the ReftLayers of the model
-        self.rules: dict[str, list[Positions | None]] = {}  # of each adapter, by representation
-        self.windows: dict[Key, Window] = {}
+    def __init__(self, locator: "Locator", name: str, entries: list[nn.Module]) -> None:
+        self.locator = locator
+        self.name = name
+        self.layers: list[Any] = []  # the ReftLayers that edit this sequence
         self.rows = self.tokens = 0
-        self._located: Located | None = None
-        self._generating: Located | None = None
+        self.located: Located | None = None
+        self._windows: dict[Key, Window] | None = {}
+        self._whole: Located | None = None  # while generating: resolved on the whole prompt
         self._generated = False
         self._known: weakref.WeakKeyDictionary[Any, Located] = weakref.WeakKeyDictionary()
-        self.removed = False
         self._running: nn.Module | None = None  # the entry whose forward runs
         self._hooked = False
-        self._causal = hasattr(model, "can_generate") and model.can_generate()
         self._rotations: list[LowRankRotateLayer] = []
-        backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
-        # some trainers call the backbone directly, without the head
-        self._entries = [model, backbone] if isinstance(backbone, nn.Module) and backbone is not model else [model]
-        for entry in self._entries:
+        self._entries = entries
+        for entry in entries:
             entry.register_forward_pre_hook(self._before, with_kwargs=True)
             entry.register_forward_hook(self._after, always_call=True)
-        if hasattr(model, "generate"):
-            self.model.generate = self.generate
 
     def __getstate__(self) -> dict:  # a copy of the model starts with nothing in flight
-        return {**self.__dict__, "_known": None, "_located": None, "windows": {}, "_rotations": []}
+        return {**self.__dict__, "_known": None, "located": None, "_windows": {}, "_rotations": []}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _known=weakref.WeakKeyDictionary())
 
-    def remove(self) -> None:
-        """Take every hook off the model."""
-        self.removed = True
-        self._hook(False)
-        for entry in self._entries:
-            for hooks in (entry._forward_pre_hooks, entry._forward_hooks):
-                for number in [n for n, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                    del hooks[number]
-        self.model.__dict__.pop("generate", None)
-
-    @property
-    def active(self) -> list[str]:
-        """The adapters whose edits are switched on, in their order."""
-        names = dict.fromkeys(name for layer in self.layers for name in layer.enabled_adapters)
-        return list(names)
+    def windows(self, h: Tensor) -> dict[Key, Window]:
+        """What to edit in the states `[batch, tokens, d]` of the forward that runs."""
+        if self._windows is None:  # pictures or sound came in: only the states say how many tokens they are
+            located = self.resolve(torch.ones(h.shape[:2], dtype=torch.bool, device=h.device))
+            self._open(located, 0, *h.shape[:2])
+        assert self._windows is not None
+        return self._windows
 
     # -- around a forward -----------------------------------------------------------------------------------------
 
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        if module is not self.model and self._running is self.model:
-            return None  # the backbone, called by the model
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._running is not None:
+            return  # the backbone, called by the model
         self._running = module
         if self._generated and kwargs.get("past_key_values") is not None:
             self._hook(False)  # decoding after the last located token: nothing to compute
-            return None
-        given = {name: kwargs.pop(name) for name in (LOCATIONS, LENGTHS) if name in kwargs}
-        if self.active:  # where adapters are switched off, what the last edited forward saw stays for its backward
-            past, inputs = _past_length(kwargs), _inputs(args, kwargs)
-            self._located = self._generating or self._locate(given, past, inputs, kwargs)
-            self.rows, self.tokens = inputs.shape[:2]
-            self.windows = self._located.windows(past, self.tokens, self.rows)
-            self._generated = self._generating is not None and self._located.done(past + self.tokens)
-            self._hook(bool(self.windows))
-            if self.windows:
-                self._rotations = [rotation for layer in self.layers for rotation in layer.rotations(self.windows)]
-                orthonormalize(self._rotations)
-        return (args, kwargs) if given else None
+            return
+        if not self.locator.active:  # what the last edited forward saw stays for its backward
+            return
+        inputs = _inputs(module, args, kwargs)
+        if inputs is None:
+            self.located = self._windows = None
+            self._hook(True)
+            return
+        past = _past_length(kwargs)
+        self._open(self._whole or self._locate(past, inputs, kwargs), past, *inputs.shape[:2])
+        self._generated = self._whole is not None and self._whole.done(past + self.tokens)
+        self._hook(bool(self._windows))
+        if self._windows:
+            self._rotations = [rotation for layer in self.layers for rotation in layer.rotations(self._windows)]
+            orthonormalize(self._rotations)
+
+    def _open(self, located: Located, past: int, rows: int, tokens: int) -> None:
+        self.located, self.rows, self.tokens = located, rows, tokens
+        self._windows = located.windows(past, tokens, rows)
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module is not self._running:
             return
         self._running = None
-        if self._generating is not None:
+        if self._whole is not None:
             return
-        if not self._recomputes():
-            for rotation in self._rotations:
-                rotation.forget_graph()
-            self._rotations, self.windows = [], {}
-            self._hook(False)
         cache = getattr(output, "past_key_values", None)
-        if cache is not None and self._located is not None:
-            self._known[cache] = self._located
-        self._located = None
+        if cache is not None and self.located is not None:
+            self._known[cache] = self.located
+        if not self.locator.recomputes():
+            self.forget()
 
-    def _recomputes(self) -> bool:
-        """Whether the backward will compute the blocks, and so the edits inside them, once more."""
-        return (
-            self.model.training
-            and torch.is_grad_enabled()
-            and any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
-        )
-
-    def _locate(self, given: dict[str, Any], past: int, inputs: Tensor, kwargs: dict) -> Located:
-        cache = kwargs.get("past_key_values")
-        if past and not given and cache in self._known:
-            return self._known[cache]
-        rows, end = inputs.shape[0], past + inputs.shape[1]
-        mask, labels = kwargs.get("attention_mask"), kwargs.get("labels")
-        if not (isinstance(mask, Tensor) and mask.shape == (rows, end)):
-            mask = inputs.new_ones((rows, end), dtype=torch.bool)
-        if not (self._causal and isinstance(labels, Tensor) and labels.shape == (rows, end)):
-            labels = None  # none, or not those of a language model
-        return self.resolve(mask.bool(), labels, **given)
+    def forget(self) -> None:
+        """Leave nothing of a forward behind."""
+        for rotation in self._rotations:
+            rotation.forget_graph()
+        self._rotations, self._windows, self.located = [], {}, None
+        self._hook(False)
 
     def _hook(self, wanted: bool) -> None:
         if wanted is not self._hooked:
@@ -181,113 +119,254 @@ class Locator:
                 layer.set_hooked(wanted)
             self._hooked = wanted
 
+    def remove(self) -> None:
+        """Take every hook off the model."""
+        self._hook(False)
+        for entry in self._entries:
+            _unhook(entry, self)
+
+    # -- generation -----------------------------------------------------------------------------------------------
+
+    def begin_generation(self, whole: Located | None) -> None:
+        """Serve the locations of the whole prompt, if they are known, to all forwards until `end_generation`."""
+        self._whole, self._generated = whole, False
+
+    def end_generation(self) -> None:
+        """Also after a generation that was interrupted."""
+        self._whole, self._generated, self._running = None, False, None
+        self.forget()
+
     # -- from rules to masks --------------------------------------------------------------------------------------
 
-    def resolve(
-        self,
-        tokens: Tensor,
-        labels: Tensor | None = None,
-        prompt_lengths: Any = None,
-        intervention_locations: Any = None,
-    ) -> Located:
-        """Return the located tokens of the active adapters.
+    def _locate(self, past: int, inputs: Tensor, kwargs: dict) -> Located:
+        call, cache = self.locator.call, kwargs.get("past_key_values")
+        if past and cache in self._known and (self.locator.generating or not call.keys() & {LOCATIONS, LENGTHS}):
+            return self._known[cache]
+        rows, end = inputs.shape[0], past + inputs.shape[1]
+        mask, labels = kwargs.get("attention_mask"), call.get("labels")
+        if not (isinstance(mask, Tensor) and mask.shape == (rows, end)):
+            mask = inputs.new_ones((rows, end), dtype=torch.bool)
+        takes_labels = self.locator.causal and self.name != "encoder"
+        if not (takes_labels and isinstance(labels, Tensor) and labels.shape == (rows, end)):
+            labels = None  # none, or not those of a language model
+        elif self.name == "decoder":  # whose first input is the start token, and comes before the first label
+            labels = nn.functional.pad(labels[:, :-1], (1, 0), value=-100)
+        ids = inputs if inputs.dim() == 2 and not past else None
+        return self.resolve(mask.bool(), labels, ids)
+
+    def resolve(self, tokens: Tensor, labels: Tensor | None = None, input_ids: Tensor | None = None) -> Located:
+        """Return the located tokens of the active adapters, by what the call gave.
 
         Args:
             tokens: `[batch, tokens]`, false for padding.
             labels: `[batch, tokens]`, -100 where there is no loss; the prompt ends before the first label.
-            prompt_lengths: `[batch]` numbers of tokens, where they are known; longer than `tokens` if more follow.
-            intervention_locations: `[batch, interventions, positions]` indices, which replace the rules; -1 is none.
+            input_ids: `[batch, tokens]`, where they are known.
         """
-        if intervention_locations is not None:
-            return self._resolve_given(tokens, intervention_locations)
-        if prompt_lengths is not None:
-            prompt_lengths = _lengths(prompt_lengths, tokens)
-            missing = int((prompt_lengths - tokens.sum(-1)).max())
-            tokens = nn.functional.pad(tokens, (0, max(missing, 0)), value=True)
-        prompt = prompt_tokens(tokens, labels, prompt_lengths)
-        masks: dict[Key, Tensor] = {}
-        endless: set[Key] = set()
-        made: dict[Positions, Tensor] = {}
-        for name in self.active:
-            for index, rule in enumerate(self.rules[name]):
-                if rule is None:
-                    continue
-                # an answer is covered by `all` from the beginning
-                if rule not in made:
-                    made[rule] = tokens if rule.whole == "all" else rule.locate(prompt)
-                masks[name, index] = made[rule]
-                if rule.whole == "all":
-                    endless.add((name, index))
-        return Located(masks, endless)
+        locator = self.locator
+        keys = [(name, index) for name in locator.active for index in self._indices(name)]
+        beams = self.name == "decoder" and locator.generating
+        located = Located(row_masks(locator.row_adapters, locator.active, tokens, beams))
+        if LOCATIONS in locator.call:
+            self._resolve_given(located, keys, tokens, locator.call[LOCATIONS])
+        else:
+            self._resolve_rules(located, keys, tokens, labels, input_ids)
+        if SUBSPACES in locator.call:
+            ranks = {key: layer.rank(key) for layer in self.layers for key in keys if layer.has(key)}
+            counts = {name: len(locator.rules[name]) for name in locator.active}
+            located.subspaces = subspace_masks(locator.call[SUBSPACES], ranks, counts, tokens)
+        return located
 
-    def _resolve_given(self, tokens: Tensor, locations: Any) -> Located:
+    def _indices(self, name: str) -> list[int]:
+        return [index for index, place in enumerate(self.locator.places[name]) if place == self.name]
+
+    def _resolve_rules(
+        self, located: Located, keys: list[Key], tokens: Tensor, labels: Tensor | None, input_ids: Tensor | None
+    ) -> None:
+        lengths = self.locator.call.get(LENGTHS) if self.name != "decoder" else None
+        if lengths is not None:
+            lengths = _lengths(lengths, tokens)
+            missing = max(int((lengths - tokens.sum(-1)).max()), 0)
+            tokens = nn.functional.pad(tokens, (0, missing), value=True)
+            input_ids = input_ids if input_ids is None or not missing else nn.functional.pad(input_ids, (0, missing))
+        prompt = prompt_tokens(tokens, labels, lengths)
+        made: dict[Positions, Tensor] = {}
+        for name, index in keys:
+            rule = self.locator.rules[name][index]
+            if rule is None:
+                continue
+            if rule not in made:  # an answer is covered by `all` from the beginning
+                made[rule] = tokens if rule.whole == "all" else rule.locate(prompt, input_ids)
+            located.add((name, index), made[rule], endless=rule.whole == "all")
+
+    def _resolve_given(self, located: Located, keys: list[Key], tokens: Tensor, locations: Any) -> None:
         at = torch.as_tensor(locations, device=tokens.device)
         if at.dim() != 3 or at.shape[0] != len(tokens) or at.is_floating_point():
             raise ReftError(
                 f"{LOCATIONS}: expected whole numbers of the shape [batch, interventions, positions] for a batch of "
                 f"{len(tokens)}, got {list(at.shape)}{' of ' + str(at.dtype) if at.is_floating_point() else ''}."
             )
-        for name in self.active:
-            if at.shape[1] != len(self.rules[name]):
+        for name in self.locator.active:
+            if at.shape[1] != len(self.locator.rules[name]):
                 raise ReftError(
-                    f"{LOCATIONS}: the adapter {name!r} has {len(self.rules[name])} interventions, "
+                    f"{LOCATIONS}: the adapter {name!r} has {len(self.locator.rules[name])} interventions, "
                     f"locations came for {at.shape[1]} (shape [batch, interventions, positions] = {list(at.shape)})."
                 )
+        at = at[:, [index for _, index in keys]]
         if at.numel() and (int(at.max()) >= tokens.shape[1] or int(at.min()) < -1):
             raise ReftError(
                 f"{LOCATIONS}: expected indices from 0 to {tokens.shape[1] - 1} in rows of {tokens.shape[1]} tokens "
                 f"(-1 for none), got {int(at.min())} to {int(at.max())}."
             )
-        if bool((at == at[:, :1]).all()):
-            mask = _mask(at[:, 0], tokens.shape[1])
-            masks = [mask] * at.shape[1]
-        else:
-            masks = [_mask(at[:, index], tokens.shape[1]) for index in range(at.shape[1])]
-        return Located({(name, i): mask for name in self.active for i, mask in enumerate(masks)}, set())
+        same = mask_of(at[:, 0], tokens.shape[1]) if at.shape[1] and bool((at == at[:, :1]).all()) else None
+        for column, key in enumerate(keys):
+            located.add(key, mask_of(at[:, column], tokens.shape[1]) if same is None else same)
 
-    # -- generation -----------------------------------------------------------------------------------------------
+
+class Locator:
+    """Resolves the locations before each forward of a model and serves them to its edited layers.
+
+    Args:
+        model: the adapted base model.
+        stacks: by the name of each stream, the module that computes it, if it is not the model itself.
+    """
+
+    def __init__(self, model: Any, stacks: dict[str, nn.Module]) -> None:
+        self.model: Any = model
+        self.rules: dict[str, list[Positions | None]] = {}  # of each adapter, by representation
+        self.places: dict[str, list[str]] = {}  # of each adapter, by representation: the stream's name
+        self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
+        self.row_adapters: list[str] | None = None  # while each row of a batch has its own
+        self.call: dict[str, Any] = {}  # what the running call gave
+        self.generating = self.removed = False
+        self.causal = hasattr(model, "can_generate") and model.can_generate()
+        self._running: nn.Module | None = None
+        backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+        # some trainers call the backbone directly, without the head
+        self._entries = [model, backbone] if isinstance(backbone, nn.Module) and backbone is not model else [model]
+        for entry in self._entries:
+            entry.register_forward_pre_hook(self._before, with_kwargs=True)
+            entry.register_forward_hook(self._after, always_call=True)
+        self.streams = {name: Stream(self, name, [module]) for name, module in stacks.items()}
+        if not stacks:
+            self.streams = {"": Stream(self, "", self._entries)}
+        if hasattr(model, "generate"):
+            self.model.generate = self.generate
+
+    @property
+    def layers(self) -> list[Any]:
+        """The edited places of the model."""
+        return [layer for stream in self.streams.values() for layer in stream.layers]
+
+    @property
+    def active(self) -> list[str]:
+        """The adapters whose edits are switched on, in the order in which they are summed."""
+        layers = self.layers
+        if self.row_adapters is not None:
+            on = not any(layer.disable_adapters for layer in layers)
+            return [name for name in dict.fromkeys(self.row_adapters) if name != BASE] if on else []
+        return list(dict.fromkeys(name for layer in layers for name in layer.enabled_adapters))
+
+    def strength(self, name: str) -> float:
+        """What an adapter's edits are multiplied by."""
+        given = self.call.get(STRENGTH, 1.0)
+        return self.strengths.get(name, 1.0) * float(given.get(name, 1.0) if isinstance(given, dict) else given)
+
+    def check_names(self, names: Any, what: str) -> None:
+        """Refuse adapters that the model does not have."""
+        for name in names:
+            if name not in self.rules and name != BASE:
+                raise ReftError(
+                    f"{what}: expected adapters of this model ({', '.join(self.rules)}) or {BASE!r}, got {name!r}."
+                    f"{did_you_mean(name, self.rules)}"
+                )
+
+    def remove(self) -> None:
+        """Take every hook off the model."""
+        self.removed = True
+        for stream in self.streams.values():
+            stream.remove()
+        for entry in self._entries:
+            _unhook(entry, self)
+        self.model.__dict__.pop("generate", None)
+
+    def recomputes(self) -> bool:
+        """Whether the backward will compute the blocks, and so the edits inside them, once more."""
+        return (
+            self.model.training
+            and torch.is_grad_enabled()
+            and any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        )
+
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if self._running is not None:
+            return None
+        self._running = module
+        given = {name: value for name in GIVEN if (value := kwargs.pop(name, None)) is not None}
+        if not self.generating:
+            self._take(given, kwargs.get("labels"))
+        return (args, kwargs)
+
+    def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if module is self._running:
+            self._running = None
+            if not self.generating and not self.recomputes():
+                self.call = {}
+
+    def _take(self, given: dict[str, Any], labels: Any = None) -> None:
+        if isinstance(given.get(STRENGTH), dict):
+            self.check_names(given[STRENGTH], STRENGTH)
+        self.call = given if labels is None else {**given, "labels": labels}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model, with the locations resolved on the whole prompt before its first forward.
 
-        Also takes `prompt_lengths` and `intervention_locations`. Right-padded prompts are aligned to the right
-        first, since generation continues the last column: the result is that of the left-padded batch.
+        Also takes `prompt_lengths`, `intervention_locations`, `subspaces` and `strength`. Right-padded prompts are
+        aligned to the right first, since generation continues the last column: the result is that of the left-padded
+        batch.
         """
         plain = functools.partial(type(self.model).generate, self.model)
-        given = {name: kwargs.pop(name) for name in (LOCATIONS, LENGTHS) if name in kwargs}
-        if self._generating is not None or not self.active:
+        given = {name: value for name in GIVEN if (value := kwargs.pop(name, None)) is not None}
+        if self.generating or not self.active:
             return plain(*args, **kwargs)
+        self._take(given)
+        try:
+            if list(self.streams) == [""]:
+                args, kwargs, whole = self._whole_prompt(args, kwargs)
+                self.streams[""].begin_generation(whole)
+            self.generating = True
+            return plain(*args, **kwargs)
+        finally:
+            self.generating, self._running, self.call = False, None, {}
+            for stream in self.streams.values():
+                stream.end_generation()
+
+    def _whole_prompt(self, args: tuple, kwargs: dict) -> tuple[tuple, dict, Located | None]:
         name = next((n for n in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
         if args:
             name, args, kwargs = "inputs", args[1:], {"inputs": args[0], **kwargs}
         if name is None:
-            return plain(*args, **kwargs)
-        mask = kwargs.get("attention_mask")
-        tokens = kwargs[name].new_ones(kwargs[name].shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-        located = self.resolve(tokens, **given)
+            return args, kwargs, None
+        mask, inputs = kwargs.get("attention_mask"), kwargs[name]
+        tokens = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        ids = inputs if inputs.dim() == 2 and inputs.shape == tokens.shape else None
+        located = self.streams[""].resolve(tokens, None, ids)
         if mask is not None and kwargs.get("past_key_values") is None and not bool(tokens[:, -1].all()):
             order = tokens.long().argsort(dim=1, stable=True)
             for aligned in {name, "attention_mask", "input_ids"} & kwargs.keys():
                 kwargs[aligned] = _take(kwargs[aligned], order)
             located.masks = {key: _take(mask, order) for key, mask in located.masks.items()}
-        self._generating, self._generated = located, False
-        try:
-            return plain(*args, **kwargs)
-        finally:
-            self._generating, self._generated, self._running, self._located = None, False, None, None
-            self.windows = {}
-            self._hook(False)
+        return args, kwargs, located
+
+
+def _unhook(module: nn.Module, owner: object) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [n for n, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:
+            del hooks[number]
 
 
 def _take(rows: Tensor, order: Tensor) -> Tensor:
     """Reorder the tokens of `[batch, tokens, ...]`."""
     return rows[torch.arange(len(rows), device=rows.device)[:, None], order]
-
-
-def _mask(columns: Tensor, length: int) -> Tensor:
-    """`[batch, positions]` indices as a mask `[batch, length]`; -1 is none."""
-    mask = columns.new_zeros((len(columns), length + 1), dtype=torch.bool)
-    return mask.scatter(1, columns.long() % (length + 1), True)[:, :length]
 
 
 def _lengths(lengths: Any, tokens: Tensor) -> Tensor:
@@ -301,13 +380,13 @@ def _lengths(lengths: Any, tokens: Tensor) -> Tensor:
 
 def _past_length(kwargs: dict) -> int:
     cache = kwargs.get("past_key_values")
-    if cache is None:
-        return 0
-    return int(cache.get_seq_length())
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
-def _inputs(args: tuple, kwargs: dict) -> Tensor:
-    for value in (kwargs.get("input_ids"), args[0] if args else None, kwargs.get("inputs_embeds")):
+def _inputs(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
+    """The token ids or embeddings of a call, none for a model that is given pictures or sound instead."""
+    first = args[0] if args and getattr(module, "main_input_name", "input_ids") == "input_ids" else None
+    for value in (kwargs.get("input_ids"), first, kwargs.get("inputs_embeds")):
         if isinstance(value, Tensor):
             return value
-    raise ReftError("An adapted model needs input_ids or inputs_embeds, of the shape [batch, tokens, ...].")
+    return None

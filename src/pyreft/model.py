@@ -1,7 +1,7 @@
 """`ReftModel`: a PEFT model that also answers to the calls of the original library."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from .checkpoint import check_tensors, model_card, read_config, write_beside
-from .compat import read_unit_locations
+from .compat import read_subspaces, read_unit_locations
 from .config import ReftConfig
 from .errors import ReftError
-from .interventions import Intervention
-from .locator import LOCATIONS, Locator
+from .interventions import Intervention, register
+from .locator import GIVEN, LOCATIONS, SUBSPACES, Locator
 from .tuner import ReftLayer, detach, locator_of, reft_layers
 
 
@@ -56,7 +56,7 @@ class ReftModel(PeftModel):
         base = None
         if original:
             with self.disable_adapter():
-                base = super().forward(**{key: value for key, value in kwargs.items() if key != LOCATIONS})
+                base = super().forward(**{key: value for key, value in kwargs.items() if key not in GIVEN})
         return base, super().forward(**kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ class ReftModel(PeftModel):
         base = None
         if kwargs.pop("output_original_output", False):
             with self.disable_adapter():
-                base = super().generate(**{key: value for key, value in kwargs.items() if key != LOCATIONS})
+                base = super().generate(**{key: value for key, value in kwargs.items() if key not in GIVEN})
         return base, super().generate(**kwargs)
 
     def _translate(self, args: tuple, kwargs: dict) -> dict:
@@ -85,13 +85,14 @@ class ReftModel(PeftModel):
         if len(args) > 1:
             raise ReftError("Only the inputs go by position; name the other arguments, as in unit_locations=... .")
         call = {**(args[0] if args else kwargs.pop("base", {})), **kwargs}
-        for name in ("sources", "subspaces"):
-            if call.pop(name, None) is not None:
-                raise ReftError(f"{name}: not supported yet.")
-        unit_locations = call.pop("unit_locations", None)
+        if call.pop("sources", None) not in (None, [None]):
+            raise ReftError("sources: ReFT learns its edits and takes none from another input; pass no sources.")
+        unit_locations, subspaces = call.pop("unit_locations", None), call.pop(SUBSPACES, None)
+        rows = len(next(call[name] for name in ("input_ids", "inputs_embeds") if name in call))
+        count = len(self._locator.rules[self.active_adapter])
+        if subspaces is not None:
+            call[SUBSPACES] = read_subspaces(subspaces, rows, count)
         if unit_locations is not None:
-            rows = len(next(call[name] for name in ("input_ids", "inputs_embeds") if name in call))
-            count = len(self._locator.rules[self.active_adapter])
             call[LOCATIONS] = read_unit_locations(unit_locations, rows, count)
         elif None in self._locator.rules[self.active_adapter] and LOCATIONS not in call:
             raise ReftError(
@@ -147,6 +148,15 @@ class ReftModel(PeftModel):
         """The device of the base model."""
         return next(self.get_base_model().parameters()).device
 
+    def set_strength(self, adapter_name: str, strength: float) -> None:
+        """Multiply an adapter's edits: h' = h + strength (Φ(h) - h), until it is set again.
+
+        For one call, pass `strength=` to it, a number or a dict by adapter; the two are multiplied. Strengths are
+        not saved.
+        """
+        self._locator.check_names([adapter_name], "adapter_name")
+        self._locator.strengths[adapter_name] = float(strength)
+
     # -- files ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
@@ -180,6 +190,7 @@ class ReftModel(PeftModel):
         model: nn.Module,
         from_huggingface_hub: bool = False,
         local_directory: str | None = None,
+        interventions: Sequence[type[Intervention]] = (),
     ) -> "ReftModel":
         """Put a saved adapter on a base model; edits that an earlier ReftModel left there are taken off first.
 
@@ -187,6 +198,7 @@ class ReftModel(PeftModel):
             load_directory: where `save` wrote it, or a repository of the hub with `from_huggingface_hub`.
             model: the base model.
             local_directory: where to keep the files from the hub.
+            interventions: classes of one's own that the adapter is made of; a file alone brings in no class.
 
         Raises:
             ReftError: a damaged adapter, or one that was made for another base model.
@@ -195,6 +207,8 @@ class ReftModel(PeftModel):
             from huggingface_hub import snapshot_download
 
             load_directory = snapshot_download(str(load_directory), local_dir=local_directory)
+        for intervention in interventions:
+            register(intervention)
         return cls.from_pretrained(model, load_directory, is_trainable=True).eval()
 
     @classmethod

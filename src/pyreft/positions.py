@@ -4,6 +4,7 @@ Everything here is counted in tokens of the text, never in padding, and nothing 
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -14,6 +15,32 @@ from .errors import ReftError, did_you_mean
 
 _WHOLE: dict[str, Literal["prompt", "all"]] = {"prompt": "prompt", "all": "all"}
 RULES = "f<n>, l<n>, f<n>+l<m>, prompt or all"
+Rule = Callable[[Tensor, Tensor | None], Tensor]
+_OWN: dict[str, Rule] = {}
+
+
+def register_rule(name: str, rule: Rule) -> None:
+    """Let configs and files name a rule of one's own.
+
+    `rule(prompt, input_ids)` gets a mask `[batch, tokens]`, true for the tokens of the prompt, and the ids of the
+    same shape (none if a model is called with embeddings), and returns the mask of the located tokens. Passing the
+    function to `ReftConfig(positions=...)` does the same under its own name.
+
+    Raises:
+        ReftError: the name is one of the built-in rules, or not an identifier, such as that of a lambda.
+    """
+    if not name.isidentifier() or re.fullmatch(r"(f\d+)?(l\d+)?|prompt|all", name.lower()):
+        raise ReftError(f"positions: a rule of your own needs a plain name that is not {RULES}, got {name!r}.")
+    _OWN[name] = rule
+
+
+def rule_name(rule: str | Rule) -> str:
+    """Return the name of a rule, checked; a function is registered."""
+    if callable(rule):
+        register_rule(getattr(rule, "__name__", ""), rule)
+        return rule.__name__
+    Positions.parse(rule)
+    return rule
 
 
 @dataclass(frozen=True)
@@ -26,26 +53,31 @@ class Positions:
             so that no token is edited twice; alone, a side takes at most the whole prompt.
         whole: `"prompt"` for every token of the prompt, `"all"` for those that are generated, too.
         side: take only the `"prefix"` or only the `"suffix"` of a rule that has both.
+        own: the name of a registered rule.
     """
 
     first: int = 0
     last: int = 0
     whole: Literal["prompt", "all"] | None = None
     side: Literal["prefix", "suffix"] | None = None
+    own: str | None = None
 
     @classmethod
     def parse(cls, rule: str) -> "Positions":
-        """Read `f<n>`, `l<n>`, `f<n>+l<m>`, `prompt` or `all`.
+        """Read `f<n>`, `l<n>`, `f<n>+l<m>`, `prompt`, `all`, or the name of a registered rule.
 
         >>> Positions.parse("f7+l5")
-        Positions(first=7, last=5, whole=None, side=None)
+        Positions(first=7, last=5, whole=None, side=None, own=None)
         """
+        if rule in _OWN:
+            return cls(own=rule)
         text = str(rule).replace(" ", "").lower()
         if text in _WHOLE:
             return cls(whole=_WHOLE[text])
         match = re.fullmatch(r"(?:f(\d+))?(?:(?:^|\+)l(\d+))?", text)
         if not match or not text or not any(int(n or 0) for n in match.groups()):
-            raise ReftError(f"positions: expected {RULES}, got {rule!r}.{_nearest(text)}")
+            hint = _nearest(text) or " A rule of your own is made known by pyreft.positions.register_rule."
+            raise ReftError(f"positions: expected {RULES}, got {rule!r}.{hint}")
         return cls(first=int(match[1] or 0), last=int(match[2] or 0))
 
     def sides(self) -> tuple["Positions", ...]:
@@ -54,17 +86,27 @@ class Positions:
             return (self,)
         return replace(self, side="prefix"), replace(self, side="suffix")
 
-    def locate(self, prompt: Tensor) -> Tensor:
+    def locate(self, prompt: Tensor, input_ids: Tensor | None = None) -> Tensor:
         """Return the located tokens of a batch.
 
         Args:
             prompt: `[batch, tokens]`, true where a token belongs to the prompt, false for padding and for an answer.
+            input_ids: `[batch, tokens]`, for a rule of one's own.
 
         Returns:
             A mask of the same shape. For `all` it covers the prompt; the tokens after it belong to it as well.
         """
         if self.whole:
             return prompt
+        if self.own:
+            located = _OWN[self.own](prompt, input_ids)
+            if not isinstance(located, Tensor) or located.shape != prompt.shape or located.dtype != torch.bool:
+                came = f"{list(located.shape)} of {located.dtype}" if isinstance(located, Tensor) else repr(located)
+                raise ReftError(
+                    f"positions: the rule {self.own!r} must return a bool mask of the shape {list(prompt.shape)} "
+                    f"([batch, tokens]), got {came}."
+                )
+            return located & prompt
         rank = prompt.long().cumsum(-1)
         length = rank[:, -1:]
         first, last = torch.full_like(length, self.first), torch.full_like(length, self.last)

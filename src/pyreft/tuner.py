@@ -4,6 +4,7 @@ A module to edit stays in place and gets a child, `reft_output` or `reft_input`,
 adapters; a forward hook edits. Which tokens, the `Locator` of the model says.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,48 +14,55 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from .components import Site, find_site, hidden_width, number_of_layers
+from .components import Site, find_site, hidden_width, number_of_layers, stack_module
 from .config import ReftConfig, Representation
 from .errors import ReftError
 from .interventions import Intervention, LowRankRotateLayer
-from .locator import Key, Locator, Window
+from .located import Key, Window
+from .locator import Locator, Stream
 
 
 class ReftLayer(nn.ModuleDict, BaseTunerLayer):
     """The interventions on one side of one module, by adapter, and the hook that applies them.
 
-    Several interventions of an adapter act one after the other in the order of its representations, several active
-    adapters in the order of their activation. Parameters are called `<module>.reft_<side>.<adapter>.<number>.…`,
-    the form in which PEFT and transformers insert an adapter's name when they load one.
+    Several interventions of an adapter act one after the other in the order of its representations. Several active
+    adapters see the same states, and their edits are summed in the order of their activation:
+    h' = h + Σ s (Φ(h) - h), each adapter with its strength s. Parameters are called
+    `<module>.reft_<side>.<adapter>.<number>.…`, the form in which PEFT and transformers insert an adapter's name when
+    they load one.
 
     Args:
         module: the module whose input or output is edited.
         side: which of the two.
-        locator: says which tokens.
+        stream: says which tokens.
     """
 
     adapter_layer_names = ("interventions",)
-    other_param_names = ("indices",)
+    other_param_names = ("indices", "columns")
 
-    def __init__(self, module: nn.Module, side: str, locator: Locator) -> None:
+    def __init__(self, module: nn.Module, side: str, stream: Stream) -> None:
         super().__init__()
         self.indices: dict[str, list[int]] = {}  # adapter -> the numbers of these among its representations
+        self.columns: dict[str, list[tuple[int, int] | None]] = {}  # and the part of the width that each edits
         self.side = side
-        self.locator = locator
+        self.stream = stream
         self._module = (module,)  # in a tuple: the module is this one's parent, not its child
-        locator.layers.append(self)
+        stream.layers.append(self)
 
     @property
     def interventions(self) -> "ReftLayer":
         """Where PEFT finds the parameters by adapter: this dict itself."""
         return self
 
-    def add_intervention(self, adapter_name: str, index: int, intervention: Intervention) -> None:
+    def add_intervention(
+        self, adapter_name: str, index: int, intervention: Intervention, columns: tuple[int, int] | None = None
+    ) -> None:
         """Add an intervention of an adapter, the one of its representation `index`."""
         modules = cast(nn.ModuleList, self[adapter_name]) if adapter_name in self else nn.ModuleList()
         modules.append(intervention)
         self[adapter_name] = modules
         self.indices.setdefault(adapter_name, []).append(index)
+        self.columns.setdefault(adapter_name, []).append(columns)
 
     @property
     def enabled_adapters(self) -> list[str]:
@@ -68,32 +76,69 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             modules = cast(Iterable[Intervention], self[adapter_name])
             yield from zip(self.indices[adapter_name], modules, strict=True)
 
-    def _located(self, windows: dict[Key, Window]) -> Iterator[tuple[Intervention, Window]]:
-        for name in self.enabled_adapters:
-            for index, intervention in self.of(name):
-                if (name, index) in windows:
-                    yield intervention, windows[name, index]
+    def has(self, key: Key) -> bool:
+        """Whether the intervention of this representation is here."""
+        return key[1] in self.indices.get(key[0], ())
+
+    def rank(self, key: Key) -> int | None:
+        """The rank of the intervention of a representation, if it has one."""
+        return next(getattr(module, "low_rank_dimension", None) for index, module in self.of(key[0]) if index == key[1])
 
     def rotations(self, windows: dict[Key, Window]) -> Iterator[LowRankRotateLayer]:
         """The orthonormal matrices that the next forward needs."""
-        for intervention, _ in self._located(windows):
-            if isinstance(rotation := getattr(intervention, "rotate_layer", None), LowRankRotateLayer):
-                yield rotation
+        for name in dict.fromkeys(name for name, _ in windows):
+            for index, intervention in self.of(name):
+                rotation = getattr(intervention, "rotate_layer", None)
+                if (name, index) in windows and isinstance(rotation, LowRankRotateLayer):
+                    yield rotation
 
     def edit_located(self, h: Tensor) -> Tensor:
         """Return the states `[batch, tokens, d]` with the located tokens edited and every other bit as it was."""
-        locator = self.locator
-        for intervention, window in self._located(locator.windows):
-            if window is None:
-                h = intervention(h.reshape(-1, h.shape[-1])).view_as(h)
+        stream = self.stream
+        windows = stream.windows(h)
+        names = [name for name in dict.fromkeys(name for name, _ in windows) if name in self]
+        if not names:
+            return h
+        shape = h.shape
+        if h.dim() == 2 and len(h) == stream.rows * stream.tokens:  # some modules see all tokens in one row
+            h = h.view(stream.rows, stream.tokens, -1)
+        if h.shape[:2] != (stream.rows, stream.tokens):
+            raise ReftError(
+                f"The states to edit have the shape {list(shape)}, expected [{stream.rows}, {stream.tokens}, width]; "
+                "this component cannot be edited by token."
+            )
+        if len(names) == 1 or stream.locator.row_adapters is not None:
+            for name in names:
+                h = self._edit(h, name, windows)
+        else:
+            wide = h.float()
+            edits = [self._edit(wide, name, windows) - wide for name in names]
+            h = functools.reduce(torch.add, edits, wide).to(h.dtype)
+        return h.view(shape)
+
+    def _edit(self, h: Tensor, name: str, windows: dict[Key, Window]) -> Tensor:
+        """Apply the interventions of one adapter, one after the other."""
+        stream = self.stream
+        strength = stream.locator.strength(name)
+        subspaces = {} if stream.located is None else stream.located.subspaces
+        for (index, intervention), columns in zip(self.of(name), self.columns[name], strict=True):
+            key = name, index
+            if key not in windows:
                 continue
-            if h.shape[:2] != (locator.rows, locator.tokens):
-                raise ReftError(
-                    f"The states to edit have the shape {list(h.shape)}, expected [{locator.rows}, {locator.tokens}, "
-                    f"{intervention.embed_dim}]; this component cannot be edited by token."
-                )
-            at = (window[0].to(h.device), window[1].to(h.device))
-            h = h.index_put(at, intervention(h[at]))
+            at = windows[key]
+            if at is None and not (intervention.by_row or subspaces):
+                flat = h.reshape(-1, h.shape[-1])
+                h = _edit_columns(intervention, flat, columns, strength).view_as(h)
+                continue
+            if at is None:
+                at = torch.ones(h.shape[:2], device=h.device).nonzero().unbind(1)  # type: ignore[assignment]
+            rows, tokens = (indices.to(h.device) for indices in cast(Iterable[Tensor], at))
+            context = {"rows": rows} if intervention.by_row else {}
+            if key in subspaces:
+                of_row = subspaces[key].to(h.device)
+                context["subspaces"] = of_row[rows // (stream.rows // len(of_row))]
+            edited = _edit_columns(intervention, h[rows, tokens], columns, strength, **context)
+            h = h.index_put((rows, tokens), edited)
         return h
 
     def set_hooked(self, wanted: bool) -> None:
@@ -128,6 +173,19 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         _refuse_merge()
 
 
+def _edit_columns(
+    intervention: Intervention, h: Tensor, columns: tuple[int, int] | None, strength: float, **context: Tensor
+) -> Tensor:
+    """Edit a part of the width of the states `[n, d]`, with h + s (Φ(h) - h) for another strength than 1."""
+    part = h if columns is None else h[:, columns[0] : columns[1]]
+    if strength == 1:
+        edited = intervention(part, **context)
+    else:
+        wide = part.float()
+        edited = (wide + strength * (intervention(wide, **context) - wide)).to(h.dtype)
+    return edited if columns is None else torch.cat((h[:, : columns[0]], edited, h[:, columns[1] :]), dim=-1)
+
+
 def _refuse_merge() -> NoReturn:
     raise ReftError(
         "ReFT edits hidden states at chosen tokens, which no change of the weights can do: an adapter cannot be "
@@ -152,12 +210,13 @@ class ReftTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         try:
-            representations, self._places = _plan(model, config)
+            representations, sites, self._places = _plan(model, config)
         except ReftError:
             del self.peft_config[adapter_name]
             raise
-        self._locator = locator_of(model) or Locator(model)
+        self._locator = locator_of(model) or Locator(model, _stacks(model))
         self._locator.rules[adapter_name] = [entry.rule() for entry in representations]
+        self._locator.places[adapter_name] = [site.stack for site in sites]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
@@ -176,13 +235,15 @@ class ReftTuner(BaseTuner):
         for site, index, intervention in self._places[current_key]:
             name = f"{self.prefix}{site.side}"
             if not hasattr(target, name):
-                target.add_module(name, ReftLayer(target, site.side, self._locator))
-            getattr(target, name).add_intervention(adapter_name, index, intervention.to(_device(target)))
+                target.add_module(name, ReftLayer(target, site.side, self._locator.streams[site.stack]))
+            layer = getattr(target, name)
+            layer.add_intervention(adapter_name, index, intervention.to(_device(target)), site.columns)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         if (locator := locator_of(self.model)) is not None:
-            locator.rules.pop(adapter_name, None)
+            for known in (locator.rules, locator.places, locator.strengths):
+                known.pop(adapter_name, None)
 
     def _unload_and_optionally_merge(
         self,
@@ -201,12 +262,19 @@ class ReftTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ReftError(
-                "adapter_names: rows of one batch with different adapters are not supported yet; "
-                "run them apart, with set_adapter() before each."
-            )
-        yield
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        locator = self._locator
+        if not names:
+            raise ReftError("adapter_names: expected one name for each row, got none.")
+        locator.check_names(names, "adapter_names")
+        locator.row_adapters = list(names)
+        try:
+            yield
+        finally:
+            locator.row_adapters = None
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -221,7 +289,7 @@ def reft_layers(model: nn.Module) -> list[ReftLayer]:
 
 def locator_of(model: nn.Module) -> Locator | None:
     """The locator of an adapted model, none if it has no representation edits."""
-    return next((layer.locator for layer in reft_layers(model)), None)
+    return next((layer.stream.locator for layer in reft_layers(model)), None)
 
 
 def detach(model: nn.Module) -> None:
@@ -234,24 +302,31 @@ def detach(model: nn.Module) -> None:
         model.__dict__.pop("peft_config", None)
 
 
-def _plan(
-    model: nn.Module, config: ReftConfig
-) -> tuple[list[Representation], dict[str, list[tuple[Site, int, Intervention]]]]:
+Places = dict[str, list[tuple[Site, int, Intervention]]]
+
+
+def _plan(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], list[Site], Places]:
     """Check a config against a model and make its interventions; nothing is changed if anything does not fit."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ReftError("Encoder-decoder models are not supported yet.")
     shape = _shape(model)
     if config.base_model_shape not in (None, shape):
         raise ReftError(f"The adapter was made for a base model of {config.base_model_shape}, this one is {shape}.")
-    representations = config.expand(number_of_layers(model) if config.representations is None else 0)
-    sites = [find_site(model, entry.component, entry.layer) for entry in representations]
-    places: dict[str, list[tuple[Site, int, Intervention]]] = {}
+    layers = number_of_layers(model, config.component) if config.representations is None else 0
+    representations = config.expand(layers)
+    sites = [find_site(model, entry.component, entry.layer, entry.head) for entry in representations]
+    places: Places = {}
     for index, (entry, site) in enumerate(zip(representations, sites, strict=True)):
         places.setdefault(site.path, []).append((site, index, entry.make(site.width)))
     for entry in representations:
         entry.settle()
     config.base_model_shape = shape
-    return representations, places
+    return representations, sites, places
+
+
+def _stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that compute the streams of a model with an encoder and a decoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {}
+    return {name: stack_module(model, name) for name in ("encoder", "decoder")}
 
 
 def _shape(model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,86 @@
+"""What all edits share: small modules that map a hidden state h to h'.
+
+Each sees only the gathered states of the tokens to edit, `[n, d]`. Which tokens these are, and where in a network, is
+not known here.
+"""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ReftError
+
+
+class Intervention(nn.Module):
+    """h' = h + dropout(edit(h)), computed in float32 and cast back to the type of h.
+
+    A subclass makes its parameters and gives the formula of `edit`. That is all that an intervention of one's own
+    needs; pass the class to `ReftConfig(intervention=...)` and to whatever loads the adapter again.
+
+    Args:
+        embed_dim: d, the width of the edited hidden states.
+        dropout: probability of dropout on the edit, h' - h, in training.
+
+    Example:
+        >>> class ScaleIntervention(Intervention):
+        ...     def __init__(self, *, embed_dim, **settings):
+        ...         super().__init__(embed_dim=embed_dim, **settings)
+        ...         self.scale = nn.Parameter(torch.zeros(embed_dim))
+        ...
+        ...     def edit(self, h):
+        ...         return self.scale * h
+        >>> ScaleIntervention(embed_dim=4)(torch.ones(2, 4)).shape
+        torch.Size([2, 4])
+    """
+
+    #: whether `edit` also takes `rows`, `[n]`: the row of the batch that each token belongs to
+    by_row = False
+
+    def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments that make another one like this, but for the width; a subclass adds its own."""
+        return {"dropout": self.dropout.p}
+
+    @classmethod
+    def setting_names(cls) -> set[str]:
+        """The keyword arguments that the class takes, but for the width and what only a program can give."""
+        names: set[str] = set()
+        for owner in cls.__mro__:
+            if "__init__" in vars(owner):
+                parameters = inspect.signature(vars(owner)["__init__"]).parameters.values()
+                names |= {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+                if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                    break
+        return names - {"self", "embed_dim", "dtype", "device"}
+
+    def edit(self, h: Tensor) -> Tensor:
+        """Return h' - h for float32 states h `[n, d]`."""
+        raise NotImplementedError
+
+    def forward(self, h: Tensor, **context: Tensor) -> Tensor:
+        """Return h' for the states h `[n, d]`, in the type of h; `context` goes to `edit`."""
+        with torch.autocast(h.device.type, enabled=False):
+            wide = h.float()
+            return (wide + self.dropout(self.edit(wide, **context))).to(h.dtype)
+
+    def penalty(self) -> Tensor | None:
+        """What the training loss gets on top after a forward, a scalar, or nothing."""
+        return None
+
+    def extra_repr(self) -> str:
+        return str(self.embed_dim)
+
+
+def check_rank(rank: int, embed_dim: int) -> None:
+    """Refuse a rank below 1 or above the width."""
+    if not 1 <= rank <= embed_dim:
+        raise ReftError(
+            f"low_rank_dimension: expected a rank from 1 to the width {embed_dim} of the edited states, got {rank}."
+        )

@@ -1,0 +1,62 @@
+"""ReFT-r1: one direction that both detects a concept and steers to it (AxBench, arXiv 2501.17148, section 4)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ReftError
+from .base import Intervention
+from .rotation import LowRankRotateLayer
+
+
+class Reftr1Intervention(Intervention):
+    """ReFT-r1: h' = h + m w, with a unit vector w and the same strength m for all edited tokens of a row.
+
+    m is the mean of the `top_k` largest latents ReLU(w·h) among these tokens. In training, λ times the mean of the
+    other latents is added to the loss, so that few tokens activate the concept.
+
+    Args:
+        embed_dim: d, the width of the edited hidden states.
+        dropout: probability of dropout on the edit, h' - h, in training.
+        top_k: how many latents count; all of them in a row that has fewer edited tokens.
+        l1: λ.
+    """
+
+    by_row = True
+
+    def __init__(self, *, embed_dim: int, dropout: float = 0.0, top_k: int = 8, l1: float = 0.005) -> None:
+        super().__init__(embed_dim=embed_dim, dropout=dropout)
+        if top_k < 1:
+            raise ReftError(f"top_k: expected at least one latent that counts, got {top_k}.")
+        self.top_k, self.l1 = top_k, l1
+        self.rotate_layer = LowRankRotateLayer(embed_dim, 1)
+        self._penalty: Tensor | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings, "top_k": self.top_k, "l1": self.l1}
+
+    def latents(self, h: Tensor) -> Tensor:
+        """Return how strongly the concept is present in each state, `[n]`, not negative."""
+        return (h.float() @ self.rotate_layer.weight).squeeze(-1).relu()
+
+    def edit(self, h: Tensor, rows: Tensor) -> Tensor:  # type: ignore[override]  # as `by_row` says
+        latents = self.latents(h)
+        _, rows, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
+        columns = torch.arange(len(rows), device=h.device) - (counts.cumsum(0) - counts)[rows]
+        table = latents.new_full((len(counts), int(counts.max())), -1).index_put((rows, columns), latents)
+        top = table.topk(min(self.top_k, table.shape[1])).values
+        chosen = (top >= 0).to(top.dtype)
+        strength = (top * chosen).sum(-1) / chosen.sum(-1)
+        if self.training:
+            rest = latents.sum() - (top * chosen).sum()
+            self._penalty = self.l1 * rest / (counts.sum() - chosen.sum()).clamp(min=1)
+        return strength[rows].unsqueeze(-1) * self.rotate_layer.weight.T
+
+    def penalty(self) -> Tensor | None:
+        taken, self._penalty = self._penalty, None
+        return taken
+
+    def __getstate__(self) -> dict:  # a penalty belongs to one forward and its graph
+        return {**self.__dict__, "_penalty": None}

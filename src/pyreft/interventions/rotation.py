@@ -1,0 +1,85 @@
+"""R: matrices with orthonormal columns, kept so whatever the optimiser does, and computed for many layers at once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def orthonormal_columns(free: Tensor) -> Tensor:
+    """Map free matrices `[..., d, r]` to the matrices of the same shape with orthonormal columns, in float32.
+
+    The Q of a QR decomposition with a positive diagonal of R: a smooth, unique map that leaves a matrix with
+    orthonormal columns as it is. Matrices of one shape go through one batched call.
+    """
+    q, r = torch.linalg.qr(free.float())
+    return q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
+
+
+class LowRankRotateLayer(nn.Module):
+    """R, kept as `weight` `[d, r]` with orthonormal columns whatever the optimiser does to the `free` parameter."""
+
+    def __init__(self, embed_dim: int, low_rank_dimension: int) -> None:
+        super().__init__()
+        self.free = nn.Parameter(torch.empty(embed_dim, low_rank_dimension))
+        if not self.free.is_meta:
+            nn.init.orthogonal_(self.free)
+        self._ready: Tensor | None = None
+        self._made_from: tuple | None = None
+
+    def _state(self) -> tuple:
+        return self.free._version, self.free.data_ptr(), self.free.device
+
+    @property
+    def weight(self) -> Tensor:
+        """R as `[d, r]`, float32; in evaluation it is computed once and kept until the parameter changes."""
+        if self._ready is not None and self._made_from == self._state():
+            return self._ready
+        value = orthonormal_columns(self.free)
+        if not value.requires_grad and not self.training:
+            self.keep(value)
+        return value
+
+    def keep(self, value: Tensor) -> None:
+        """Serve this R, computed from the parameter as it is now (see `orthonormalize`), until `forget`."""
+        self._ready, self._made_from = value, self._state()
+
+    def forget(self) -> None:
+        """Drop a kept R, so that the next use computes it anew."""
+        self._ready = self._made_from = None
+
+    def forget_graph(self) -> None:
+        """Drop a kept R that belongs to the autograd graph of one step."""
+        if self._ready is not None and self._ready.requires_grad:
+            self.forget()
+
+    def train(self, mode: bool = True) -> "LowRankRotateLayer":
+        self.forget()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict:  # a kept R belongs to one forward and its graph: copies and pickles go without
+        return {**self.__dict__, "_ready": None, "_made_from": None}
+
+    @torch.no_grad()
+    def set_(self, rotation: Tensor) -> None:
+        """Set R to a `[d, r]` matrix with orthonormal columns."""
+        self.free.copy_(rotation)
+        self.forget()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h @ self.weight
+
+
+def orthonormalize(rotations: Sequence[LowRankRotateLayer]) -> None:
+    """Compute the R of many layers, all of the same shape and device in one batched call, and keep them."""
+    groups: dict[tuple, list[LowRankRotateLayer]] = {}
+    for rotation in rotations:
+        if torch.is_grad_enabled() and rotation.free.requires_grad:
+            rotation.forget()
+        elif rotation._made_from == rotation._state():
+            continue
+        groups.setdefault((rotation.free.shape, rotation.free.device), []).append(rotation)
+    for group in groups.values():
+        stacked = orthonormal_columns(torch.stack([rotation.free.float() for rotation in group]))
+        for rotation, value in zip(group, stacked.unbind(), strict=True):
+            rotation.keep(value)
