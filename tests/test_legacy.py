@@ -323,6 +323,10 @@ def test_of_other_interventions(copied):
     adapted = pyreft.get_reft_model(read_case(ONE)[2], pyreft.ReftConfig(layers=2, low_rank_dimension=2))
     with pytest.raises(pyreft.ReftError, match=r"expected the tensors of LoreftIntervention, .*\[2, 32\].*\[4, 32\]"):
         adapted.load_intervention(ORACLE / "legacy" / ONE, include_model=False)
+    # the same tensors, in another formula
+    adapted = load(ORACLE / "legacy" / "llama_lobireft_l1_one_layer")
+    with pytest.raises(pyreft.ReftError, match=r"this model, \['LobireftInt.*; it holds \['ConsreftIntervention'\]"):
+        adapted.load_intervention(ORACLE / "legacy" / "llama_consreft_l1_one_layer", include_model=False)
 
 
 def test_a_directory_of_neither(tmp_path):

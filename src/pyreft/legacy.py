@@ -89,6 +89,12 @@ def read_interventions(
     Raises:
         ReftError: files that are missing, damaged, or of other interventions.
     """
+    interventions = list(interventions)
+    if (place / CONFIG).is_file():
+        theirs = [_class(name, place).__name__ for _, name, _, _ in _read_places(place)]
+        ours = [type(intervention).__name__ for intervention in interventions]
+        if theirs != ours:
+            raise ReftError(f"{place}: expected the interventions of this model, {ours}; it holds {theirs}.")
     values: Values = []
     for key, intervention in zip(legacy_keys(representations), interventions, strict=True):
         values += _values(intervention, _read_state(place, key), place / _file(key))
@@ -185,9 +191,10 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         raise ReftError(f"{file.parent}: {file.name} is missing; was the checkpoint copied completely?")
     try:
         data: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are not a checkpoint fail in any way
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ReftError(f"{file}: the file is damaged, or holds more than tensors ({first}).") from None
+    except Exception:  # bytes that are not tensors fail in any way, and torch advises to execute them
+        raise ReftError(
+            f"{file}: the file is damaged, or holds more than tensors, which is never read. Copy or save it again."
+        ) from None
     if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
         raise ReftError(f"{file}: expected tensors by name, found something else.")
     return data

@@ -15,7 +15,7 @@ from torch import nn
 
 from .checkpoint import check_tensors, is_adapter, model_card, read_config, write_beside
 from .compat import read_unit_locations
-from .config import ReftConfig
+from .config import ReftConfig, Representation
 from .errors import ReftError
 from .interventions import Intervention
 from .legacy import fill, find_legacy, read_interventions, read_legacy, read_model
@@ -208,7 +208,8 @@ class ReftModel(PeftModel):
             raise ReftError(
                 f"include_model: an adapter's files do not hold the base model, of which {len(trained)} parameters are "
                 f"trained ({trained[0]}, ...). Name these modules in ReftConfig(modules_to_save=[...]), which are "
-                "always saved, or save the base model with model.save_pretrained() and use include_model=False."
+                "always saved, or use include_model=False here and save the base model with "
+                "reft_model.unload().save_pretrained(...)."
             )
         self.save_pretrained(save_directory)
         if save_to_hf_hub:
@@ -236,13 +237,15 @@ class ReftModel(PeftModel):
         """
         name = self.active_adapter
         place = _legacy_place(load_directory)
+        layers = self.peft_config[name].base_model_shape["num_hidden_layers"]
+        representations = self.peft_config[name].expand(layers)
         if place is None:
-            read_config(load_directory)
+            theirs = _edits(read_config(load_directory).expand(layers))
+            if theirs != (ours := _edits(representations)):
+                raise ReftError(f"{load_directory}: expected the edits of this model, {ours}; it holds {theirs}.")
             check_tensors(load_directory, self._shapes(name))
             set_peft_model_state_dict(self, load_file(Path(load_directory, SAFETENSORS_WEIGHTS_NAME)), name)
             return
-        config = self.peft_config[name]
-        representations = config.expand(config.base_model_shape["num_hidden_layers"])
         values = read_interventions(place, representations, self.interventions.values())
         if include_model:  # a module that the adapter trains stands for the base model's
             parameters = {
@@ -257,15 +260,17 @@ class ReftModel(PeftModel):
         cls,
         load_directory: str | PathLike,
         model: nn.Module,
-        from_huggingface_hub: bool = False,
         local_directory: str | None = None,
+        from_huggingface_hub: bool = False,
         include_model: bool = False,
+        *,
         act_fn: str | None = None,
     ) -> "ReftModel":
         """Put a saved adapter on a base model; edits that an earlier ReftModel left there are taken off first.
 
         Args:
-            load_directory: where `save` wrote it, or a repository of the hub with `from_huggingface_hub`.
+            load_directory: where `save` of this library or of the original wrote it, or a repository of the hub with
+                `from_huggingface_hub`.
             model: the base model.
             local_directory: where to keep the files from the hub.
             include_model: for files of the original: load what it trained of the base model, too.
@@ -291,6 +296,7 @@ class ReftModel(PeftModel):
         model_id: str | PathLike,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        *,
         act_fn: str | None = None,
         **kwargs: Any,
     ) -> "ReftModel":
@@ -336,6 +342,11 @@ class ReftModel(PeftModel):
         """The tensors of an adapter's file."""
         state = get_peft_model_state_dict(self, adapter_name=adapter_name)
         return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _edits(representations: list[Representation]) -> list[tuple]:
+    """What says, beside the tensors, which edits they make, at whatever tokens."""
+    return [(entry.layer, entry.component, entry.intervention, entry.act_fn) for entry in representations]
 
 
 def _legacy_place(directory: str | PathLike) -> Path | None:
