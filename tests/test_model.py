@@ -130,6 +130,63 @@ def test_the_original_members(model, adapted, capsys):
     )
 
 
+def test_the_gradients_of_the_base_and_of_the_interventions(model, adapted):
+    (own,) = adapted.interventions.values()
+    assert set(adapted.get_trainable_parameters()) == set(own.parameters())
+    adapted.enable_model_gradients()
+    assert len(adapted.get_trainable_parameters()) == len(list(model.parameters()))
+    adapted(IDS, labels=IDS, intervention_locations=[[[9]]] * 2).loss.backward()
+    assert all(parameter.grad is not None for parameter in own.parameters())
+    adapted.set_zero_grad()
+    assert all(parameter.grad is None for parameter in own.parameters())
+    adapted.disable_model_gradients()
+    assert set(adapted.get_trainable_parameters()) == set(own.parameters())
+
+
+def test_a_module_that_the_adapter_trains_is_not_the_base(model):
+    config = pyreft.ReftConfig(layers=1, low_rank_dimension=2, modules_to_save=["lm_head"])
+    adapted = pyreft.get_reft_model(model, config)
+    trained = set(adapted.get_trainable_parameters())
+    assert len(trained) == 4
+    adapted.enable_model_gradients()
+    assert len(adapted.get_trainable_parameters()) > 4
+    adapted.disable_model_gradients()
+    assert set(adapted.get_trainable_parameters()) == trained
+
+
+def test_save_and_load_the_interventions(adapted, tmp_path):
+    adapted.save_intervention(tmp_path, include_model=True)
+    locations = [[[9]]] * 2
+    expected = adapted(IDS, intervention_locations=locations).logits
+    shaken(adapted)
+    assert not torch.equal(adapted(IDS, intervention_locations=locations).logits, expected)
+    adapted.load_intervention(tmp_path, include_model=True)
+    assert torch.equal(adapted(IDS, intervention_locations=locations).logits, expected)
+    assert torch.equal(
+        pyreft.ReftModel.load(tmp_path, tiny_llama())(IDS, intervention_locations=locations).logits, expected
+    )
+
+
+def test_the_interventions_of_another_place(adapted, tmp_path):
+    adapted.save_intervention(tmp_path)
+    other = pyreft.get_reft_model(tiny_llama(), one_layer(1))
+    with pytest.raises(pyreft.ReftError, match=r"expected the edits of this model, \[\(1, .* it holds \[\(2, "):
+        other.load_intervention(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(pyreft.ReftError, match=r"the adapter has no adapter_model.safetensors"):
+        adapted.load_intervention(tmp_path)
+
+
+def test_a_trained_base_is_not_left_out_silently(adapted, tmp_path):
+    adapted.enable_model_gradients()
+    with pytest.raises(pyreft.ReftError, match=r"include_model: an adapter's files do not hold .*\(modules_to_save="):
+        adapted.save_intervention(tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    adapted.save_intervention(tmp_path / "adapter", include_model=False)
+    adapted.unload().save_pretrained(tmp_path / "base")
+    assert load_file(tmp_path / "base" / "model.safetensors").keys() == {*dict(tiny_llama().named_parameters())}
+
+
 def test_the_intervention_that_was_given_is_the_one_that_is_trained(model):
     config = one_layer()
     mine = config.representations[0].intervention

@@ -12,13 +12,23 @@ import pyreft
 
 ORACLE = Path(__file__).parent / "oracle"
 CASES = sorted(path.stem for path in ORACLE.glob("*.json") if path.stem != "intervention_locations")
+LEGACY = sorted(path.name for path in (ORACLE / "legacy").iterdir())
+# from the tensors of a case, and from the files that the original saved of it
+WEIGHTS = [*((name, False) for name in CASES), *((name, True) for name in LEGACY)]
 
 
-def load_case(name):
+def read_case(name):
     case = json.loads((ORACLE / f"{name}.json").read_text())
     tensors = load_file(ORACLE / f"{name}.safetensors")
     loader = AutoModelForSequenceClassification if case["model"] == "roberta" else AutoModelForCausalLM
-    model = loader.from_pretrained(ORACLE / "models" / case["model"])
+    return case, tensors, loader.from_pretrained(ORACLE / "models" / case["model"])
+
+
+def load_case(name, legacy):
+    case, tensors, model = read_case(name)
+    if legacy:
+        adapted = pyreft.ReftModel.load(ORACLE / "legacy" / name, model, act_fn=case["act_fn"] or "linear")
+        return case, tensors, adapted, list(adapted.interventions.values())
     representations = [
         {
             "layer": place["layer"],
@@ -42,9 +52,9 @@ def load_case(name):
     return case, tensors, adapted, interventions
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_logits_loss_and_gradients(name):
-    case, tensors, adapted, interventions = load_case(name)
+@pytest.mark.parametrize(("name", "legacy"), WEIGHTS)
+def test_logits_loss_and_gradients(name, legacy):
+    case, tensors, adapted, interventions = load_case(name, legacy)
     inputs = {key: tensors[key] for key in ("input_ids", "attention_mask", "labels")}
     output = adapted(**inputs, intervention_locations=tensors["locations"])
     real = tensors["attention_mask"].bool() if output.logits.dim() == 3 else slice(None)
@@ -61,9 +71,9 @@ def test_logits_loss_and_gradients(name):
     assert adapted.count_parameters() == case["trainable"]
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("roberta")])
-def test_greedy_continuations(name):
-    case, tensors, adapted, _ = load_case(name)
+@pytest.mark.parametrize(("name", "legacy"), [pair for pair in WEIGHTS if not pair[0].startswith("roberta")])
+def test_greedy_continuations(name, legacy):
+    case, tensors, adapted, _ = load_case(name, legacy)
     expected, lengths = case["greedy_continuations"], case["prompt_lengths"]
     length = max(lengths)
     ids = tensors["input_ids"][:, :length]

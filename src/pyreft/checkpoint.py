@@ -83,7 +83,7 @@ def read_config(directory: str | os.PathLike) -> ReftConfig:
     if not path.is_file():
         hint = ""
         if any(Path(directory).glob("intkey_*.bin")):
-            hint = " It holds files of the original pyreft, which this version does not read yet."
+            hint = " It holds files of the original pyreft: load them with ReftModel.load() and save them again."
         raise ReftError(f"{directory}: expected an adapter's directory, found no {CONFIG_NAME}.{hint}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -1,20 +1,24 @@
 """`ReftModel`: a PEFT model that also answers to the calls of the original library."""
 
+import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors.torch import load_file
 from torch import nn
 
-from .checkpoint import check_tensors, model_card, read_config, write_beside
+from .checkpoint import check_tensors, is_adapter, model_card, read_config, write_beside
 from .compat import read_subspaces, read_unit_locations
-from .config import ReftConfig
+from .config import ReftConfig, Representation
 from .errors import ReftError
 from .interventions import Intervention, register
+from .legacy import fill, find_legacy, read_interventions, read_legacy, read_model
 from .locator import GIVEN, LOCATIONS, SUBSPACES, Locator
 from .tuner import ReftLayer, detach, locator_of, reft_layers
 
@@ -121,11 +125,39 @@ class ReftModel(PeftModel):
 
     def count_parameters(self, include_model: bool = False) -> int:
         """How many parameters are trained: those of the interventions, with `include_model` any others, too."""
-        total = sum(p.numel() for p in self.parameters() if p.requires_grad)
-        if include_model:
-            return total
-        edits = {id(p) for layer in reft_layers(self) for p in layer.parameters()}
-        return sum(p.numel() for p in self.parameters() if p.requires_grad and id(p) in edits)
+        modules = [self] if include_model else reft_layers(self)
+        return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained, for an optimiser of one's own."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def set_zero_grad(self) -> None:
+        """Drop the gradients of the interventions."""
+        for layer in reft_layers(self):
+            layer.zero_grad()
+
+    def disable_model_gradients(self) -> None:
+        """Freeze the base model, not what an adapter trains."""
+        for _, parameter in self._base_parameters():
+            parameter.requires_grad_(False)
+
+    def enable_model_gradients(self) -> None:
+        """Train the base model, too. Files of an adapter do not hold it: save it apart."""
+        for _, parameter in self._base_parameters():
+            parameter.requires_grad_(True)
+
+    def _base_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the base model that no adapter holds or replaces, by their names in it."""
+        held = {
+            id(parameter)
+            for module in self.modules()
+            if isinstance(module, ReftLayer | ModulesToSaveWrapper)
+            for parameter in module.parameters()
+        }
+        for name, parameter in self.get_base_model().named_parameters():
+            if id(parameter) not in held:
+                yield name, parameter
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, and their share of the base model's."""
@@ -170,9 +202,25 @@ class ReftModel(PeftModel):
         (Path(output_dir) / "README.md").write_text(model_card(self.peft_config[self.active_adapter]), "utf-8")
 
     def save(
-        self, save_directory: str | PathLike, save_to_hf_hub: bool = False, hf_repo_name: str = "my-awesome-model"
+        self,
+        save_directory: str | PathLike,
+        save_to_hf_hub: bool = False,
+        hf_repo_name: str = "my-awesome-model",
+        include_model: bool = False,
     ) -> None:
-        """Save the adapter to a directory, and upload it to the Hugging Face hub if asked to."""
+        """Save the adapter to a directory, and upload it to the Hugging Face hub if asked to.
+
+        Raises:
+            ReftError: `include_model` where parameters of the base model are trained, which no adapter holds.
+        """
+        trained = [name for name, parameter in self._base_parameters() if parameter.requires_grad]
+        if include_model and trained:
+            raise ReftError(
+                f"include_model: an adapter's files do not hold the base model, of which {len(trained)} parameters are "
+                f"trained ({trained[0]}, ...). Name these modules in ReftConfig(modules_to_save=[...]), which are "
+                "always saved, or use include_model=False here and save the base model with "
+                "reft_model.unload().save_pretrained(...)."
+            )
         self.save_pretrained(save_directory)
         if save_to_hf_hub:
             from huggingface_hub import HfApi
@@ -183,21 +231,61 @@ class ReftModel(PeftModel):
                 folder_path=str(save_directory), repo_id=repo.repo_id, commit_message="Upload a ReFT adapter"
             )
 
+    def save_intervention(self, save_directory: str | PathLike, include_model: bool = True) -> None:
+        """Save the adapter, as `save` does; what it writes is complete, so `load` reads it as well."""
+        self.save(save_directory, include_model=include_model)
+
+    def load_intervention(self, load_directory: str | PathLike, include_model: bool = True) -> None:
+        """Load the weights of a saved adapter into the active one, whose places must be the same.
+
+        Args:
+            load_directory: where this library saved, or the original or its trainers (a checkpoint's folder).
+            include_model: for files of the original: load what it trained of the base model, too.
+
+        Raises:
+            ReftError: files that are missing, damaged, or of another adapter; the model is then as it was.
+        """
+        name = self.active_adapter
+        place = _legacy_place(load_directory)
+        layers = self.peft_config[name].base_model_shape["num_hidden_layers"]
+        representations = self.peft_config[name].expand(layers)
+        if place is None:
+            theirs = _edits(read_config(load_directory).expand(layers))
+            if theirs != (ours := _edits(representations)):
+                raise ReftError(f"{load_directory}: expected the edits of this model, {ours}; it holds {theirs}.")
+            check_tensors(load_directory, self._shapes(name))
+            set_peft_model_state_dict(self, load_file(Path(load_directory, SAFETENSORS_WEIGHTS_NAME)), name)
+            return
+        values = read_interventions(place, representations, self.interventions.values())
+        if include_model:  # a module that the adapter trains stands for the base model's
+            parameters = {
+                re.sub(rf"\b(original_module|modules_to_save\.{re.escape(name)})\.", "", path): parameter
+                for path, parameter in self.get_base_model().named_parameters()
+            }
+            values += read_model(place, parameters)
+        fill(values)
+
     @classmethod
     def load(
         cls,
         load_directory: str | PathLike,
         model: nn.Module,
-        from_huggingface_hub: bool = False,
         local_directory: str | None = None,
+        from_huggingface_hub: bool = False,
+        include_model: bool = False,
+        *,
+        act_fn: str | None = None,
         interventions: Sequence[type[Intervention]] = (),
     ) -> "ReftModel":
         """Put a saved adapter on a base model; edits that an earlier ReftModel left there are taken off first.
 
         Args:
-            load_directory: where `save` wrote it, or a repository of the hub with `from_huggingface_hub`.
+            load_directory: where `save` of this library or of the original wrote it, or a repository of the hub with
+                `from_huggingface_hub`.
             model: the base model.
             local_directory: where to keep the files from the hub.
+            include_model: for files of the original: load what it trained of the base model, too.
+            act_fn: see `from_pretrained`.
             interventions: classes of one's own that the adapter is made of; a file alone brings in no class.
 
         Raises:
@@ -209,7 +297,11 @@ class ReftModel(PeftModel):
             load_directory = snapshot_download(str(load_directory), local_dir=local_directory)
         for intervention in interventions:
             register(intervention)
-        return cls.from_pretrained(model, load_directory, is_trainable=True).eval()
+        place = _legacy_place(load_directory)
+        values = read_model(place, dict(model.named_parameters())) if include_model and place is not None else []
+        adapted = cls.from_pretrained(model, load_directory, is_trainable=True, act_fn=act_fn)
+        fill(values)
+        return adapted.eval()
 
     @classmethod
     def from_pretrained(
@@ -218,23 +310,61 @@ class ReftModel(PeftModel):
         model_id: str | PathLike,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        *,
+        act_fn: str | None = None,
         **kwargs: Any,
     ) -> "ReftModel":
-        """Put a saved adapter on a base model, as `PeftModel.from_pretrained` does; files are checked first."""
-        config = read_config(model_id)
+        """Put a saved adapter on a base model, as `PeftModel.from_pretrained` does; files are checked first.
+
+        Args:
+            model: the base model.
+            model_id: where `save` of this library or of the original wrote it.
+            adapter_name: a name for the adapter.
+            is_trainable: train it further.
+            act_fn: for files of the original, which do not say it: the activation that the interventions were made
+                with, `"linear"` if none.
+            **kwargs: see `PeftModel.load_adapter`; nothing of it concerns files of the original.
+
+        Raises:
+            ReftError: a damaged adapter, or one that was made for another base model.
+        """
+        place = _legacy_place(model_id)
+        if place is None:
+            config = read_config(model_id)
+            if act_fn is not None:
+                raise ReftError(f"act_fn: {model_id} says itself which activation it has; leave the argument out.")
+        elif kwargs:
+            raise ReftError(f"{', '.join(kwargs)}: of no use for files of the original pyreft; leave them out.")
+        else:
+            config = read_legacy(place, act_fn)
+            config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
         config.inference_mode = not is_trainable
         _release(model)
         adapted = cls(model, config, adapter_name)
-        shapes = {n: tuple(t.shape) for n, t in get_peft_model_state_dict(adapted, adapter_name=adapter_name).items()}
-        try:
-            check_tensors(model_id, shapes)
-        except ReftError:
-            detach(model)
-            raise
-        adapted.load_adapter(
-            str(model_id), adapter_name, is_trainable=is_trainable, autocast_adapter_dtype=False, **kwargs
-        )
+        if place is None:
+            try:
+                check_tensors(model_id, adapted._shapes(adapter_name))
+            except ReftError:
+                detach(model)
+                raise
+            adapted.load_adapter(
+                str(model_id), adapter_name, is_trainable=is_trainable, autocast_adapter_dtype=False, **kwargs
+            )
         return adapted if is_trainable else adapted.eval()
+
+    def _shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
+        """The tensors of an adapter's file."""
+        state = get_peft_model_state_dict(self, adapter_name=adapter_name)
+        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _edits(representations: list[Representation]) -> list[tuple]:
+    """What says, beside the tensors, which edits they make, at whatever tokens."""
+    return [(entry.layer, entry.component, entry.intervention, entry.act_fn) for entry in representations]
+
+
+def _legacy_place(directory: str | PathLike) -> Path | None:
+    return None if is_adapter(directory) else find_legacy(directory)
 
 
 def get_reft_model(

@@ -1,0 +1,36 @@
+"""The modules of the original by name: what scripts import from them is there, and the same as elsewhere."""
+
+import importlib
+
+import pytest
+
+import pyreft
+from pyreft.dataset import IGNORE_INDEX
+from pyreft.reft_model import count_parameters
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("config", ["ReftConfig"]),
+        ("dataset", ["ReftDataCollator", "get_intervention_locations", "parse_positions"]),
+        ("dataset", ["make_last_position_supervised_data_module", "make_multiple_position_supervised_data_module"]),
+        ("interventions", [name for name in pyreft.__all__ if name.endswith("Intervention")]),
+        ("reft_model", ["ReftModel"]),
+        ("reft_trainer", ["ReftDataCollator", "ReftTrainer", "ReftTrainerForCausalLM"]),
+        ("utils", ["ReftModel", "TaskType", "get_reft_model"]),
+    ],
+)
+def test_the_names_of_a_module(module, names):
+    door = importlib.import_module(f"pyreft.{module}")
+    for name in names:
+        assert getattr(door, name) is getattr(pyreft, name)
+
+
+def test_the_label_without_loss():
+    assert IGNORE_INDEX == -100
+
+
+def test_parameters_of_any_module_are_counted(model):
+    config = pyreft.ReftConfig(layers=1, positions="l1", low_rank_dimension=4)
+    assert count_parameters(pyreft.get_reft_model(model, config)) == 2 * 32 * 4 + 4
