@@ -14,6 +14,7 @@ from .checkpoint import check_tensors, model_card, read_config, write_beside
 from .compat import read_unit_locations
 from .config import ReftConfig
 from .errors import ReftError
+from .heads import add_heads
 from .interventions import Intervention
 from .locator import LOCATIONS, Locator
 from .tuner import ReftLayer, detach, locator_of, reft_layers
@@ -153,7 +154,12 @@ class ReftModel(PeftModel):
         """Save the adapters in PEFT's layout; a save is complete or leaves nothing behind."""
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(str(save_directory), **kwargs)
-        write_beside(save_directory, lambda staged: super(ReftModel, self).save_pretrained(staged, **kwargs))
+
+        def write(staged: str) -> None:
+            super(ReftModel, self).save_pretrained(staged, **kwargs)
+            add_heads(staged, self.get_base_model())
+
+        write_beside(save_directory, write)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the model card of the active adapter."""
