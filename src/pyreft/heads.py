@@ -14,6 +14,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .tuner import ReftLayer
+
 
 def trained_heads(base: nn.Module) -> dict[str, nn.Module]:
     """Return the trained children of a model beside its backbone, but for those that PEFT takes care of.
@@ -21,21 +23,23 @@ def trained_heads(base: nn.Module) -> dict[str, nn.Module]:
     Other trained parameters of the base model are no part of an adapter; a warning says so.
     """
     backbone = getattr(base, getattr(base, "base_model_prefix", "") or "", None)
-    kept = {
-        p for m in base.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper)) for p in m.parameters()
-    }
-    inside = set(backbone.parameters()) if isinstance(backbone, nn.Module) else set()
+    tuned = {p for module in base.modules() if isinstance(module, BaseTunerLayer) for p in module.parameters()}
+    shared = set(backbone.parameters()) if isinstance(backbone, nn.Module) else set()
     heads = {
         name: child
         for name, child in base.named_children()
-        if child is not backbone and any(p.requires_grad and p not in kept | inside for p in child.parameters())
+        if child is not backbone
+        and any(parameter.requires_grad for parameter in child.parameters())
+        and not any(parameter in tuned | shared for parameter in child.parameters())
+        and not isinstance(child, AuxiliaryTrainingWrapper)
     }
-    kept |= {parameter for head in heads.values() for parameter in head.parameters()}
+    saved = [*heads.values(), *(m for m in base.modules() if isinstance(m, (ReftLayer, AuxiliaryTrainingWrapper)))]
+    kept = {parameter for module in saved for parameter in module.parameters()}
     lost = [name for name, p in base.named_parameters() if p.requires_grad and p not in kept]
     if lost:
         warnings.warn(
             f"{len(lost)} trained parameters of the base model, such as {lost[0]}, are not saved with the adapter; "
-            "name their modules in ReftConfig(modules_to_save=[...]), or save the base model, too.",
+            "name their modules in ReftConfig(modules_to_save=[...]), or save the base model (or its LoRA), too.",
             stacklevel=2,
         )
     return heads

@@ -31,7 +31,10 @@ class ReftDataCollator:
     data_collator: Callable[[list[dict]], Mapping[str, Any]]
 
     def __call__(self, instances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        rows = [dict(instance) for instance in instances]
+        rows = [
+            {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in instance.items()}
+            for instance in instances
+        ]
         locations = [row.pop("intervention_locations", None) for row in rows]
         subspaces = [row.pop("subspaces", None) for row in rows]
         lengths = [len(row["input_ids"]) for row in rows]
@@ -74,7 +77,7 @@ def encode_pair(
     """
     if end and tokenizer.eos_token is None:
         raise ReftError(
-            "The tokenizer has no EOS token: set tokenizer.eos_token, or pass nonstop=True (no_stop=True to a data set)."
+            "The tokenizer has no EOS token: set tokenizer.eos_token, or pass nonstop=True, to a data set no_stop=True."
         )
     limit = tokenizer.model_max_length
     prompt_ids = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
