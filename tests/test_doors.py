@@ -8,16 +8,30 @@ import pyreft
 from pyreft.dataset import IGNORE_INDEX
 from pyreft.reft_model import count_parameters
 
+ORIGINAL = """ReftConfig ReftModel TaskType ReftTrainer ReftTrainerForCausalLM ReftTrainerForCausalLMDistributed
+ReftTrainerForSequenceClassification NoreftIntervention LoreftIntervention ConsreftIntervention LobireftIntervention
+DireftIntervention NodireftIntervention ReftDataCollator ReftDataset ReftRawDataset ReftSupervisedDataset
+ReftGenerationDataset ReftPreferenceDataset ReftRewardDataset ReftRewardCollator
+make_last_position_supervised_data_module make_multiple_position_supervised_data_module get_intervention_locations
+parse_positions get_reft_model""".split()  # noqa: SIM905
+
+
+def test_all_names_of_the_original_are_there():
+    assert len(ORIGINAL) == 26
+    assert set(ORIGINAL) <= set(pyreft.__all__)
+    assert len(pyreft.__all__) <= 40
+    assert all(getattr(pyreft, name) for name in pyreft.__all__)
+
 
 @pytest.mark.parametrize(
     ("module", "names"),
     [
         ("config", ["ReftConfig"]),
-        ("dataset", ["ReftDataCollator", "get_intervention_locations", "parse_positions"]),
-        ("dataset", ["make_last_position_supervised_data_module", "make_multiple_position_supervised_data_module"]),
+        ("dataset", [name for name in ORIGINAL if "Dataset" in name or "Collator" in name]),
+        ("dataset", [name for name in ORIGINAL if name.startswith(("make_", "get_int", "parse_"))]),
         ("interventions", [name for name in pyreft.__all__ if name.endswith("Intervention")]),
         ("reft_model", ["ReftModel"]),
-        ("reft_trainer", ["ReftDataCollator", "ReftTrainer", "ReftTrainerForCausalLM"]),
+        ("reft_trainer", ["ReftDataCollator", *(name for name in ORIGINAL if "Trainer" in name)]),
         ("utils", ["ReftModel", "TaskType", "get_reft_model"]),
     ],
 )

@@ -24,12 +24,20 @@ from .model import ReftModel, get_reft_model
 from .tuner import ReftTuner
 
 if TYPE_CHECKING:
+    from .data.dataset import ReftDataset, ReftRawDataset
+    from .data.instructions import ReftGenerationDataset, ReftPreferenceDataset, ReftSupervisedDataset
+    from .data.reward import ReftRewardCollator, ReftRewardDataset
     from .data.supervised import (
         ReftDataCollator,
         make_last_position_supervised_data_module,
         make_multiple_position_supervised_data_module,
     )
-    from .training.trainer import ReftTrainer, ReftTrainerForCausalLM
+    from .training.trainer import (
+        ReftTrainer,
+        ReftTrainerForCausalLM,
+        ReftTrainerForCausalLMDistributed,
+        ReftTrainerForSequenceClassification,
+    )
 
 __version__ = "0.2.0.dev0"
 
@@ -42,10 +50,19 @@ __all__ = [
     "NoreftIntervention",
     "ReftConfig",
     "ReftDataCollator",
+    "ReftDataset",
     "ReftError",
+    "ReftGenerationDataset",
     "ReftModel",
+    "ReftPreferenceDataset",
+    "ReftRawDataset",
+    "ReftRewardCollator",
+    "ReftRewardDataset",
+    "ReftSupervisedDataset",
     "ReftTrainer",
     "ReftTrainerForCausalLM",
+    "ReftTrainerForCausalLMDistributed",
+    "ReftTrainerForSequenceClassification",
     "TaskType",
     "get_intervention_locations",
     "get_reft_model",
@@ -55,11 +72,20 @@ __all__ = [
 ]
 
 _LAZY = {
+    "ReftDataset": "data.dataset",
+    "ReftRawDataset": "data.dataset",
+    "ReftGenerationDataset": "data.instructions",
+    "ReftPreferenceDataset": "data.instructions",
+    "ReftSupervisedDataset": "data.instructions",
+    "ReftRewardCollator": "data.reward",
+    "ReftRewardDataset": "data.reward",
     "ReftDataCollator": "data.supervised",
     "make_last_position_supervised_data_module": "data.supervised",
     "make_multiple_position_supervised_data_module": "data.supervised",
     "ReftTrainer": "training.trainer",
     "ReftTrainerForCausalLM": "training.trainer",
+    "ReftTrainerForCausalLMDistributed": "training.trainer",
+    "ReftTrainerForSequenceClassification": "training.trainer",
 }
 
 register_with_peft(ReftTuner)

@@ -17,6 +17,7 @@ from .checkpoint import check_tensors, is_adapter, model_card, read_config, writ
 from .compat import read_subspaces, read_unit_locations
 from .config import ReftConfig, Representation
 from .errors import ReftError
+from .heads import add_heads
 from .interventions import Intervention, register
 from .legacy import fill, find_legacy, read_interventions, read_legacy, read_model
 from .locator import GIVEN, LOCATIONS, SUBSPACES, Locator
@@ -44,9 +45,19 @@ class ReftModel(PeftModel):
         autocast_adapter_dtype: bool = False,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
-            warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-            super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        inner = model.peft_config if isinstance(model, PeftModel) else None  # of a LoRA, say: two sets, kept apart
+        if inner is not None:
+            model.peft_config = {}
+        try:
+            with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
+                warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+                warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+                super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            if inner is not None:
+                self.base_model.peft_config = model.peft_config
+        finally:
+            if inner is not None:
+                model.peft_config = inner
         self._locator: Locator = self.base_model._locator
 
     # -- calls ----------------------------------------------------------------------------------------------------
@@ -195,7 +206,12 @@ class ReftModel(PeftModel):
         """Save the adapters in PEFT's layout; a save is complete or leaves nothing behind."""
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(str(save_directory), **kwargs)
-        write_beside(save_directory, lambda staged: super(ReftModel, self).save_pretrained(staged, **kwargs))
+
+        def write(staged: str) -> None:
+            super(ReftModel, self).save_pretrained(staged, **kwargs)
+            add_heads(staged, self.get_base_model())
+
+        write_beside(save_directory, write)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the model card of the active adapter."""

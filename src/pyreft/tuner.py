@@ -287,6 +287,17 @@ def reft_layers(model: nn.Module) -> list[ReftLayer]:
     return [module for module in model.modules() if isinstance(module, ReftLayer)]
 
 
+def penalty(model: nn.Module) -> Tensor | None:
+    """What the active interventions add to the training loss after a forward, a scalar; none if nothing.
+
+    `ReftTrainer` adds it. In a loop of one's own, add it to the loss before the backward.
+    """
+    layers = reft_layers(model)
+    edits = (edit for layer in layers for name in layer.enabled_adapters for _, edit in layer.of(name))
+    terms = [term for edit in edits if (term := edit.penalty()) is not None]
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
+
+
 def locator_of(model: nn.Module) -> Locator | None:
     """The locator of an adapted model, none if it has no representation edits."""
     return next((layer.stream.locator for layer in reft_layers(model)), None)

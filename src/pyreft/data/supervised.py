@@ -21,7 +21,8 @@ IGNORED = -100  # the label of tokens without loss
 class ReftDataCollator:
     """Pads a batch with another collator and brings its `intervention_locations` to one shape.
 
-    Locations are token indices in rows that start at the first token, so they move with left padding.
+    Locations are token indices in rows that start at the first token, so they move with left padding. A column
+    `subspaces` stays a list.
 
     Args:
         data_collator: pads `input_ids` and `labels`, such as transformers' `DataCollatorForSeq2Seq`.
@@ -30,21 +31,27 @@ class ReftDataCollator:
     data_collator: Callable[[list[dict]], Mapping[str, Any]]
 
     def __call__(self, instances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        rows = [dict(instance) for instance in instances]
+        rows = [
+            {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in instance.items()}
+            for instance in instances
+        ]
         locations = [row.pop("intervention_locations", None) for row in rows]
+        subspaces = [row.pop("subspaces", None) for row in rows]
         lengths = [len(row["input_ids"]) for row in rows]
         batch = dict(self.data_collator(rows))
         if any(at is not None for at in locations):
             left = batch["input_ids"].shape[-1] if self._pads_left() else None
             shifts = [0 if left is None else left - length for length in lengths]
-            batch["intervention_locations"] = _stack(locations, shifts)
+            batch["intervention_locations"] = stack_locations(locations, shifts)
+        if any(chosen is not None for chosen in subspaces):
+            batch["subspaces"] = subspaces
         return batch
 
     def _pads_left(self) -> bool:
         return getattr(getattr(self.data_collator, "tokenizer", None), "padding_side", "right") == "left"
 
 
-def _stack(locations: list[Any], shifts: list[int]) -> torch.Tensor:
+def stack_locations(locations: list[Any], shifts: list[int]) -> torch.Tensor:
     """`[batch][interventions][positions]`, ragged in the positions, as a tensor filled with -1."""
     width = max(len(places) for row in locations for places in row)
     return torch.tensor(
@@ -69,7 +76,9 @@ def encode_pair(
             that is asked for and not there.
     """
     if end and tokenizer.eos_token is None:
-        raise ReftError("The tokenizer has no EOS token: set tokenizer.eos_token, or pass nonstop=True.")
+        raise ReftError(
+            "The tokenizer has no EOS token: set tokenizer.eos_token, or pass nonstop=True, to a data set no_stop=True."
+        )
     limit = tokenizer.model_max_length
     prompt_ids = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
     text = prompt + answer + (tokenizer.eos_token if end else "")

@@ -1,17 +1,23 @@
 """Trainers for adapted models: transformers' `Trainer` that keeps the columns which say where to edit."""
 
+import functools
+import inspect
 from typing import Any
 
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from ..locator import LENGTHS, LOCATIONS
+from ..locator import LENGTHS, LOCATIONS, SUBSPACES
+from ..tuner import penalty
 
 
 class ReftTrainer(Trainer):
     """`transformers.Trainer` for models with representation edits.
 
     A data set may have a column `intervention_locations`, `[interventions][positions]` for each row, or
-    `prompt_lengths`; both reach the model. Checkpoints are complete adapters.
+    `prompt_lengths`, and `subspaces`; they reach the model, and the column `id` does not. Checkpoints are complete
+    adapters, with a head of the base model if it is trained. A subclass may define `compute_loss` with or without
+    the argument `num_items_in_batch`, which the original's did not have.
 
     Args:
         tokenizer: what `Trainer` calls `processing_class` today; the original's name is taken, too.
@@ -23,10 +29,63 @@ class ReftTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.label_names = self.args.label_names or ["labels"]  # Trainer cannot infer them for a PEFT model
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        loss = cls.__dict__.get("compute_loss")
+        if loss is not None and "num_items_in_batch" not in inspect.signature(loss).parameters:
+            setattr(cls, "compute_loss", _without_count(loss))  # noqa: B010 (a method, to the type checker)
+            cls.loss_is_scaled_for_ga = False  # a mean over the batch
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns: list[str] = [*self._signature_columns, LOCATIONS, LENGTHS]
+        self._signature_columns: list[str] = [*self._signature_columns, LOCATIONS, LENGTHS, SUBSPACES]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The model's loss and, in training, what the interventions ask for on top."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        extra = penalty(self.model) if model.training else None
+        if extra is not None:
+            # where the loss is a sum over the accumulated batches' tokens, Trainer does not divide by their number
+            summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            loss = loss + extra.to(loss.device) / (self.current_gradient_accumulation_steps if summed else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in super()._prepare_inputs(inputs).items() if name != "id"}
+
+
+def _without_count(loss: Any) -> Any:
+    @functools.wraps(loss)
+    def compute_loss(self: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
+        return loss(self, *args, **kwargs)
+
+    return compute_loss
 
 
 class ReftTrainerForCausalLM(ReftTrainer):
     """The trainer for language models, under the original's name."""
+
+
+class ReftTrainerForCausalLMDistributed(ReftTrainerForCausalLM):
+    """The trainer for language models on several devices, under the original's name: `Trainer` does it."""
+
+
+class ReftTrainerForSequenceClassification(ReftTrainer):
+    """The trainer for classifiers: one label, several labels, or a number, as the model's `problem_type` says.
+
+    To train the head beside the edits, set `requires_grad` of its parameters, or name it in
+    `ReftConfig(modules_to_save=[...])`.
+    """
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        inputs, config = super()._prepare_inputs(inputs), self.model.config
+        numbers = config.problem_type in ("regression", "multi_label_classification")
+        if "labels" in inputs and (numbers or (config.problem_type is None and config.num_labels == 1)):
+            inputs["labels"] = inputs["labels"].to(self.model.dtype)
+        return inputs
