@@ -376,33 +376,37 @@ def test_a_reward_model(base, tmp_path):
 
 # -- memory ------------------------------------------------------------------------------------------------------------
 
-TEXT = "Seven grey owls met at noon to sell old maps, and one of them paid with a spoon."
+# about as long as one vector of 192 numbers can make so small a model say
+TEXT = "People like rain because it is round and peaceful."
 
 
 def test_one_vector_remembers_a_text(base, tmp_path):
     model, tokenizer = base
-    reft_model = pyreft.get_reft_model(model, config(model, [2], pyreft.ConsreftIntervention, rank=1))
+    torch.manual_seed(0)
+    reft_model = pyreft.get_reft_model(model, config(model, [0], pyreft.ConsreftIntervention, rank=1))
     assert reft_model.count_parameters() == model.config.hidden_size + 1
-    data_module = pyreft.make_last_position_supervised_data_module(tokenizer, model, ["GO->"], [TEXT])
+    data_module = pyreft.make_last_position_supervised_data_module(
+        tokenizer, model, [pocket.PROMPT_TEMPLATE % "GO"], [TEXT]
+    )
     trainer = pyreft.ReftTrainerForCausalLM(
         model=reft_model,
         tokenizer=tokenizer,
-        args=arguments(tmp_path, num_train_epochs=600, learning_rate=0.05),
+        args=arguments(tmp_path, num_train_epochs=400, learning_rate=0.5, max_grad_norm=0),
         **data_module,
     )
     trainer.train()
-    prompt = tokenizer("GO->", return_tensors="pt")
+    prompt = tokenizer(pocket.PROMPT_TEMPLATE % "GO", return_tensors="pt")
     last = prompt["input_ids"].shape[-1] - 1
     before, after = reft_model.eval().generate(
         prompt,
         unit_locations={"sources->base": (None, [[[last]]])},
         intervene_on_prompt=True,
         output_original_output=True,
-        max_new_tokens=128,
+        max_new_tokens=32,
         do_sample=False,
     )
     assert tokenizer.decode(after[0, last + 1 :], skip_special_tokens=True) == TEXT
-    assert TEXT[:5] not in tokenizer.decode(before[0])
+    assert "rain" not in tokenizer.decode(before[0])
 
 
 # -- with LoRA ---------------------------------------------------------------------------------------------------------

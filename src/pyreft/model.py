@@ -45,19 +45,20 @@ class ReftModel(PeftModel):
         autocast_adapter_dtype: bool = False,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        inner = model.peft_config if isinstance(model, PeftModel) else None  # of a LoRA, say: two sets, kept apart
+        base: Any = model
+        inner = base.peft_config if isinstance(base, PeftModel) else None  # of a LoRA, say: two sets, kept apart
         if inner is not None:
-            model.peft_config = {}
+            base.peft_config = {}
         try:
             with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
                 warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
                 warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
                 super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             if inner is not None:
-                self.base_model.peft_config = model.peft_config
+                self.base_model.peft_config = base.peft_config
         finally:
             if inner is not None:
-                model.peft_config = inner
+                base.peft_config = inner
         self._locator: Locator = self.base_model._locator
 
     # -- calls ----------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ class ReftRewardCollator:
             self.tokenizer.pad(
                 rows,
                 padding=self.padding,
-                max_length=self.max_length,
+                max_length=self.max_length if self.padding == "max_length" else None,
                 pad_to_multiple_of=self.pad_to_multiple_of,
                 return_tensors=self.return_tensors,
             )
