@@ -19,6 +19,7 @@ from .positions import Positions, prompt_tokens
 
 Key = tuple[str, int]  # an adapter and the number of one of its representations
 Window = tuple[Tensor, Tensor] | None  # row and column of every token to edit; none for every token there is
+CACHES = ("past_key_values", "cache_params")
 LOCATIONS, LENGTHS = "intervention_locations", "prompt_lengths"  # what a call may give
 
 
@@ -77,10 +78,12 @@ class Locator:
         self.rules: dict[str, list[Positions | None]] = {}  # of each adapter, by representation
         self.windows: dict[Key, Window] = {}
         self.rows = self.tokens = 0
+        self._end = 0  # how many tokens will have passed after this forward; 0 where nobody counts them
         self._located: Located | None = None
         self._generating: Located | None = None
         self._generated = False
         self._known: weakref.WeakKeyDictionary[Any, Located] = weakref.WeakKeyDictionary()
+        self._passed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # tokens in recurrent states
         self.removed = False
         self._running: nn.Module | None = None  # the entry whose forward runs
         self._hooked = False
@@ -96,10 +99,10 @@ class Locator:
             self.model.generate = self.generate
 
     def __getstate__(self) -> dict:  # a copy of the model starts with nothing in flight
-        return {**self.__dict__, "_known": None, "_located": None, "windows": {}, "_rotations": []}
+        return {**self.__dict__, "_known": None, "_passed": None, "_located": None, "windows": {}, "_rotations": []}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _known=weakref.WeakKeyDictionary())
+        self.__dict__.update(state, _known=weakref.WeakKeyDictionary(), _passed=weakref.WeakKeyDictionary())
 
     def remove(self) -> None:
         """Take every hook off the model."""
@@ -123,12 +126,15 @@ class Locator:
         if module is not self.model and self._running is self.model:
             return None  # the backbone, called by the model
         self._running = module
-        if self._generated and kwargs.get("past_key_values") is not None:
+        if self._generated and _cache(kwargs) is not None:
             self._hook(False)  # decoding after the last located token: nothing to compute
+            self._end += _inputs(args, kwargs).shape[1]
             return None
         given = {name: kwargs.pop(name) for name in (LOCATIONS, LENGTHS) if name in kwargs}
+        self._end = 0
         if self.active:  # where adapters are switched off, what the last edited forward saw stays for its backward
-            past, inputs = _past_length(kwargs), _inputs(args, kwargs)
+            past, inputs = self._past_length(_cache(kwargs)), _inputs(args, kwargs)
+            self._end = past + inputs.shape[1]
             self._located = self._generating or self._locate(given, past, inputs, kwargs)
             self.rows, self.tokens = inputs.shape[:2]
             self.windows = self._located.windows(past, self.tokens, self.rows)
@@ -143,6 +149,9 @@ class Locator:
         if module is not self._running:
             return
         self._running = None
+        cache = _cache(output) if hasattr(output, "get") else None
+        if cache is not None and self._end and not _counts(cache):
+            self._passed[cache] = self._end
         if self._generating is not None:
             return
         if not self._recomputes():
@@ -150,10 +159,21 @@ class Locator:
                 rotation.forget_graph()
             self._rotations, self.windows = [], {}
             self._hook(False)
-        cache = getattr(output, "past_key_values", None)
         if cache is not None and self._located is not None:
             self._known[cache] = self._located
         self._located = None
+
+    def _past_length(self, cache: Any) -> int:
+        if cache is None:
+            return 0
+        if _counts(cache):
+            return int(cache.get_seq_length())
+        if cache not in self._passed and cache.has_previous_state():
+            raise ReftError(
+                "cache_params: this recurrent state does not say how many tokens it has seen. Begin with a state that "
+                "the adapted model has made itself, with its adapter active."
+            )
+        return self._passed.get(cache, 0)
 
     def _recomputes(self) -> bool:
         """Whether the backward will compute the blocks, and so the edits inside them, once more."""
@@ -164,7 +184,7 @@ class Locator:
         )
 
     def _locate(self, given: dict[str, Any], past: int, inputs: Tensor, kwargs: dict) -> Located:
-        cache = kwargs.get("past_key_values")
+        cache = _cache(kwargs)
         if past and not given and cache in self._known:
             return self._known[cache]
         rows, end = inputs.shape[0], past + inputs.shape[1]
@@ -299,11 +319,15 @@ def _lengths(lengths: Any, tokens: Tensor) -> Tensor:
     return lengths
 
 
-def _past_length(kwargs: dict) -> int:
-    cache = kwargs.get("past_key_values")
-    if cache is None:
-        return 0
-    return int(cache.get_seq_length())
+def _cache(values: Any) -> Any:
+    """The keys and values, or the recurrent states, of the tokens that have passed."""
+    return next((cache for name in CACHES if (cache := values.get(name)) is not None), None)
+
+
+def _counts(cache: Any) -> bool:
+    """Whether a cache knows how many tokens have passed; recurrent states alone do not."""
+    layers = getattr(cache, "layers", [])
+    return not layers or any(hasattr(layer, "get_seq_length") for layer in layers)
 
 
 def _inputs(args: tuple, kwargs: dict) -> Tensor:
