@@ -287,7 +287,7 @@ class Locator:
         located = self.resolve(tokens, **given)
         if mask is not None and kwargs.get("past_key_values") is None and not bool(tokens[:, -1].all()):
             order = tokens.long().argsort(dim=1, stable=True)
-            for aligned in {name, "attention_mask", "input_ids"} & kwargs.keys():
+            for aligned in [key for key, value in kwargs.items() if key == name or _is_by_token(value, mask)]:
                 kwargs[aligned] = _take(kwargs[aligned], order)
             located.masks = {key: _take(mask, order) for key, mask in located.masks.items()}
         self._generating, self._generated = located, False
@@ -302,6 +302,11 @@ class Locator:
 def _take(rows: Tensor, order: Tensor) -> Tensor:
     """Reorder the tokens of `[batch, tokens, ...]`."""
     return rows[torch.arange(len(rows), device=rows.device)[:, None], order]
+
+
+def _is_by_token(value: Any, mask: Tensor) -> bool:
+    """Whether this is a mask, ids or types of the same tokens."""
+    return isinstance(value, Tensor) and value.shape == mask.shape and not value.is_floating_point()
 
 
 def _mask(columns: Tensor, length: int) -> Tensor:
