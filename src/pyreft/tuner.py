@@ -83,6 +83,8 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
     def edit_located(self, h: Tensor) -> Tensor:
         """Return the states `[batch, tokens, d]` with the located tokens edited and every other bit as it was."""
         locator = self.locator
+        if h.dim() == 2 and len(h) == locator.rows * locator.tokens:  # as in OPT's MLP
+            return self.edit_located(h.view(locator.rows, locator.tokens, -1)).view_as(h)
         for intervention, window in self._located(locator.windows):
             if window is None:
                 h = intervention(h.reshape(-1, h.shape[-1])).view_as(h)
