@@ -4,10 +4,11 @@ The parts of a block are found by the names that people give them. Knows nothing
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import ReftError, did_you_mean
 from .structure import (
@@ -25,6 +26,7 @@ from .structure import (
 __all__ = ["COMPONENTS", "Site", "find_blocks", "find_site", "hidden_width", "number_of_layers", "stack_module"]
 
 Side = Literal["input", "output"]
+Named = tuple[str, nn.Module]  # a module's path and the module
 
 COMPONENTS = (
     "block_input",
@@ -135,9 +137,6 @@ def _read(model: nn.Module, component: str) -> tuple[Stack, str]:
     return "encoder" if has_stacks(model) else "", component
 
 
-Named = tuple[str, nn.Module]  # a module and its path
-
-
 class _Block:
     """One block, whose parts are looked up for a component."""
 
@@ -240,20 +239,30 @@ class _Block:
         )
 
 
+def _parts(module: Named) -> Iterator[Named]:
+    """The modules inside another, at any depth, without those that adapters have hung on them."""
+    for name, child in module[1].named_children():
+        if not name.startswith("reft_"):
+            yield (part := (f"{module[0]}.{name}", child))
+            if widths_of(child) is None:
+                yield from _parts(part)
+
+
 def _inside(module: Named, names: str) -> Named | None:
     """The first module inside another, at any depth, that has one of the names."""
-    for path, found in module[1].named_modules(prefix=module[0]):
-        if found is not module[1] and re.fullmatch(names, path.rpartition(".")[2].lower()):
-            return path, found
-    return None
+    return next((part for part in _parts(module) if re.fullmatch(names, _name(part[0]))), None)
 
 
 def _linear(module: Named, names: str) -> tuple[str, tuple[int, int]] | None:
     """The first linear layer inside a module that has one of the names: its path and its widths."""
-    for path, found in module[1].named_modules(prefix=module[0]):
-        if re.fullmatch(names, path.rpartition(".")[2].lower()) and (widths := widths_of(found)):
+    for path, found in _parts(module):
+        if re.fullmatch(names, _name(path)) and (widths := widths_of(found)):
             return path, widths
     return None
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2].lower()
 
 
 def _child(module: Named, names: str) -> Named | None:
@@ -266,7 +275,7 @@ def _child(module: Named, names: str) -> Named | None:
 
 def _interleaved(fused: str, attention: nn.Module) -> bool:
     """Whether queries, keys and values alternate from head to head rather than standing side by side."""
-    name = fused.rpartition(".")[2]
+    name = _name(fused)
     return (
         name in ("query_key_value", "kv_b_proj")
         or not getattr(attention, "multi_query", True)  # GPT-BigCode
@@ -292,7 +301,7 @@ def _find_path(model: nn.Module, component: str) -> Site:
 def _width_at(model: nn.Module, path: str, module: nn.Module, side: Side) -> int:
     if (widths := widths_of(module)) is not None:
         return widths[side == "output"]
-    if isinstance(weight := getattr(module, "weight", None), Tensor):  # of a norm or of embeddings
+    if (weight := dict(module.named_parameters(recurse=False)).get("weight")) is not None:  # a norm or embeddings
         return weight.shape[-1]
     parent, _, name = path.rpartition(".")
     if re.fullmatch(_ACTIVATION, name.lower()):

@@ -22,6 +22,7 @@ from .positions import Positions, prompt_tokens
 # what a call may give, beside what the model itself takes
 LOCATIONS, LENGTHS, SUBSPACES, STRENGTH = "intervention_locations", "prompt_lengths", "subspaces", "strength"
 GIVEN = (LOCATIONS, LENGTHS, SUBSPACES, STRENGTH)
+CACHES = ("past_key_values", "cache_params")
 BASE = "__base__"  # the name of no adapter, as in PEFT
 
 
@@ -39,11 +40,13 @@ class Stream:
         self.name = name
         self.layers: list[Any] = []  # the ReftLayers that edit this sequence
         self.rows = self.tokens = 0
+        self._end = 0  # how many tokens will have passed after this forward; 0 where nobody counts them
         self.located: Located | None = None
         self._windows: dict[Key, Window] | None = {}
         self._whole: Located | None = None  # while generating: resolved on the whole prompt
         self._generated = False
         self._known: weakref.WeakKeyDictionary[Any, Located] = weakref.WeakKeyDictionary()
+        self._passed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # tokens in recurrent states
         self._running: nn.Module | None = None  # the entry whose forward runs
         self._hooked = False
         self._rotations: list[LowRankRotateLayer] = []
@@ -53,10 +56,10 @@ class Stream:
             entry.register_forward_hook(self._after, always_call=True)
 
     def __getstate__(self) -> dict:  # a copy of the model starts with nothing in flight
-        return {**self.__dict__, "_known": None, "located": None, "_windows": {}, "_rotations": []}
+        return {**self.__dict__, "_known": None, "_passed": None, "located": None, "_windows": {}, "_rotations": []}
 
     def __setstate__(self, state: dict) -> None:
-        self.__dict__.update(state, _known=weakref.WeakKeyDictionary())
+        self.__dict__.update(state, _known=weakref.WeakKeyDictionary(), _passed=weakref.WeakKeyDictionary())
 
     def windows(self, h: Tensor) -> dict[Key, Window]:
         """What to edit in the states `[batch, tokens, d]` of the forward that runs."""
@@ -72,17 +75,20 @@ class Stream:
         if self._running is not None:
             return  # the backbone, called by the model
         self._running = module
-        if self._generated and kwargs.get("past_key_values") is not None:
+        inputs, cache = _inputs(module, args, kwargs), _cache(kwargs)
+        if self._generated and inputs is not None and cache is not None:
             self._hook(False)  # decoding after the last located token: nothing to compute
+            self._end += inputs.shape[1]
             return
+        self._end = 0
         if not self.locator.active:  # what the last edited forward saw stays for its backward
             return
-        inputs = _inputs(module, args, kwargs)
         if inputs is None:
             self.located = self._windows = None
             self._hook(True)
             return
-        past = _past_length(kwargs)
+        past = self._past_length(cache)
+        self._end = past + inputs.shape[1]
         self._open(self._whole or self._locate(past, inputs, kwargs), past, *inputs.shape[:2])
         self._generated = self._whole is not None and self._whole.done(past + self.tokens)
         self._hook(bool(self._windows))
@@ -98,13 +104,27 @@ class Stream:
         if module is not self._running:
             return
         self._running = None
+        cache = _cache(output) if hasattr(output, "get") else None
+        if cache is not None and self._end and not _counts(cache):
+            self._passed[cache] = self._end
         if self._whole is not None:
             return
-        cache = getattr(output, "past_key_values", None)
         if cache is not None and self.located is not None:
             self._known[cache] = self.located
         if not self.locator.recomputes():
             self.forget()
+
+    def _past_length(self, cache: Any) -> int:
+        if cache is None:
+            return 0
+        if _counts(cache):
+            return int(cache.get_seq_length())
+        if cache not in self._passed and cache.has_previous_state():
+            raise ReftError(
+                "cache_params: this recurrent state does not say how many tokens it has seen. Begin with a state that "
+                "the adapted model has made itself, with its adapter active."
+            )
+        return self._passed.get(cache, 0)
 
     def forget(self) -> None:
         """Leave nothing of a forward behind."""
@@ -139,7 +159,7 @@ class Stream:
     # -- from rules to masks --------------------------------------------------------------------------------------
 
     def _locate(self, past: int, inputs: Tensor, kwargs: dict) -> Located:
-        call, cache = self.locator.call, kwargs.get("past_key_values")
+        call, cache = self.locator.call, _cache(kwargs)
         if past and cache in self._known and (self.locator.generating or not call.keys() & {LOCATIONS, LENGTHS}):
             return self._known[cache]
         rows, end = inputs.shape[0], past + inputs.shape[1]
@@ -352,7 +372,7 @@ class Locator:
         located = self.streams[""].resolve(tokens, None, ids)
         if mask is not None and kwargs.get("past_key_values") is None and not bool(tokens[:, -1].all()):
             order = tokens.long().argsort(dim=1, stable=True)
-            for aligned in {name, "attention_mask", "input_ids"} & kwargs.keys():
+            for aligned in [key for key, value in kwargs.items() if key == name or _is_by_token(value, mask)]:
                 kwargs[aligned] = _take(kwargs[aligned], order)
             located.masks = {key: _take(mask, order) for key, mask in located.masks.items()}
         return args, kwargs, located
@@ -369,6 +389,11 @@ def _take(rows: Tensor, order: Tensor) -> Tensor:
     return rows[torch.arange(len(rows), device=rows.device)[:, None], order]
 
 
+def _is_by_token(value: Any, mask: Tensor) -> bool:
+    """Whether this is a mask, ids or types of the same tokens."""
+    return isinstance(value, Tensor) and value.shape == mask.shape and not value.is_floating_point()
+
+
 def _lengths(lengths: Any, tokens: Tensor) -> Tensor:
     lengths = torch.as_tensor(lengths, device=tokens.device)
     if lengths.shape != (len(tokens),) or lengths.is_floating_point() or bool((lengths < 0).any()):
@@ -378,9 +403,15 @@ def _lengths(lengths: Any, tokens: Tensor) -> Tensor:
     return lengths
 
 
-def _past_length(kwargs: dict) -> int:
-    cache = kwargs.get("past_key_values")
-    return 0 if cache is None else int(cache.get_seq_length())
+def _cache(values: Any) -> Any:
+    """The keys and values, or the recurrent states, of the tokens that have passed."""
+    return next((cache for name in CACHES if (cache := values.get(name)) is not None), None)
+
+
+def _counts(cache: Any) -> bool:
+    """Whether a cache knows how many tokens have passed; recurrent states alone do not."""
+    layers = getattr(cache, "layers", [])
+    return not layers or any(hasattr(layer, "get_seq_length") for layer in layers)
 
 
 def _inputs(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from .errors import ReftError
 
@@ -84,9 +84,9 @@ def states_width(model: nn.Module, path: str) -> int:
     """
     inside = re.match(r".*?\.\d+(?=\.|$)", path)
     block = model.get_submodule(inside[0]) if inside else nn.Identity()
-    norms = (child._parameters.get("weight") for child in block.children())
+    weights = [dict(child.named_parameters(recurse=False)).get("weight") for child in block.children()]
     configs = (getattr(module, "config", None) for module in ancestors(model, path))
-    widths = [len(weight) for weight in norms if isinstance(weight, Tensor) and weight.dim() == 1]
+    widths = [len(weight) for weight in weights if weight is not None and weight.dim() == 1]
     widths += [width for config in configs if isinstance(width := getattr(config, "hidden_size", None), int)]
     if not widths:
         raise ReftError(f"The width of the states at {path!r} is neither in a norm there nor in a config.hidden_size.")
