@@ -33,8 +33,6 @@ NO_LOSS = {"train": "no loss without a head"}
 NOT_GENERATING = {"cache": "does not generate"}
 FIXED_SIZE = {"padding": "images have one size"}
 EXPERTS_ROUND = 1e-5  # of an expert's matrix product, by how many tokens come to it
-# kinds of models that are not supported yet; take one out when it is, and write the table anew
-PENDING = dict.fromkeys(("seq2seq", "image", "speech"), "not yet: the locations of inputs other than one row of ids")
 
 SIZES = {
     "vocab_size": 96,
@@ -112,9 +110,7 @@ class Architecture:
         if check == "components":
             lacking = {why: [name for name in self.lacks if self.lacks[name] == why] for why in self.lacks.values()}
             return [f"without `{'`, `'.join(names)}`: {why}" for why, names in lacking.items()]
-        if check in self.without:
-            return [self.without[check]]
-        return [PENDING[self.kind]] if self.kind in PENDING else []
+        return [self.without[check]] if check in self.without else []
 
     def inputs(self, model: Any, rows: int = 2, tokens: int = 10) -> dict[str, torch.Tensor]:
         """Random inputs of a forward."""

@@ -93,3 +93,36 @@ def test_transformers_own_trainer_takes_an_adapted_model(tokenizer, tmp_path):
     best = pyreft.ReftModel.load(trainer.state.best_model_checkpoint, tiny_llama())
     for one, other in zip(weights(adapted), weights(best), strict=True):
         assert torch.equal(one, other)
+
+
+def test_the_original_s_signature_of_compute_loss(tokenizer, tmp_path):
+    class Halved(pyreft.ReftTrainerForCausalLMDistributed):
+        def compute_loss(self, intervenable, inputs, return_outputs=False):
+            assert "id" not in inputs
+            output = intervenable(**inputs)
+            return (output.loss / 2, output) if return_outputs else output.loss / 2
+
+    rows = examples(True).add_column("id", list(range(16)))
+    trainer = Halved(
+        model=pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4)),
+        tokenizer=tokenizer,
+        args=arguments(tmp_path, num_train_epochs=1, remove_unused_columns=False, gradient_accumulation_steps=2),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer)),
+    )
+    trainer.train()
+    losses = []
+    for part in (range(8), range(8, 16)):
+        batch = trainer.data_collator([rows[i] for i in part])
+        batch.pop("id")
+        with torch.no_grad():
+            losses.append(float(trainer.model.eval()(**batch).loss))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
+
+
+def test_trained_parameters_that_no_adapter_holds_are_told(tmp_path):
+    adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4))
+    adapted.model.model.norm.weight.requires_grad = True
+    with pytest.warns(UserWarning, match=r"1 trained parameters of the base model, such as model\.norm\.weight"):
+        adapted.save(tmp_path / "saved")
