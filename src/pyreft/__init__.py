@@ -21,6 +21,7 @@ from .interventions import (
     NoreftIntervention,
 )
 from .model import ReftModel, get_reft_model
+from .steering import diff_mean
 from .tuner import ReftTuner
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ __all__ = [
     "ReftTrainerForCausalLMDistributed",
     "ReftTrainerForSequenceClassification",
     "TaskType",
+    "diff_mean",
     "get_intervention_locations",
     "get_reft_model",
     "make_last_position_supervised_data_module",

@@ -385,7 +385,12 @@ def _legacy_place(directory: str | PathLike) -> Path | None:
 
 
 def get_reft_model(
-    model: nn.Module, reft_config: ReftConfig, set_device: bool = True, disable_model_grads: bool = True
+    model: nn.Module,
+    reft_config: ReftConfig,
+    set_device: bool = True,
+    disable_model_grads: bool = True,
+    *,
+    adapter_name: str = "default",
 ) -> ReftModel:
     """Return a base model with new representation edits.
 
@@ -394,6 +399,7 @@ def get_reft_model(
         reft_config: what to edit.
         set_device: accepted for the original's callers; the interventions are always where the layers are.
         disable_model_grads: freeze the base model.
+        adapter_name: a name for the adapter.
 
     Raises:
         ReftError: a layer, component, rank or intervention that does not fit the model, before it is touched.
@@ -402,7 +408,7 @@ def get_reft_model(
     trained = [] if disable_model_grads else [p for p in model.parameters() if p.requires_grad]
     if reft_config.base_model_name_or_path is None:
         reft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-    adapted = ReftModel(model, reft_config)
+    adapted = ReftModel(model, reft_config, adapter_name)
     for parameter in trained:
         parameter.requires_grad_(True)
     return adapted

@@ -111,7 +111,9 @@ def make_last_position_supervised_data_module(
     Returns:
         `train_dataset`, `eval_dataset` (none) and `data_collator`, for `ReftTrainerForCausalLM(**...)`.
     """
-    return _data_module(tokenizer, inputs, outputs, lambda length: [[length - 1]] * num_interventions, nonstop=nonstop)
+    return make_data_module(
+        tokenizer, inputs, outputs, lambda number, length: [[length - 1]] * num_interventions, nonstop=nonstop
+    )
 
 
 def make_multiple_position_supervised_data_module(
@@ -130,7 +132,7 @@ def make_multiple_position_supervised_data_module(
     the rule has fewer locations.
     """
 
-    def locate(length: int) -> list[list[int]]:
+    def locate(number: int, length: int) -> list[list[int]]:
         return get_intervention_locations(
             last_position=length,
             positions=positions,
@@ -139,17 +141,22 @@ def make_multiple_position_supervised_data_module(
             pad_mode="first",  # as -1, which edits nothing
         )
 
-    return _data_module(tokenizer, inputs, outputs, locate, nonstop=nonstop)
+    return make_data_module(tokenizer, inputs, outputs, locate, nonstop=nonstop)
 
 
-def _data_module(
+def make_data_module(
     tokenizer: PreTrainedTokenizerBase,
     inputs: Sequence[str],
     outputs: Sequence[str],
-    locate: Callable[[int], list[list[int]]],
+    locate: Callable[[int, int], list[list[int]]],
     *,
-    nonstop: bool,
+    nonstop: bool = False,
 ) -> dict[str, Any]:
+    """Return a training set with the locations of one's own choice, with its collator.
+
+    Args:
+        locate: from the number of an example and the length of its prompt to `[interventions][positions]`.
+    """
     if len(inputs) != len(outputs) or not len(inputs):
         raise ReftError(f"Expected as many answers as prompts, at least one, got {len(inputs)} and {len(outputs)}.")
     if tokenizer.pad_token_id is None:
@@ -158,7 +165,7 @@ def _data_module(
     for number, (prompt, answer) in enumerate(zip(inputs, outputs, strict=True)):
         ids, length = encode_pair(tokenizer, prompt, answer, end=not nonstop, number=number)
         columns["input_ids"].append(ids)
-        columns["intervention_locations"].append(locate(length))
+        columns["intervention_locations"].append(locate(number, length))
         columns["labels"].append([IGNORED] * length + ids[length:])
     collator = DataCollatorForSeq2Seq(tokenizer=tokenizer, label_pad_token_id=IGNORED, padding="longest")
     return {
