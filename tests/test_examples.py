@@ -409,6 +409,61 @@ def test_one_vector_remembers_a_text(base, tmp_path):
     assert "rain" not in tokenizer.decode(before[0])
 
 
+# -- two skills in two subspaces -----------------------------------------------------------------------------------
+
+
+def test_two_skills_trained_apart_are_switched_on_together(base, tmp_path):
+    model, tokenizer = base
+    place = {"layer": 2, "component": "block_output", "intervention": "nodireft", "low_rank_dimension": 4}
+    reft_model = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=place))
+    (intervention,) = reft_model.interventions.values()
+    pairs = [(2, 3), (4, 8), (7, 3), (2, 2), (6, 5), (8, 7), (3, 3), (5, 9), (9, 6), (4, 4), (5, 2), (7, 7)]
+    pairs += [(3, 8), (6, 2), (2, 9), (9, 9), (8, 4), (3, 5), (7, 6), (5, 5)]
+    sums = [pocket.PROMPT_TEMPLATE % f"What is {a} plus {b}?" for a, b in pairs]
+    emojis = pocket.emoji_pairs()
+    skills = {
+        (0, 1): ([pocket.PROMPT_TEMPLATE % e["prompt"] for e in emojis], [e["completion"] for e in emojis]),
+        (2, 3): (sums[:10], [f"{a + b}!" for a, b in pairs[:10]]),
+    }
+    for directions, (prompts, completions) in skills.items():
+        before = {name: p.detach().clone() for name, p in intervention.named_parameters()}
+        data_module = pyreft.make_multiple_position_supervised_data_module(
+            tokenizer, model, prompts, completions, positions="f0+l4"
+        )
+        rows = data_module["train_dataset"]
+        data_module["train_dataset"] = rows.add_column("subspaces", [[list(directions)]] * len(rows))
+        settings = arguments(tmp_path, num_train_epochs=60, learning_rate=0.005, remove_unused_columns=True)
+        pyreft.ReftTrainerForCausalLM(model=reft_model, tokenizer=tokenizer, args=settings, **data_module).train()
+        others = [direction for direction in range(4) if direction not in directions]
+        for name, parameter in intervention.named_parameters():
+            assert torch.equal(parameter[others], before[name][others])  # the other skill is as it was
+            assert not torch.equal(parameter[list(directions)], before[name][list(directions)])
+    reft_model.eval()
+    tokenizer.padding_side = "left"
+    questions = [pocket.PROMPT_TEMPLATE % pair["prompt"] for pair in pocket.emoji_questions()[:20]]
+
+    def count(directions):
+        """How many unseen questions are answered in emojis, and how many unseen sums with a cry."""
+        found = []
+        for prompts in (questions, sums[10:]):
+            batch = tokenizer(prompts, padding=True, return_tensors="pt")
+            width = batch["input_ids"].shape[1]
+            _, tokens = reft_model.generate(
+                batch,
+                unit_locations={"sources->base": (None, [[[width - 4 + at for at in range(4)]] * len(prompts)])},
+                subspaces={"sources->base": (None, [[directions] * len(prompts)])},
+                max_new_tokens=16,
+                do_sample=False,
+            )
+            found.append(tokenizer.batch_decode(tokens[:, width:], skip_special_tokens=True))
+        return sum(map(pocket.emojis_only, found[0])), sum(text.endswith("!") for text in found[1])
+
+    assert count([]) == (0, 0)
+    assert count([0, 1]) == (pytest.approx(18, abs=3), 0)
+    assert count([2, 3]) == (0, pytest.approx(9, abs=3))
+    assert count([0, 1, 2, 3]) == (pytest.approx(13, abs=3), pytest.approx(8, abs=3))
+
+
 # -- with LoRA ---------------------------------------------------------------------------------------------------------
 
 
