@@ -3,6 +3,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pyreft
+from conftest import pad, shaken, tiny_llama
 from pyreft.errors import ReftError
 from pyreft.positions import Positions, prompt_tokens
 
@@ -85,3 +87,52 @@ def test_unknown_rule(rule, near):
 def test_rules_that_name_nothing(rule):
     with pytest.raises(ReftError, match="positions: expected"):
         Positions.parse(rule)
+
+
+# -- rules of one's own -------------------------------------------------------------------------------------------
+
+
+def every_other(prompt, input_ids):
+    return prompt & (prompt.cumsum(-1) % 2 == 1)
+
+
+def of_token_5(prompt, input_ids):
+    return input_ids == 5
+
+
+def broken(prompt, input_ids):
+    return prompt.cumsum(-1)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_rule_of_ones_own_is_a_function(model, prompts, side, tmp_path):
+    adapted = shaken(pyreft.get_reft_model(model, pyreft.ReftConfig(positions=every_other, low_rank_dimension=4)))
+    assert adapted.peft_config["default"].positions == "every_other"
+    ids, mask = pad(prompts, side)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    tokens = adapted.generate(input_ids=ids, attention_mask=mask, **options)[:, -5:]
+    for row, prompt in enumerate(prompts):
+        places = [[list(range(0, len(prompt), 2))] * 4]
+        alone = adapted.generate(input_ids=torch.tensor([prompt]), intervention_locations=places, **options)
+        assert torch.equal(alone[0, -5:], tokens[row])
+    adapted.save(tmp_path)
+    again = pyreft.ReftModel.load(tmp_path, tiny_llama())
+    assert torch.equal(again(ids, attention_mask=mask).logits, adapted(ids, attention_mask=mask).logits)
+
+
+def test_a_rule_sees_the_ids(model):
+    adapted = shaken(pyreft.get_reft_model(model, pyreft.ReftConfig(positions=of_token_5, layers=[1])))
+    ids = torch.tensor([[3, 5, 7, 5], [9, 9, 9, 5]])
+    states = adapted(ids, output_hidden_states=True).hidden_states[2]
+    with adapted.disable_adapter():
+        before = adapted(ids, output_hidden_states=True).hidden_states[2]
+    assert torch.equal((states != before).any(-1), ids == 5)
+
+
+def test_wrong_rules_of_ones_own(model):
+    with pytest.raises(ReftError, match=r"a rule of your own needs a plain name that is not f<n>, .*got '<lambda>'"):
+        pyreft.ReftConfig(positions=lambda prompt, ids: prompt)
+    with pytest.raises(ReftError, match=r"must return a bool mask of the shape \[1, 3\] .*got \[1, 3\] of torch.int64"):
+        pyreft.get_reft_model(model, pyreft.ReftConfig(positions=broken))(torch.tensor([[4, 5, 6]]))
+    with pytest.raises(ReftError, match=r"A rule of your own is made known by pyreft.positions.register_rule"):
+        pyreft.ReftConfig(positions="every_third")

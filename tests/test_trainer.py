@@ -126,3 +126,31 @@ def test_trained_parameters_that_no_adapter_holds_are_told(tmp_path):
     adapted.model.model.norm.weight.requires_grad = True
     with pytest.warns(UserWarning, match=r"1 trained parameters of the base model, such as model\.norm\.weight"):
         adapted.save(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_penalties_join_the_loss(model, tmp_path, accumulated):
+    """One step of SGD on a batch, and on its halves, moves by the gradients of the loss plus the penalty."""
+    settings = {"layers": [1], "positions": "l1", "intervention": "lofit", "intervention_kwargs": {"l1": 0.5}}
+    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(**settings))
+    (intervention,) = adapted.interventions.values()
+    torch.nn.init.normal_(intervention.scale)
+    start = intervention.scale.detach().clone()
+    ids = torch.randint(3, 96, (4, 6))
+    rows = [{"input_ids": row, "labels": torch.tensor([-100] * 3 + row[3:])} for row in ids.tolist()]
+    loss = adapted(ids, labels=torch.stack([row["labels"] for row in rows])).loss + 0.5 * intervention.scale.abs().sum()
+    (gradient,) = torch.autograd.grad(loss, intervention.scale)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=4 // accumulated,
+        gradient_accumulation_steps=accumulated,
+        learning_rate=0.1,
+        optim="sgd",
+        max_grad_norm=0,
+        lr_scheduler_type="constant",
+        report_to="none",
+        save_strategy="no",
+    )
+    pyreft.ReftTrainer(model=adapted, args=arguments, train_dataset=rows).train()
+    torch.testing.assert_close(intervention.scale.detach(), start - 0.1 * gradient, atol=1e-6, rtol=1e-5)

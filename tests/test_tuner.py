@@ -341,6 +341,33 @@ def test_merging_is_refused(model):
             merge()
 
 
+@pytest.mark.parametrize("head", [0, 2])
+def test_one_head_is_edited_alone(model, head):
+    seen = {}
+    module = model.model.layers[1].self_attn.o_proj
+    module.register_forward_pre_hook(lambda module, args: seen.update(before=args[0]))
+    place = {"layer": 1, "component": "head_attention_value_output", "head": head, "positions": "l2"}
+    adapted = adapt(model, representations={**place, "intervention": "red"})
+    module.register_forward_hook(lambda module, args, output: seen.update(after=args[0]))
+    adapted(torch.randint(3, 96, (2, 6)))
+    changed = torch.zeros(2, 6, 32, dtype=torch.bool)
+    changed[:, -2:, 8 * head : 8 * head + 8] = True
+    assert torch.equal(seen["before"] != seen["after"], changed)
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 16
+
+
+def test_several_places_of_one_layer_act_in_their_order(model):
+    ids = torch.randint(3, 96, (1, 6))
+    place = {"layer": 2, "component": "block_output", "intervention": "red"}
+    groups = [{**place, "positions": "f2"}, {**place, "positions": "l1"}, {**place, "positions": "prompt"}]
+    adapted = adapt(model, representations=groups)
+    with adapted.disable_adapter():
+        h = adapted(ids, output_hidden_states=True).hidden_states[3].clone()
+    first, last, whole = adapted.base_model.model.model.layers[2].reft_output["default"]
+    h[:, :2], h[:, -1:] = first(h[:, :2]), last(h[:, -1:])
+    assert torch.equal(adapted(ids, output_hidden_states=True).hidden_states[3], whole(h))
+
+
 # -- several adapters ---------------------------------------------------------------------------------------------
 
 

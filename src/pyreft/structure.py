@@ -55,7 +55,8 @@ def find_blocks(model: nn.Module, stack: Stack = "") -> tuple[str, nn.ModuleList
             f"No list of blocks was found in {type(model).__name__}. Give the place to edit by its path instead, "
             "as in component='encoder.layers[3].output'."
         )
-    blocks = max(lists, key=lambda found: (len(found) == count, sum(p.numel() for p in found.parameters())))
+    lists = [found for found in lists if len(found) == count] or lists
+    blocks = lists[0] if len(lists) == 1 else max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
     return path_of(model, blocks), blocks
 
 
