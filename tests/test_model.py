@@ -309,3 +309,9 @@ def test_an_unknown_class_in_a_file_is_not_imported(adapted, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(pyreft.ReftError, match="intervention: expected one of loreft"):
         pyreft.ReftModel.load(tmp_path, tiny_llama())
+
+
+def test_edits_on_another_device_say_so(adapted):
+    adapted.set_device("meta", set_model=False)
+    with pytest.raises(pyreft.ReftError, match="The edits of adapter 'default' are on meta, the states on cpu; move"):
+        adapted({"input_ids": IDS}, unit_locations=at([9], [9]))

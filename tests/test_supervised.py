@@ -86,3 +86,12 @@ def test_the_prompt_is_counted_with_its_own_tokens(tokenizer):
     assert ids[:length] == tokenizer(PROMPTS[0])["input_ids"]
     assert ids[0] == tokenizer.bos_token_id
     assert ids[1] != tokenizer.bos_token_id
+
+
+def test_a_batch_without_labels_is_refused(tokenizer):
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100] * 3}, {"input_ids": [5, 6], "labels": [-100] * 2}]
+    collator = pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer=tokenizer, label_pad_token_id=-100))
+    with pytest.raises(pyreft.ReftError, match="labels: all 2 rows of a batch have nothing but -100"):
+        collator(rows)
+    rows[1]["labels"] = [-100, 6]
+    assert collator(rows)["labels"].shape == (2, 3)

@@ -125,6 +125,11 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             key = name, index
             if key not in windows:
                 continue
+            if (device := next(intervention.parameters()).device) != h.device:
+                raise ReftError(
+                    f"The edits of adapter {name!r} are on {device}, the states on {h.device}; move them together, as "
+                    "with model.to(device) or reft_model.set_device(device)."
+                )
             at = windows[key]
             if at is None and not (intervention.by_row or subspaces):
                 flat = h.reshape(-1, h.shape[-1])

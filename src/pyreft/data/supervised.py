@@ -39,6 +39,12 @@ class ReftDataCollator:
         subspaces = [row.pop("subspaces", None) for row in rows]
         lengths = [len(row["input_ids"]) for row in rows]
         batch = dict(self.data_collator(rows))
+        labels = batch.get("labels")
+        if isinstance(labels, torch.Tensor) and labels.dim() == 2 and bool((labels == IGNORED).all()):
+            raise ReftError(
+                f"labels: all {len(rows)} rows of a batch have nothing but {IGNORED}, so there is nothing to learn from "
+                "them; does a prompt fill the context, or is the answer masked?"
+            )
         if any(at is not None for at in locations):
             left = batch["input_ids"].shape[-1] if self._pads_left() else None
             shifts = [0 if left is None else left - length for length in lengths]
