@@ -3,6 +3,7 @@
 Knows tokenizers and lists, nothing of models or edits.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,24 @@ def encode_pair(
     return ids, len(prompt_ids)
 
 
+def told_of_doubled_bos(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], number: int) -> bool:
+    """Warn if a text brings the BOS token along that the tokenizer puts before it; say whether it does.
+
+    Args:
+        ids: of the text, as many as there are, from its first one.
+        number: which row this is, for the message.
+    """
+    bos = tokenizer.bos_token_id
+    doubled = bos is not None and list(ids[:2]) == [bos, bos]
+    if doubled:
+        warnings.warn(
+            f"Row {number}: the prompt begins with {tokenizer.bos_token!r} and the tokenizer adds another one; leave "
+            "it out of the text. Other rows of this data set are not told.",
+            stacklevel=2,
+        )
+    return doubled
+
+
 def make_last_position_supervised_data_module(
     tokenizer: PreTrainedTokenizerBase,
     model: Any,
@@ -155,8 +174,10 @@ def _data_module(
     if tokenizer.pad_token_id is None:
         raise ReftError("The tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token first.")
     columns: dict[str, list] = {"input_ids": [], "intervention_locations": [], "labels": []}
+    told = False
     for number, (prompt, answer) in enumerate(zip(inputs, outputs, strict=True)):
         ids, length = encode_pair(tokenizer, prompt, answer, end=not nonstop, number=number)
+        told = told or told_of_doubled_bos(tokenizer, ids, number)
         columns["input_ids"].append(ids)
         columns["intervention_locations"].append(locate(length))
         columns["labels"].append([IGNORED] * length + ids[length:])
