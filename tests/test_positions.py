@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyreft.errors import ReftError
-from pyreft.positions import Positions, prompt_tokens
+from pyreft.positions import Positions, prompt_tokens, register_rule
 
 
 def located(rule, length, side=None):
@@ -85,3 +85,29 @@ def test_unknown_rule(rule, near):
 def test_rules_that_name_nothing(rule):
     with pytest.raises(ReftError, match="positions: expected"):
         Positions.parse(rule)
+
+
+@pytest.mark.parametrize("name", ["l1", "prompt", "all", "f2l3", "<lambda>", "two words"])
+def test_a_rule_of_ones_own_needs_a_plain_name(name):
+    with pytest.raises(ReftError, match=f"needs a plain name that is not f<n>.*got {name!r}"):
+        register_rule(name, lambda prompt, input_ids: prompt)
+
+
+@pytest.mark.parametrize(
+    ("made", "came"),
+    [
+        (lambda prompt, input_ids: prompt.long(), r"got \[2, 3\] of torch.int64"),
+        (lambda prompt, input_ids: prompt[:1], r"got \[1, 3\] of torch.bool"),
+        (lambda prompt, input_ids: [0], r"got \[0\]"),
+    ],
+)
+def test_a_rule_of_ones_own_returns_a_mask(made, came):
+    register_rule("unusual", made)
+    with pytest.raises(ReftError, match=f"the rule 'unusual' must return a bool mask .*{came}"):
+        Positions.parse("unusual").locate(torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_a_rule_of_ones_own_stays_within_the_prompt():
+    register_rule("everywhere", lambda prompt, input_ids: torch.ones_like(prompt))
+    prompt = torch.tensor([[True, True, False]])
+    assert torch.equal(Positions.parse("everywhere").locate(prompt), prompt)
