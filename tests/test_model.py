@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BatchEncoding
 
 import pyreft
-from conftest import shaken, tiny_llama
+from conftest import pad, shaken, tiny_llama
 
 IDS = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(5))
 OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -56,6 +56,38 @@ def test_an_original_generation_returns_a_pair(adapted):
     assert not torch.equal(base, edited)
     everywhere = adapted.generate({"input_ids": IDS}, unit_locations={"base": 9}, **OPTIONS)[1]
     assert torch.equal(everywhere, edited)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_original_batch_generates_what_each_prompt_does(prompts, side):
+    places = [
+        {"layer": layer, "component": "block_output", "low_rank_dimension": 4, "intervention": "loreft"}
+        for layer in (1, 3)
+    ]
+    adapted = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(representations=places)))
+
+    def located(length, shift=0):
+        """The first two tokens in one layer, the last one in the other."""
+        return [[at + shift for at in range(min(2, length))], [length - 1 + shift]]
+
+    def by_intervention(rows):
+        return {"sources->base": (None, [list(each) for each in zip(*rows, strict=True)])}
+
+    alone = []
+    for prompt in prompts:
+        call = {"unit_locations": by_intervention([located(len(prompt))]), **OPTIONS}
+        alone.append(adapted.generate({"input_ids": torch.tensor([prompt])}, **call)[1][0, len(prompt) :].tolist())
+    ids, mask = pad(prompts, side)
+    shifts = [ids.shape[1] - len(prompt) if side == "left" else 0 for prompt in prompts]
+    base, tokens = adapted.generate(
+        BatchEncoding({"input_ids": ids, "attention_mask": mask}),
+        unit_locations=by_intervention([located(len(p), shift) for p, shift in zip(prompts, shifts, strict=True)]),
+        intervene_on_prompt=True,
+        output_original_output=True,
+        **OPTIONS,
+    )
+    assert tokens[:, ids.shape[1] :].tolist() == alone
+    assert base[:, ids.shape[1] :].tolist() != alone
 
 
 def test_without_a_rule_and_without_locations_the_model_is_the_base(model, adapted):
@@ -187,12 +219,35 @@ def test_a_trained_base_is_not_left_out_silently(adapted, tmp_path):
     assert load_file(tmp_path / "base" / "model.safetensors").keys() == {*dict(tiny_llama().named_parameters())}
 
 
+@pytest.mark.parametrize("include_model", [True, False])
+def test_a_trained_head_is_saved_and_loaded_with_the_interventions(adapted, tmp_path, include_model):
+    adapted.model.lm_head.weight.requires_grad = True
+    with torch.no_grad():
+        adapted.model.lm_head.weight.add_(torch.randn_like(adapted.model.lm_head.weight))
+    adapted.save_intervention(tmp_path, include_model=include_model)
+    call = {"intervention_locations": [[[9]]] * 2}
+    expected = adapted(IDS, **call).logits
+    for head_is_trained in (True, False):
+        again = pyreft.get_reft_model(tiny_llama(), one_layer()).eval()
+        again.model.lm_head.weight.requires_grad = head_is_trained
+        again.load_intervention(tmp_path, include_model=include_model)
+        assert torch.equal(again(IDS, **call).logits, expected)
+    assert torch.equal(pyreft.ReftModel.load(tmp_path, tiny_llama())(IDS, **call).logits, expected)
+
+
 def test_the_intervention_that_was_given_is_the_one_that_is_trained(model):
     config = one_layer()
     mine = config.representations[0].intervention
     adapted = pyreft.get_reft_model(model, config)
     assert list(adapted.interventions.values()) == [mine]
     json.dumps(adapted.peft_config["default"].to_dict())
+
+
+def test_a_module_around_the_model_may_switch_its_mode(adapted):
+    around = torch.nn.Sequential(adapted)  # as what puts a model on several devices
+    for mode in (True, False):
+        assert around.train(mode)[0].training is mode
+        assert all(module.training is mode for module in adapted.interventions.values())
 
 
 def test_the_base_stays_trainable_if_asked(model):
@@ -216,6 +271,17 @@ def test_save_and_load_on_the_same_base_variable(model, adapted, tmp_path):
     again.save(tmp_path / "two")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_saving_again_into_a_full_directory_replaces_the_adapter_alone(adapted, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    locations = [[[9]]] * 2
+    for save in (adapted.save, adapted.save_pretrained, adapted.save_intervention):
+        expected = shaken(adapted)(IDS, intervention_locations=locations).logits
+        save(tmp_path)
+        again = pyreft.ReftModel.load(tmp_path, tiny_llama())
+        assert torch.equal(again(IDS, intervention_locations=locations).logits, expected)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_the_model_card_shows_how_to_load(adapted, tmp_path):
@@ -245,6 +311,21 @@ def test_upload_to_the_hub_up_to_the_network(adapted, tmp_path, monkeypatch):
     assert (tmp_path / "adapter_model.safetensors").exists()
     assert calls
     assert "api/repos/create" in calls[0][1]
+
+
+def test_an_adapter_from_the_hub_up_to_the_network(adapted, tmp_path, monkeypatch):
+    adapted.save(tmp_path / "downloaded")
+    asked = {}
+
+    def downloaded(repo, local_dir=None):
+        asked.update(repo=repo, local_dir=local_dir)
+        return str(tmp_path / "downloaded")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", downloaded)
+    again = pyreft.ReftModel.load("someone/my-reft", tiny_llama(), str(tmp_path / "kept"), from_huggingface_hub=True)
+    assert asked == {"repo": "someone/my-reft", "local_dir": str(tmp_path / "kept")}
+    call = {"intervention_locations": [[[9]]] * 2}
+    assert torch.equal(again(IDS, **call).logits, adapted(IDS, **call).logits)
 
 
 # -- files that cannot be used ------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 import pyreft
 from conftest import pad, shaken, tiny_llama
 from pyreft.errors import ReftError
-from pyreft.positions import Positions, prompt_tokens
+from pyreft.positions import Positions, prompt_tokens, register_rule
 
 
 def located(rule, length, side=None):
@@ -100,10 +100,6 @@ def of_token_5(prompt, input_ids):
     return input_ids == 5
 
 
-def broken(prompt, input_ids):
-    return prompt.cumsum(-1)
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_rule_of_ones_own_is_a_function(model, prompts, side, tmp_path):
     adapted = shaken(pyreft.get_reft_model(model, pyreft.ReftConfig(positions=every_other, low_rank_dimension=4)))
@@ -129,10 +125,32 @@ def test_a_rule_sees_the_ids(model):
     assert torch.equal((states != before).any(-1), ids == 5)
 
 
-def test_wrong_rules_of_ones_own(model):
-    with pytest.raises(ReftError, match=r"a rule of your own needs a plain name that is not f<n>, .*got '<lambda>'"):
-        pyreft.ReftConfig(positions=lambda prompt, ids: prompt)
-    with pytest.raises(ReftError, match=r"must return a bool mask of the shape \[1, 3\] .*got \[1, 3\] of torch.int64"):
-        pyreft.get_reft_model(model, pyreft.ReftConfig(positions=broken))(torch.tensor([[4, 5, 6]]))
+def test_a_rule_that_nobody_gave():
     with pytest.raises(ReftError, match=r"A rule of your own is made known by pyreft.positions.register_rule"):
         pyreft.ReftConfig(positions="every_third")
+
+
+@pytest.mark.parametrize("name", ["l1", "prompt", "all", "f2l3", "<lambda>", "two words"])
+def test_a_rule_of_ones_own_needs_a_plain_name(name):
+    with pytest.raises(ReftError, match=f"needs a plain name that is not f<n>.*got {name!r}"):
+        register_rule(name, lambda prompt, input_ids: prompt)
+
+
+@pytest.mark.parametrize(
+    ("made", "came"),
+    [
+        (lambda prompt, input_ids: prompt.long(), r"got \[2, 3\] of torch.int64"),
+        (lambda prompt, input_ids: prompt[:1], r"got \[1, 3\] of torch.bool"),
+        (lambda prompt, input_ids: [0], r"got \[0\]"),
+    ],
+)
+def test_a_rule_of_ones_own_returns_a_mask(made, came):
+    register_rule("unusual", made)
+    with pytest.raises(ReftError, match=f"the rule 'unusual' must return a bool mask .*{came}"):
+        Positions.parse("unusual").locate(torch.ones(2, 3, dtype=torch.bool))
+
+
+def test_a_rule_of_ones_own_stays_within_the_prompt():
+    register_rule("everywhere", lambda prompt, input_ids: torch.ones_like(prompt))
+    prompt = torch.tensor([[True, True, False]])
+    assert torch.equal(Positions.parse("everywhere").locate(prompt), prompt)

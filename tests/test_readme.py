@@ -1,31 +1,25 @@
-"""Every snippet of the README and the docs runs; the commands it names exist."""
+"""Every snippet of the README runs; the commands it names exist."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from snippets import blocks, run_python
+
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.M | re.S)
+README = ROOT / "README.md"
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 def test_python_snippets_run_in_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {}
-    assert blocks("python")
-    for number, block in enumerate(blocks("python")):
-        exec(compile(block, f"README.md, Python snippet {number}", "exec"), names)
+    run_python(README)
 
 
 def test_ci_runs_the_commands_of_the_readme():
-    commands = "\n".join(blocks("bash"))
+    commands = "\n".join(blocks(README, "bash"))
     script = (ROOT / ".ci" / "run").read_text()
     for line in ('pip install -c constraints.txt -e ".[dev]"', "pytest -n 2"):
         assert line in commands
@@ -34,7 +28,7 @@ def test_ci_runs_the_commands_of_the_readme():
 
 
 def shell_commands():
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks(README, "bash")).replace("\\\n", " ").splitlines()
     return [line.split("#")[0].strip() for line in lines if line.startswith("pyreft ")]
 
 

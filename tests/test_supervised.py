@@ -1,10 +1,13 @@
 """Prompts and answers to token ids, labels and locations; the collator."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq
 
 import pyreft
+from conftest import shaken
 from pyreft import pocket
 from pyreft.data.supervised import encode_pair
 
@@ -95,3 +98,55 @@ def test_a_batch_without_labels_is_refused(tokenizer):
         collator(rows)
     rows[1]["labels"] = [-100, 6]
     assert collator(rows)["labels"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("form", ["last", "multiple"])
+def test_a_doubled_bos_is_told_once(form):
+    tokenizer = pocket.load()[1]
+    make = getattr(pyreft, f"make_{form}_position_supervised_data_module")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(tokenizer, None, PROMPTS, ANSWERS, num_interventions=2)
+    prompts = [PROMPTS[0], *(tokenizer.bos_token + prompt for prompt in PROMPTS[1:])]
+    with pytest.warns(UserWarning, match="Row 1: the prompt begins with '<s>' and the tokenizer adds") as caught:
+        make(tokenizer, None, prompts, ANSWERS, num_interventions=2)
+    assert len(caught) == 1
+
+
+@pytest.mark.parametrize("pad", ["pad_token", "eos_token"])
+def test_every_answer_ends_with_eos_whatever_pads(pad):
+    tokenizer = pocket.load()[1]
+    tokenizer.pad_token = getattr(tokenizer, pad)
+    module = pyreft.make_last_position_supervised_data_module(tokenizer, None, PROMPTS, ANSWERS)
+    batch = module["data_collator"](rows(module))
+    for row in range(len(PROMPTS)):
+        learned = batch["labels"][row][batch["labels"][row] != -100].tolist()
+        read = batch["input_ids"][row][batch["attention_mask"][row] == 1].tolist()
+        assert learned[-1] == read[-1] == tokenizer.eos_token_id
+        assert learned.count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("pad", ["pad_token", "eos_token"])
+def test_the_side_and_the_token_of_the_padding_change_no_loss_and_no_gradient(pad):
+    model, tokenizer = pocket.load()
+    tokenizer.pad_token = getattr(tokenizer, pad)
+    config = pyreft.ReftConfig(layers=[1, 3], positions="l1", low_rank_dimension=4)
+    adapted = shaken(pyreft.get_reft_model(model, config))
+    module = pyreft.make_multiple_position_supervised_data_module(
+        tokenizer, None, PROMPTS, ANSWERS, positions="f1+l2", num_interventions=2, share_weights=True
+    )
+
+    def results(batch):
+        adapted.zero_grad()
+        loss = adapted(**batch).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in adapted.get_trainable_parameters())]
+
+    alone = [results(module["data_collator"]([row])) for row in rows(module)]
+    answers = torch.tensor([sum(label != -100 for label in row["labels"]) for row in rows(module)])
+    shares = answers / answers.sum()
+    mean = [torch.tensordot(shares, torch.stack(each), dims=1) for each in zip(*alone, strict=True)]
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        for one, other in zip(results(module["data_collator"](rows(module))), mean, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

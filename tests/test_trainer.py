@@ -80,6 +80,31 @@ def test_a_checkpoint_is_an_adapter_and_training_goes_on_from_it(tokenizer, tmp_
         assert torch.equal(one, other)
 
 
+def test_a_second_training_into_the_same_directory_replaces_its_checkpoints(tokenizer, tmp_path):
+    trained(tokenizer, tmp_path, num_train_epochs=3)
+    trainer, second = trained(tokenizer, tmp_path, num_train_epochs=3, learning_rate=0.1)
+    trainer.save_model()
+    for directory in (tmp_path, tmp_path / "checkpoint-6"):
+        loaded = pyreft.ReftModel.load(directory, tiny_llama())
+        assert loaded.peft_config["default"].positions == "l1"
+        for one, other in zip(weights(second), weights(loaded), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_wrong_number_of_interventions_is_told_in_training(tokenizer, tmp_path, number):
+    prompts, answers = [pocket.PROMPT_TEMPLATE % "Why?"] * 2, ["So.", "Thus."]
+    config = pyreft.ReftConfig(layers=[1, 2], positions="l1", low_rank_dimension=4)
+    trainer = pyreft.ReftTrainerForCausalLM(
+        model=pyreft.get_reft_model(pocket.load()[0], config),
+        tokenizer=tokenizer,
+        args=arguments(tmp_path),
+        **pyreft.make_last_position_supervised_data_module(tokenizer, None, prompts, answers, num_interventions=number),
+    )
+    with pytest.raises(pyreft.ReftError, match=f"'default' has 2 interventions, locations came for {number}"):
+        trainer.train()
+
+
 def test_transformers_own_trainer_takes_an_adapted_model(tokenizer, tmp_path):
     adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4))
     trainer = Trainer(

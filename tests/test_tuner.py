@@ -80,6 +80,37 @@ def test_the_prompt_ends_where_the_labels_begin(model):
     assert not torch.equal(by_labels, adapted(ids).logits)
 
 
+OPENS, CLOSES = 90, 91
+
+
+def marked(prompt, input_ids):
+    """A rule of one's own: the tokens between two marks."""
+    inside = (input_ids == OPENS).cumsum(1) > (input_ids == CLOSES).cumsum(1)
+    return inside & (input_ids != OPENS)
+
+
+def test_a_rule_of_ones_own_edits_marked_spans(model, tmp_path):
+    places = [
+        {"layer": 1, "component": "block_output", "positions": marked},
+        {"layer": 2, "component": "mlp_output", "positions": "f1"},
+        {"layer": 3, "component": "attention_output", "positions": "l2"},
+    ]
+    adapted = shaken(peft.get_peft_model(model, pyreft.ReftConfig(representations=places)))
+    texts = [[5, OPENS, 6, 7, CLOSES, 8, 9], [OPENS, 5, CLOSES, 6]]
+    spans = [[[2, 3], [0, -1], [5, 6]], [[1, -1], [0, -1], [2, 3]]]
+    adapted.save_pretrained(tmp_path)
+    for one in (adapted, peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)):
+        ids, mask = pad(texts, "right")
+        assert torch.equal(
+            one(ids, attention_mask=mask).logits, adapted(ids, attention_mask=mask, intervention_locations=spans).logits
+        )
+        expected = one_by_one(one, texts)
+        for side in ("left", "right"):
+            ids, mask = pad(texts, side)
+            tokens = one.generate(input_ids=ids, attention_mask=mask, **GREEDY)
+            assert tokens[:, ids.shape[1] :].tolist() == expected
+
+
 def test_a_location_that_stands_twice_is_edited_and_trained_once(model):
     adapted = adapt(model, positions="l1", layers=1)
     ids = torch.randint(3, 96, (1, 6))

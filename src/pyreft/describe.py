@@ -50,7 +50,7 @@ def located_tokens(adapter: str | os.PathLike, prompt: str, model: str | None = 
     for entry in config.expand((config.base_model_shape or {}).get("num_hidden_layers", 0)):
         rule = entry.rule()
         if rule is not None:
-            edited = rule.locate(torch.ones(1, len(ids), dtype=torch.bool))[0].tolist()
+            edited = rule.locate(torch.ones(1, len(ids), dtype=torch.bool), torch.tensor([ids]))[0].tolist()
             tokens = [tokenizer.decode([token]) for token in ids]
             shown[_rule_name(entry)] = [
                 {"token": token, "edited": flag} for token, flag in zip(tokens, edited, strict=True)

@@ -4,6 +4,7 @@ An adapter's files then name them in `modules_to_save`, so that every way to loa
 """
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
+from .checkpoint import read_config
 from .tuner import ReftLayer
+
+_PREFIX = "base_model.model."  # of the names in an adapter's file
 
 
 def trained_heads(base: nn.Module) -> dict[str, nn.Module]:
@@ -49,7 +53,7 @@ def add_heads(directory: str, base: nn.Module) -> None:
     """Add the trained heads of a base model to the adapters just saved in a directory."""
     heads = trained_heads(base)
     tensors = {
-        f"base_model.model.{name}.{key}": tensor.contiguous()
+        f"{_PREFIX}{name}.{key}": tensor.contiguous()
         for name, head in heads.items()
         for key, tensor in head.state_dict().items()
     }
@@ -59,3 +63,14 @@ def add_heads(directory: str, base: nn.Module) -> None:
         config: dict[str, Any] = json.loads(path.read_text("utf-8"))
         config["modules_to_save"] = sorted({*(config.get("modules_to_save") or ()), *heads})
         path.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+
+
+def saved_heads(directory: str | os.PathLike, base: nn.Module) -> dict[str, Tensor]:
+    """Return, by their names in an adapter's file, the model's tensors for the heads that the adapter brings along."""
+    names = read_config(directory).modules_to_save or ()
+    plain = {
+        name: child
+        for name, child in base.named_children()
+        if name in names and not isinstance(child, AuxiliaryTrainingWrapper)
+    }
+    return {f"{_PREFIX}{name}.{key}": t for name, head in plain.items() for key, t in head.state_dict().items()}

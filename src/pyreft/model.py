@@ -17,7 +17,7 @@ from .checkpoint import check_tensors, is_adapter, model_card, read_config, writ
 from .compat import read_subspaces, read_unit_locations
 from .config import ReftConfig, Representation
 from .errors import ReftError
-from .heads import add_heads
+from .heads import add_heads, saved_heads, trained_heads
 from .interventions import Intervention, register
 from .legacy import fill, find_legacy, read_interventions, read_legacy, read_model
 from .locator import GIVEN, LOCATIONS, SUBSPACES, Locator
@@ -232,6 +232,9 @@ class ReftModel(PeftModel):
         """
         trained = [name for name, parameter in self._base_parameters() if parameter.requires_grad]
         if include_model and trained:
+            heads = tuple(f"{name}." for name in trained_heads(self.get_base_model()))
+            trained = [name for name in trained if not name.startswith(heads)]
+        if include_model and trained:
             raise ReftError(
                 f"include_model: an adapter's files do not hold the base model, of which {len(trained)} parameters are "
                 f"trained ({trained[0]}, ...). Name these modules in ReftConfig(modules_to_save=[...]), which are "
@@ -270,8 +273,13 @@ class ReftModel(PeftModel):
             theirs = _edits(read_config(load_directory).expand(layers))
             if theirs != (ours := _edits(representations)):
                 raise ReftError(f"{load_directory}: expected the edits of this model, {ours}; it holds {theirs}.")
-            check_tensors(load_directory, self._shapes(name))
-            set_peft_model_state_dict(self, load_file(Path(load_directory, SAFETENSORS_WEIGHTS_NAME)), name)
+            heads = saved_heads(load_directory, self.get_base_model())
+            check_tensors(load_directory, self._shapes(name) | {key: tuple(t.shape) for key, t in heads.items()})
+            state = load_file(Path(load_directory, SAFETENSORS_WEIGHTS_NAME))
+            with torch.no_grad():
+                for key, tensor in heads.items():
+                    tensor.copy_(state.pop(key))
+            set_peft_model_state_dict(self, state, name)
             return
         values = read_interventions(place, representations, self.interventions.values())
         if include_model:  # a module that the adapter trains stands for the base model's

@@ -4,7 +4,6 @@ A subclass says how a row becomes tokens and where its prompt ends. Nothing is k
 """
 
 import copy
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..compat import get_intervention_locations, parse_positions
 from ..errors import ReftError
-from .supervised import IGNORED, encode_pair
+from .supervised import IGNORED, encode_pair, told_of_doubled_bos
 
 LOCATION_ARGUMENTS = (
     *("last_position", "num_interventions", "positions", "first_n", "last_n", "share_weights"),
@@ -164,16 +163,9 @@ class ReftDataset(Dataset):
                 f"Row {row}: all of its {len(labels)} labels are {IGNORED}, there is nothing to learn; does the prompt "
                 f"fill tokenizer.model_max_length = {self.tokenizer.model_max_length}?"
             )
-        bos = self.tokenizer.bos_token_id
-        if bos is None or self._doubled_bos:
-            return
-        if any(result[field][:2].tolist() == [bos, bos] for field in self.fields_to_mask):
-            self._doubled_bos = True
-            warnings.warn(
-                f"Row {row}: the prompt begins with {self.tokenizer.bos_token!r} and the tokenizer adds another one; "
-                "leave it out of the text. Other rows of this data set are not told.",
-                stacklevel=2,
-            )
+        for field in self.fields_to_mask:
+            if not self._doubled_bos:
+                self._doubled_bos = told_of_doubled_bos(self.tokenizer, result[field][:2].tolist(), row)
 
     def _text_mask(self, ids: Tensor) -> Tensor:
         """Zero for the padding that a row ends with. An EOS token that is also the padding token closes the text."""

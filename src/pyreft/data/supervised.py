@@ -3,6 +3,7 @@
 Knows tokenizers and lists, nothing of models or edits.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,8 +43,8 @@ class ReftDataCollator:
         labels = batch.get("labels")
         if isinstance(labels, torch.Tensor) and labels.dim() == 2 and bool((labels == IGNORED).all()):
             raise ReftError(
-                f"labels: all {len(rows)} rows of a batch have nothing but {IGNORED}, so there is nothing to learn from "
-                "them; does a prompt fill the context, or is the answer masked?"
+                f"labels: all {len(rows)} rows of a batch have nothing but {IGNORED}, so nothing can be learned "
+                "from them; does a prompt fill the context, or is the answer masked?"
             )
         if any(at is not None for at in locations):
             left = batch["input_ids"].shape[-1] if self._pads_left() else None
@@ -95,6 +96,24 @@ def encode_pair(
             f"tokenizer.model_max_length = {limit}."
         )
     return ids, len(prompt_ids)
+
+
+def told_of_doubled_bos(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], number: int) -> bool:
+    """Warn if a text brings the BOS token along that the tokenizer puts before it; say whether it does.
+
+    Args:
+        ids: of the text, as many as there are, from its first one.
+        number: which row this is, for the message.
+    """
+    bos = tokenizer.bos_token_id
+    doubled = bos is not None and list(ids[:2]) == [bos, bos]
+    if doubled:
+        warnings.warn(
+            f"Row {number}: the prompt begins with {tokenizer.bos_token!r} and the tokenizer adds another one; leave "
+            "it out of the text. Other rows of this data set are not told.",
+            stacklevel=2,
+        )
+    return doubled
 
 
 def make_last_position_supervised_data_module(
@@ -168,8 +187,10 @@ def make_data_module(
     if tokenizer.pad_token_id is None:
         raise ReftError("The tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token first.")
     columns: dict[str, list] = {"input_ids": [], "intervention_locations": [], "labels": []}
+    told = False
     for number, (prompt, answer) in enumerate(zip(inputs, outputs, strict=True)):
         ids, length = encode_pair(tokenizer, prompt, answer, end=not nonstop, number=number)
+        told = told or told_of_doubled_bos(tokenizer, ids, number)
         columns["input_ids"].append(ids)
         columns["intervention_locations"].append(locate(number, length))
         columns["labels"].append([IGNORED] * length + ids[length:])

@@ -1,0 +1,61 @@
+"""The pages of docs/: their snippets run, and what they link to exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pyreft import pocket
+from snippets import run_python
+
+DOCS = Path(__file__).parents[1] / "docs"
+MIGRATION = DOCS / "from-pyreft.md"
+PAGES = sorted(DOCS.glob("*.md"))
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_python_snippets_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_python(MIGRATION)
+    assert names["original_output"] is None
+    assert names["edited"].shape[0] == 1
+    assert names["tokens"].shape[0] == len(names["prompts"])
+
+
+def test_the_guide_runs_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = run_python(DOCS / "guide.md")
+    text = names["tokenizer"].decode(
+        names["tokens"][0, names["batch"]["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert pocket.emojis_only(text)
+
+
+def links(page):
+    return re.findall(r"\[([^]]+)\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_links_to_exists(page):
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.M)
+    anchors = {"#" + heading.lower().replace(" ", "-") for heading in headings}
+    for text, target in links(page):
+        if target.startswith("https://"):
+            continue
+        if target.startswith("#"):
+            assert target in anchors
+            continue
+        file = page.parent / target.split("#")[0]
+        assert file.is_file(), target
+        if "/tests/" in target:
+            assert re.search(rf"^def {text.strip('`')}\(", file.read_text(encoding="utf-8"), flags=re.M), text
+
+
+def test_every_ask_has_its_row():
+    """Numbered from 1 to 25; with threads, and with a test or a plain "not yet"."""
+    rows = [line for line in MIGRATION.read_text(encoding="utf-8").splitlines() if re.match(r"\| \d+ \|", line)]
+    cells = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+    assert [int(number) for number, *_ in cells] == list(range(1, 26))
+    for _, _, threads, holds, tests in cells:
+        assert re.fullmatch(r"(\[[\w -]+\]\(https://github\.com/[\w/-]+/issues/\d+\)(, )?)+", threads)
+        assert "../tests/" in tests or "**not yet**" in holds

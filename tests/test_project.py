@@ -1,0 +1,73 @@
+"""What pyproject.toml promises: few dependencies, all of this field, and no deprecated call in the tests."""
+
+import ast
+import re
+import sys
+import tomllib
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+DEPENDENCIES = {"accelerate", "datasets", "peft", "safetensors", "torch", "transformers"}
+IMPORTED_AS = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+# what the original brought along and no program needs
+ABSENT = {"gcsfs", "ipywidgets", "jupyter", "jupyterlab", "matplotlib", "notebook", "plotnine", "pyvene", "wandb"}
+
+
+def name(requirement):
+    return re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-")
+
+
+def brought(distribution, seen):
+    """Collect everything that a distribution needs, extras aside, as far as it is installed here."""
+    try:
+        requirements = metadata.requires(distribution) or []
+    except metadata.PackageNotFoundError:
+        return
+    for requirement in requirements:
+        if "extra ==" not in requirement and name(requirement) not in seen:
+            seen.add(name(requirement))
+            brought(name(requirement), seen)
+
+
+@pytest.fixture(scope="module")
+def everything():
+    seen = set(DEPENDENCIES)
+    for dependency in DEPENDENCIES:
+        brought(dependency, seen)
+    return seen
+
+
+def test_the_dependencies_are_few_and_of_this_field(everything):
+    assert {name(requirement) for requirement in PROJECT["project"]["dependencies"]} == DEPENDENCIES
+    assert not ABSENT & everything
+    own = {each for each in everything if not each.startswith(("nvidia", "cuda"))}
+    assert len(own) < 80  # with the original they were 207
+
+
+def test_what_is_imported_is_a_dependency_or_comes_with_one(everything):
+    known = {IMPORTED_AS.get(each, each.replace("-", "_")) for each in everything} | {"pyreft", "pyreft_cli"}
+    imported = {}
+    for file in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            imported |= {each.split(".")[0]: file.name for each in names}
+    foreign = imported.keys() - known - sys.stdlib_module_names
+    assert foreign == {"matplotlib"}  # the extra `plot`; the losses are written without it, too
+    assert imported["matplotlib"] == "losses.py"
+    assert [name(each) for each in PROJECT["project"]["optional-dependencies"]["plot"]] == ["matplotlib"]
+
+
+@pytest.mark.parametrize(
+    "module", ["pyreft.tuner", "transformers.trainer", "peft.peft_model", "torch.nn.modules.module"]
+)
+@pytest.mark.parametrize("category", [DeprecationWarning, FutureWarning])
+def test_a_deprecated_call_fails_the_test_that_makes_it(module, category):
+    with pytest.raises(category, match="old"):
+        warnings.warn_explicit("old", category, f"{module}.py", 1, module=module)
