@@ -396,3 +396,18 @@ def test_edits_on_another_device_say_so(adapted):
     adapted.set_device("meta", set_model=False)
     with pytest.raises(pyreft.ReftError, match="The edits of adapter 'default' are on meta, the states on cpu; move"):
         adapted({"input_ids": IDS}, unit_locations=at([9], [9]))
+
+
+def test_weights_are_swapped_in_place(adapted, tmp_path):
+    other = pyreft.get_reft_model(tiny_llama(), one_layer())
+    torch.manual_seed(7)
+    shaken(other)
+    call = {"input_ids": IDS, "intervention_locations": [[[9]]] * 2}
+    expected = other(**call).logits
+    other.save(tmp_path)
+    before = adapted(**call).logits  # R is computed, and kept
+    parameters = [parameter.data_ptr() for parameter in adapted.parameters()]
+    adapted.load_intervention(tmp_path)
+    assert torch.equal(adapted(**call).logits, expected)
+    assert not torch.equal(before, expected)
+    assert parameters == [parameter.data_ptr() for parameter in adapted.parameters()]

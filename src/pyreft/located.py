@@ -26,6 +26,7 @@ class Located:
         self.subspaces: dict[Key, Tensor] = {}  # `[batch, rank]`, the directions that each row's edits may take
         self.endless: set[Key] = set()  # those that cover every token after the mask, too
         self.length = 0
+        self.by_row = bool(rows)  # then no two adapters edit the same token
         self._rows = rows or {}
         self._made: dict[tuple[int, str], Tensor] = {}
 

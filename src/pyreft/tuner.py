@@ -96,7 +96,9 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         """Return the states `[batch, tokens, d]` with the located tokens edited and every other bit as it was."""
         stream = self.stream
         windows = stream.windows(h)
-        names = [name for name in dict.fromkeys(name for name, _ in windows) if name in self]
+        by_row = stream.located is not None and stream.located.by_row
+        here = self.keys() if by_row else self.enabled_adapters
+        names = [name for name in dict.fromkeys(name for name, _ in windows) if name in here]
         if not names:
             return h
         shape = h.shape
@@ -107,7 +109,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
                 f"The states to edit have the shape {list(shape)}, expected [{stream.rows}, {stream.tokens}, width]; "
                 "this component cannot be edited by token."
             )
-        if len(names) == 1 or stream.locator.row_adapters is not None:
+        if len(names) == 1 or by_row:
             for name in names:
                 h = self._edit(h, name, windows)
         else:
