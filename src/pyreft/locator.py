@@ -9,6 +9,8 @@ network are not known here.
 
 import functools
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -155,6 +157,15 @@ class Stream:
         """Also after a generation that was interrupted."""
         self._whole, self._generated, self._running = None, False, None
         self.forget()
+
+    @contextmanager
+    def serving(self, located: Located) -> Iterator[None]:
+        """Serve these locations, in the columns of cache and inputs, to a forward."""
+        self.begin_generation(located)
+        try:
+            yield
+        finally:
+            self.end_generation()
 
     # -- from rules to masks --------------------------------------------------------------------------------------
 
@@ -336,6 +347,18 @@ class Locator:
         if isinstance(given.get(STRENGTH), dict):
             self.check_names(given[STRENGTH], STRENGTH)
         self.call = given if labels is None else {**given, "labels": labels}
+
+    def locate(self, tokens: Tensor, labels: Tensor | None, input_ids: Tensor, given: dict[str, Any]) -> Located:
+        """Return what a call over whole rows would edit, without running it; see `Stream.resolve`.
+
+        Args:
+            given: what the call gives, by the names in `GIVEN`.
+        """
+        self._take(given)
+        try:
+            return self.streams[""].resolve(tokens, labels, input_ids)
+        finally:
+            self.call = {}
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model, with the locations resolved on the whole prompt before its first forward.

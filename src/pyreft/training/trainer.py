@@ -2,12 +2,15 @@
 
 import functools
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from ..locator import LENGTHS, LOCATIONS, SUBSPACES
+from ..model import ReftModel
+from ..reach import Reach
 from ..tuner import penalty
 
 
@@ -19,15 +22,31 @@ class ReftTrainer(Trainer):
     adapters, with a head of the base model if it is trained. A subclass may define `compute_loss` with or without
     the argument `num_items_in_batch`, which the original's did not have.
 
+    Only what the edits can reach is computed, wherever that equals the ordinary step; see `pyreft.reach.Reach`.
+
     Args:
         tokenizer: what `Trainer` calls `processing_class` today; the original's name is taken, too.
+        reach: false to compute whole rows in each step, or a `Reach` with settings of its own.
     """
 
-    def __init__(self, *args: Any, tokenizer: PreTrainedTokenizerBase | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        reach: Reach | bool = True,
+        **kwargs: Any,
+    ) -> None:
         if tokenizer is not None:
             kwargs.setdefault("processing_class", tokenizer)
         super().__init__(*args, **kwargs)
         self.label_names = self.args.label_names or ["labels"]  # Trainer cannot infer them for a PEFT model
+        self.reach: Reach | None = None
+        if isinstance(reach, Reach):
+            self.reach = reach
+        elif reach and self.args.n_gpu <= 1 and isinstance(self.model, ReftModel):
+            self.reach = Reach(self.model)
+        if self.reach is not None:
+            self.add_callback(_TellReach(self.reach))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -48,7 +67,10 @@ class ReftTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss and, in training, what the interventions ask for on top."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        with nullcontext() if return_outputs or self.reach is None else self.reach:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
         extra = penalty(self.model) if model.training else None
         if extra is not None:
             # where the loss is a sum over the accumulated batches' tokens, Trainer does not divide by their number
@@ -56,8 +78,32 @@ class ReftTrainer(Trainer):
             loss = loss + extra.to(loss.device) / (self.current_gradient_accumulation_steps if summed else 1)
         return (loss, outputs) if return_outputs else loss
 
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Where only the loss is asked for, and it is the model's, only what the edits can reach is computed."""
+        partly = prediction_loss_only and type(self).compute_loss is ReftTrainer.compute_loss
+        with self.reach if partly and self.reach is not None else nullcontext():
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in super()._prepare_inputs(inputs).items() if name != "id"}
+
+
+class _TellReach(TrainerCallback):
+    """Tells once what is skipped and held, and the passes over the data to the store."""
+
+    def __init__(self, reach: Reach) -> None:
+        self.reach = reach
+        self.told = False
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.reach.new_epoch()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero and not self.told:
+            self.told = True
+            print(self.reach.describe())
 
 
 def _without_count(loss: Any) -> Any:

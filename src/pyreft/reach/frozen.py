@@ -1,0 +1,127 @@
+"""What a base model computes rests on: which of it is frozen, and whether it is still what it was.
+
+Knows modules and parameters; nothing of tokens or of what is stored.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import xxhash
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..tuner import ReftLayer
+
+_ROPE_BY_LENGTH = ("dynamic", "longrope")  # whose angles change where a row exceeds the original context
+
+
+def outside_of_edits(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those in it, but for the interventions."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, ReftLayer):
+            yield from outside_of_edits(child)
+
+
+def own_tensors(modules: list[nn.Module]) -> Iterator[Tensor]:
+    """The parameters and buffers of modules; of quantised ones what they are made of."""
+    for module in modules:
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    yield from _plain(tensor)
+
+
+def _plain(tensor: Any) -> Iterator[Tensor]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain(getattr(tensor, name))
+
+
+def state_of(modules: list[nn.Module]) -> tuple:
+    """What changes when a base model is changed in place: its tensors, and the other adapters that act in it.
+
+    PyTorch counts what is written to a tensor. What goes around that count, as `parameter.data.add_` does, is found
+    by `sample_of`.
+    """
+    tensors = [(tensor.data_ptr(), tensor._version) for tensor in own_tensors(modules)]
+    adapters = [
+        (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
+        for module in modules
+        if isinstance(module, BaseTunerLayer)
+    ]
+    return hash(tuple(tensors)), tuple(adapters)
+
+
+@torch.no_grad()
+def sample_of(modules: list[nn.Module]) -> str:
+    """A digest of some values of every tensor, to find changes that were made around PyTorch's count."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in own_tensors(modules):
+        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+        digest.update(_bytes(flat[:: max(1, len(flat) // 64)][:64]))
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def fingerprint(modules: list[nn.Module], config: Any) -> str:
+    """A digest of every value of a base model and of its settings, which tells it from others in later runs."""
+    digest = xxhash.xxh3_128()
+    digest.update(repr(sorted(config.to_dict().items(), key=str)).encode())
+    for tensor in own_tensors(modules):
+        digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+        digest.update(_bytes(tensor.detach()))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+
+
+def why_not_frozen(modules: list[nn.Module], config: Any) -> str | None:
+    """Why parts of a forward of this base model would differ when they are computed apart, if they would."""
+    for module in modules:
+        if any(parameter.requires_grad for parameter in module._parameters.values() if parameter is not None):
+            return f"parameters of the base model are trained (in {type(module).__name__})"
+        if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            return "the base model has dropout in training; set it to 0 in its config"
+        if any(_is_sharded(parameter) for parameter in module._parameters.values()):
+            return "the parameters of the base model are sharded"
+    for name, value in _numbers(config):
+        if modules[0].training and value > 0 and "drop" in name and not name.startswith(("classifier", "summary")):
+            return f"the base model has dropout in training ({name} = {value}); set it to 0 in its config"
+        if name == "output_router_logits" and value:
+            return "the loss has a term for the routing of every token to its experts (output_router_logits)"
+    return None
+
+
+def _is_sharded(parameter: Any) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "placements") or hasattr(parameter, "_is_flat_param")
+
+
+def _numbers(config: Any) -> Iterator[tuple[str, float]]:
+    """All numbers in a config, those of inner configs included."""
+    entries = [config.to_dict()] if config is not None else []
+    while entries:
+        for name, value in entries.pop().items():
+            if isinstance(value, dict):
+                entries.append(value)
+            elif isinstance(value, int | float):
+                yield str(name), float(value)
+
+
+def longest_plain_row(config: Any) -> int | None:
+    """Up to how many tokens a position's angles are the same in every row; none for any number."""
+    limits = []
+    entries = [config.to_dict()] if config is not None else []
+    while entries:
+        entry = entries.pop()
+        if entry.get("rope_type") in _ROPE_BY_LENGTH:
+            known = entry.get("original_max_position_embeddings") or getattr(config, "max_position_embeddings", 0)
+            limits.append(int(known))
+        entries += [value for value in entry.values() if isinstance(value, dict)]
+    return min(limits, default=None)

@@ -1,0 +1,267 @@
+"""A training step that computes only what an edit can reach, and equals the ordinary step.
+
+Of a causal model the prefixes are run once, without gradients, and held as keys and values; the windows behind them
+run through the blocks above the first edit, and logits are taken where there are labels. Of any other model the output
+of the blocks below the first edit is held. Whether a way is exact for a model, a probe beside the ordinary step says;
+where none is, the ordinary step is taken.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from ..errors import ReftError
+from ..locator import GIVEN, LOCATIONS, Locator
+from ..tuner import ReftLayer, locator_of
+from .frozen import fingerprint, longest_plain_row, outside_of_edits, sample_of, state_of, why_not_frozen
+from .parts import Parts
+from .store import Store, read_budget
+from .ways import BY_TOKEN, Above, Behind
+from .window import IGNORED, NotExactError
+
+_TAKEN = {*BY_TOKEN, *GIVEN, "labels", "num_items_in_batch", "return_dict"}
+_ATTENTIONS = {"full_attention", "sliding_attention"}  # which see a token's own past, wherever its row begins
+_PROBED = 6  # tokens before and after the beginning of a window
+
+
+class Reach:
+    """Steps of a model that compute only what its edits can reach.
+
+    `ReftTrainer` uses one by itself. In a loop of one's own, call it instead of the model:
+
+        reach = Reach(reft_model)
+        loss = reach(**batch).loss
+
+    The loss equals the model's, and so do the gradients of the edits; of a causal model, the output has nothing else.
+    Where that would not be exact, the model is called as it is, and `why_not` says why.
+
+    Args:
+        model: with edits, the rest of it frozen.
+        memory: how much may be held of prefixes and states, in bytes or as `"4GB"`; half of the free memory if not
+            given. What does not fit is computed again in each step.
+        directory: where to put what does not fit into memory. It stays there for later runs.
+
+    Raises:
+        ReftError: a directory that cannot be written, or an amount of memory that is none.
+    """
+
+    def __init__(
+        self, model: Any, *, memory: int | str | None = None, directory: str | os.PathLike | None = None
+    ) -> None:
+        if not hasattr(model, "reach"):
+            raise ReftError(f"reach: expected a ReftModel, as get_reft_model returns it, got {type(model).__name__}.")
+        self.model = model
+        self.store = Store(read_budget(memory), directory)
+        self.why_not: str | None = None
+        self._base: Any = model.get_base_model()
+        self._locator = cast(Locator, locator_of(self._base))
+        self._parts = Parts(self._base, self._locator)
+        self._backbone = {id(module) for module in outside_of_edits(self._parts.backbone)}
+        self._modules = list(outside_of_edits(self._base))
+        self._limit = longest_plain_row(self._base.config)
+        self._base_print = "" if directory is None else fingerprint(self._modules, self._base.config)
+        self._sample = sample_of(self._modules)
+        self._state: tuple | None = None
+        self._way: Behind | Above | None = None  # the one that a probe has shown to be exact
+        self._no_way = f"parts of {type(self._base).__name__} computed apart differ from the whole"
+
+    def __call__(self, **batch: Any) -> Any:
+        """The model's output for a batch, or its loss alone."""
+        with self:
+            return self.model(**batch)
+
+    def __enter__(self) -> "Reach":
+        self.model.reach = self
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.model.reach = None
+
+    def forward(self, ordinary: Callable[..., Any], call: dict[str, Any]) -> Any:
+        """Compute a call of the model: in part if that is exact, by `ordinary` if not."""
+        try:
+            way = self._find_way(call, ordinary)
+            output = way(call, ordinary, self.store)
+        except NotExactError as reason:
+            self.why_not = str(reason)
+            return ordinary(**call)
+        self.why_not = None
+        return output
+
+    def new_epoch(self) -> None:
+        """Tell that another pass over the data begins; the base model is looked at more closely then."""
+        self.store.new_epoch()
+        sample = sample_of(self._modules)
+        if sample != self._sample:
+            self._sample, self._state = sample, None
+
+    def describe(self) -> str:
+        """One line: what is skipped, what is held, and why not if not."""
+        if self._way is None:
+            return f"Whole rows are computed in each step: {self.why_not}." if self.why_not else "No step yet."
+        skipped = f"{self._way.kept} of {len(self._way.parts.blocks)} layers"
+        if isinstance(self._way, Behind):
+            share = 1 - self._way.computed / max(self._way.tokens, 1)
+            skipped = f"{100 * share:.0f} % of the tokens and {skipped}"
+        store = self.store
+        held = f"{len(store):,} prefixes and states in {store.held / 1e6:,.1f} of {store.budget / 1e6:,.0f} MB"
+        more = f", {store.on_disk:,} more on disk" if store.on_disk else ""
+        full = "; what does not fit is computed again" if store.full else ""
+        return f"Each step leaves out {skipped}, held are {held}{more}{full}."
+
+    # -- which way -------------------------------------------------------------------------------------------------
+
+    def _find_way(self, call: dict[str, Any], ordinary: Callable[..., Any]) -> Behind | Above:
+        """Return the way that is exact for this call.
+
+        Raises:
+            NotExactError: there is none.
+        """
+        if odd := sorted(name for name, value in call.items() if name not in _TAKEN and value is not None):
+            raise NotExactError(f"the call has {', '.join(odd)}")
+        ids = call.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or call.get("labels") is None:
+            raise NotExactError("the call has no input_ids or no labels")
+        if list(self._locator.streams) != [""]:
+            raise NotExactError("an encoder and a decoder have tokens of their own")
+        if not self._locator.active or self._locator.row_adapters is not None:
+            raise NotExactError("no adapter is active, or each row has its own")
+        if self._limit is not None and ids.shape[1] > self._limit:
+            raise NotExactError(f"rotary angles depend on the length of rows of more than {self._limit} tokens")
+        if self._locator.recomputes():
+            raise NotExactError("gradient checkpointing recomputes whole blocks; turned off, less memory is needed")
+        kept = self._parts.blocks.below((layer._module[0], layer.side) for layer in self._active_layers())
+        causal = True
+        self._modules = list(outside_of_edits(self._base))
+        if reason := why_not_frozen(self._modules, self._base.config):
+            causal = False
+            self._modules = [module for module in self._modules if self._is_below(module, kept)]
+            if why_not_frozen(self._modules, self._base.config):
+                raise NotExactError(reason)
+        autocast = torch.is_autocast_enabled(ids.device.type) and torch.get_autocast_dtype(ids.device.type)
+        changing, *settings = *state_of(self._modules), kept, autocast, self._base.config._attn_implementation
+        state = changing, *settings, causal, tuple(self._locator.active)
+        if state != self._state:
+            self.store.clear()
+            self._state, self._way = state, None
+            key = xxhash.xxh3_128_digest(f"{self._base_print} {settings}".encode())
+            self._way = self._probe(call, ordinary, kept, causal, key)
+        if self._way is None:
+            raise NotExactError(self._no_way)
+        return self._way
+
+    def _active_layers(self) -> list[ReftLayer]:
+        return [layer for layer in self._locator.layers if layer.enabled_adapters]
+
+    def _is_below(self, module: nn.Module, kept: int) -> bool:
+        """Whether the output of the first blocks may depend on a module; what else there is may be trained."""
+        return id(module) in self._backbone and not self._parts.blocks.contain(module, kept)
+
+    # -- probes ----------------------------------------------------------------------------------------------------
+
+    def _probe(
+        self, call: dict[str, Any], ordinary: Callable[..., Any], kept: int, causal: bool, key: bytes
+    ) -> Behind | Above | None:
+        """Try the ways on a few tokens of this batch beside the ordinary step, without randomness."""
+        parts = self._parts
+        config = self._base.config.get_text_config()
+        causal = causal and self._locator.causal and parts.backbone is not self._base
+        causal = causal and set(getattr(config, "layer_types", None) or ()) <= _ATTENTIONS
+        with torch.no_grad(), _without_dropout(self._active_layers()):
+            for offsets in (False, True) if causal else ():
+                way = Behind(parts, self._locator, kept, offsets, key)
+                try:
+                    exact = self._is_exact_behind(way, call, ordinary)
+                except (NotExactError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
+                    self._no_way = str(error)  # a model that cannot be run in parts at all
+                    break
+                if exact:
+                    way.tokens = way.computed = 0
+                    return way
+            for padding in (False, True) if kept else ():
+                above = Above(parts, self._locator, kept, padding, key)
+                if self._is_exact_above(above, call, ordinary):
+                    return above
+        return None
+
+    def _is_exact_behind(self, way: Behind, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
+        """Compare logits of a few tokens on either side of the beginning of a window."""
+        edited, rows = way.cut_at(call)
+        number = rows.prefix_lengths.index(rows.past)
+        first = max(rows.first[number], rows.start[number] - _PROBED)
+        last = max(rows.start[number] + _PROBED, first + 3)
+        ids, where = call["input_ids"][number, first:last], edited[number, first:last]
+        count = max(len(self._locator.rules[name]) for name in self._locator.active)
+        return all(_logits_agree(way, _padded(ids, where, count, left), ordinary) for left in (True, False))
+
+    def _is_exact_above(self, way: Above, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
+        """Compare what the model returns for a few rows, padded on either side."""
+        few = _two_padded(call)
+        store = Store(1 << 62)
+        expected = ordinary(**few).logits
+        return all(_agree(way(few, ordinary, store).logits, expected) for _ in range(2))  # computed, then held
+
+
+def _padded(ids: Tensor, where: Tensor, count: int, left: bool) -> dict[str, Any]:
+    """A batch of a row and its end, padded on one side, edited at these tokens."""
+    length, gap = len(ids), min(2, len(ids) - 2)
+    batch, edited, text = ids.repeat(2, 1), where.repeat(2, 1), torch.ones(2, length, dtype=torch.bool)
+    text = text.to(ids.device)
+    if left:
+        text[1, :gap] = False
+    else:
+        batch[1], edited[1] = ids.roll(-gap), where.roll(-gap)
+        text[1, length - gap :] = False
+    edited &= text
+    columns = torch.arange(length, device=ids.device)
+    locations = columns.where(edited, -1)[:, None].expand(-1, count, -1)
+    begin = columns.where(edited, length - 2).amin(1, keepdim=True)
+    labels = batch.where(text & (columns > begin), IGNORED)
+    return {"input_ids": batch, "attention_mask": text.long(), "labels": labels, LOCATIONS: locations}
+
+
+def _two_padded(call: dict[str, Any]) -> dict[str, Any]:
+    """The first and the last row of a batch, one padded on the left, the other on the right."""
+    ids = call["input_ids"]
+    few = {"attention_mask": torch.ones_like(ids), **call}
+    for name, value in few.items():
+        if isinstance(value, Tensor) and value.shape == ids.shape:
+            fill = IGNORED if name == "labels" else 0
+            few[name] = torch.stack(
+                [nn.functional.pad(value[n], at, value=fill) for n, at in ((0, (2, 0)), (-1, (0, 2)))]
+            )
+        elif isinstance(value, Tensor | list) and len(value) == len(ids):
+            few[name] = value[[0, -1]] if isinstance(value, Tensor) else [value[0], value[-1]]
+    return {name: value for name, value in few.items() if name != "num_items_in_batch" and value is not None}
+
+
+def _logits_agree(way: Behind, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
+    expected, store = ordinary(**call).logits, Store(1 << 62)
+    for _ in range(2):  # computed, then held
+        hidden, _, at = way.final(call, store)
+        if not _agree(way.parts.logits(hidden), expected[at]):
+            return False
+    return True
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are equal but for rounding: structural differences are far larger."""
+    tolerance = max(8 * torch.finfo(expected.dtype).eps, 1e-4)
+    return bool((found.float() - expected.float()).norm() <= tolerance * expected.float().norm())
+
+
+@contextmanager
+def _without_dropout(layers: list[ReftLayer]) -> Iterator[None]:
+    training = [layer for layer in layers if layer.training]
+    for layer in training:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in training:
+            layer.train()
