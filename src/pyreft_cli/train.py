@@ -56,6 +56,14 @@ def train(
     validation_split: Annotated[float | None, Option(help="Or the share of the data to hold out for it.")] = None,
     dtype: Annotated[str | None, Option(help="Of the base model: float32, bfloat16, float16 or auto.")] = None,
     seed: Annotated[int | None, Option(help="Seed.  [default: 42]")] = None,
+    reach: Annotated[
+        bool | None,
+        Option("--reach/--no-reach", help="Compute only what the edits can reach.  [default: where it is exact]"),
+    ] = None,
+    reach_memory: Annotated[
+        str | None, Option(help="How much may be held of the rest, as 4GB.  [default: half of the free memory]")
+    ] = None,
+    reach_directory: Annotated[str | None, Option(help="Where to put what does not fit into it.")] = None,
     save_steps: Annotated[
         int | None, Option(help="Steps between checkpoints.  [default: a tenth of the training]")
     ] = None,
@@ -117,6 +125,7 @@ def _tell(result: dict[str, Any]) -> None:
     if result["validation_loss"] is not None:
         loss += f", validation loss {result['validation_loss']:.4f}"
     console.print(f"Trained {result['steps']} steps in {result['seconds']:.1f} s{loss}.")
+    console.print(result["computed"])
     console.print(f"The adapter is in {result['output']}, its loss in loss.csv", end="")
     console.print(" and loss.png." if result["plot"] else "; for a picture of it, install pyreft[plot].")
     console.print(f'Try: pyreft generate --adapter {result["output"]} --prompt "..."')

@@ -229,15 +229,18 @@ def _two_padded(call: dict[str, Any]) -> dict[str, Any]:
     """The first and the last row of a batch, one padded on the left, the other on the right."""
     ids = call["input_ids"]
     few = {"attention_mask": torch.ones_like(ids), **call}
+    few.pop("num_items_in_batch", None)
     for name, value in few.items():
         if isinstance(value, Tensor) and value.shape == ids.shape:
             fill = IGNORED if name == "labels" else 0
             few[name] = torch.stack(
                 [nn.functional.pad(value[n], at, value=fill) for n, at in ((0, (2, 0)), (-1, (0, 2)))]
             )
-        elif isinstance(value, Tensor | list) and len(value) == len(ids):
-            few[name] = value[[0, -1]] if isinstance(value, Tensor) else [value[0], value[-1]]
-    return {name: value for name, value in few.items() if name != "num_items_in_batch" and value is not None}
+        elif isinstance(value, Tensor) and value.dim() and len(value) == len(ids):
+            few[name] = value[[0, -1]]
+        elif isinstance(value, list) and len(value) == len(ids):
+            few[name] = [value[0], value[-1]]
+    return {name: value for name, value in few.items() if value is not None}
 
 
 def _logits_agree(way: Behind, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:

@@ -27,9 +27,11 @@ from ..data.encode import context_length, default_format, encode
 from ..data.files import Example, read_examples
 from ..errors import ReftError
 from ..model import ReftModel, get_reft_model
+from ..reach import Reach
 from .checkpoints import CheckpointingTrainer, disk_full_as_os_error, last_complete
 from .losses import write_losses
 from .settings import TrainingJob, check_numbers
+from .trainer import ReachPrinter
 
 CHECKPOINTS = "checkpoints"
 # what a checkpoint and the job that goes on from it have in common
@@ -78,6 +80,9 @@ class PreparedJob:
             config.base_model_name_or_path = os.path.abspath(job.model)  # to be found from any directory
         set_seed(job.seed)
         self.model: ReftModel = get_reft_model(model, config)
+        self.reach: Reach | None = None
+        if job.reach:
+            self.reach = Reach(self.model, memory=job.reach_memory, directory=job.reach_directory)
         if self.checkpoint:
             _check_same(read_config(self.checkpoint), config, self.checkpoint)
 
@@ -91,11 +96,13 @@ class PreparedJob:
             model=self.model,
             processing_class=self.tokenizer,
             args=self._arguments(),
+            reach=self.reach or False,
             train_dataset=self.rows,
             eval_dataset=self.validation or None,
             data_collator=DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100),
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ReachPrinter)
         if progress is not None:
             trainer.add_callback(_Progress(progress))
         if self.job.overwrite and not self.job.resume:
@@ -115,6 +122,7 @@ class PreparedJob:
             "loss": losses["loss"][-1][1] if losses["loss"] else None,
             "validation_loss": losses["validation_loss"][-1][1] if losses["validation_loss"] else None,
             "parameters": self.model.count_parameters(),
+            "computed": self.reach.describe() if self.reach else "Whole rows are computed in each step.",
             "plot": (self.output / "loss.png").exists(),
         }
 

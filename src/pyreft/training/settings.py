@@ -23,6 +23,8 @@ class TrainingJob:
         format: how prompts are written: `text`, `chat` or `alpaca`; by default as the data and tokenizer suggest.
         validation: a second file of examples; or `validation_split`, the share of `data` to hold out.
         dtype: of the base model, see `base.load_base`.
+        reach: compute only what the edits can reach, see `pyreft.reach.Reach`.
+        reach_memory, reach_directory: how much of the rest may be held, and where the remainder goes; see there.
         save_steps: how many steps lie between checkpoints; by default a tenth of the training.
         resume: go on from the last checkpoint in `output`.
         overwrite: replace the adapter that `output` holds.
@@ -50,6 +52,9 @@ class TrainingJob:
     validation: str | None = None
     validation_split: float = 0.0
     dtype: str = "auto"
+    reach: bool = True
+    reach_memory: str | None = None
+    reach_directory: str | None = None
     save_steps: int | None = None
     resume: bool = False
     overwrite: bool = False

@@ -46,7 +46,8 @@ class ReftTrainer(Trainer):
         elif reach and self.args.n_gpu <= 1 and isinstance(self.model, ReftModel):
             self.reach = Reach(self.model)
         if self.reach is not None:
-            self.add_callback(_TellReach(self.reach))
+            self.add_callback(_TellEpochs(self.reach))
+            self.add_callback(ReachPrinter(self.reach))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -90,15 +91,22 @@ class ReftTrainer(Trainer):
         return {name: value for name, value in super()._prepare_inputs(inputs).items() if name != "id"}
 
 
-class _TellReach(TrainerCallback):
-    """Tells once what is skipped and held, and the passes over the data to the store."""
+class _TellEpochs(TrainerCallback):
+    """Tells the passes over the data to the store."""
+
+    def __init__(self, reach: Reach) -> None:
+        self.reach = reach
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.reach.new_epoch()
+
+
+class ReachPrinter(TrainerCallback):
+    """Prints once, after the first epoch, what is skipped and held, as `PrinterCallback` prints the losses."""
 
     def __init__(self, reach: Reach) -> None:
         self.reach = reach
         self.told = False
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.reach.new_epoch()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and not self.told:
