@@ -39,10 +39,14 @@ def machine() -> dict[str, str | int]:
     return {"processor": model, "threads": torch.get_num_threads(), "python": platform.python_version(), **packages}
 
 
+def _cell(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def report(name: str, rows: list[dict]) -> None:
     """Print rows as a table and write them beside this file as JSON."""
-    columns = list(rows[0])
-    text = [[f"{row[c]:.4g}" if isinstance(row[c], float) else str(row[c]) for c in columns] for row in rows]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = [[_cell(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *text, strict=True)]
     for line in (columns, *text):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())

@@ -269,6 +269,7 @@ class Locator:
         self.row_adapters: list[str] | None = None  # while each row of a batch has its own
         self.call: dict[str, Any] = {}  # what the running call gave
         self.generating = self.removed = False
+        self._may_recompute: list[Any] = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
         self.causal = hasattr(model, "can_generate") and model.can_generate()
         self._running: nn.Module | None = None
         backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
@@ -325,7 +326,7 @@ class Locator:
         return (
             self.model.training
             and torch.is_grad_enabled()
-            and any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+            and any(module.gradient_checkpointing for module in self._may_recompute)
         )
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
