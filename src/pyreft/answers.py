@@ -24,12 +24,43 @@ def generate_answers(
         model: a causal language model, adapted or not.
         temperature: 0 takes the likeliest token each time; above, tokens are drawn.
     """
-    options = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id}
+    rows = [token_ids(tokenizer, text) for text in texts]
+    found = answer_ids(
+        model, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, temperature=temperature
+    )
+    for answer in found:
+        yield tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def answer_ids(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[list[int]],
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    strength: float | None = None,
+) -> Iterator[list[int]]:
+    """Yield the answer to each row of token ids as ids, up to its end, which belongs to it if it was reached.
+
+    Args:
+        model, temperature: see `generate_answers`.
+        strength: what an adapted model's edits are multiplied by.
+    """
+    options: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+    options["pad_token_id"] = tokenizer.pad_token_id
     if temperature > 0:
         options["temperature"] = temperature
-    for start in range(0, len(texts), batch_size):
-        rows = [token_ids(tokenizer, text) for text in texts[start : start + batch_size]]
-        batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
+    if strength is not None:
+        options["strength"] = strength
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    for start in range(0, len(rows), batch_size):
+        part = {"input_ids": list(rows[start : start + batch_size])}
+        batch = tokenizer.pad(part, padding_side="left", return_tensors="pt").to(model.device)
         with torch.no_grad():
             tokens = model.generate(**batch, **options)
-        yield from tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for answer in tokens[:, batch["input_ids"].shape[1] :].tolist():
+            end = next((number for number, token in enumerate(answer, 1) if token in ends), len(answer))
+            yield answer[:end]

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from . import ask, demo, info, train
+from . import ask, demo, info, inspect, train
 
 app = typer.Typer(
     name="pyreft",
@@ -20,6 +20,7 @@ app.command()(train.train)
 app.command()(ask.generate)
 app.command()(ask.chat)
 app.command()(info.info)
+app.command()(inspect.inspect)
 
 
 def main() -> None:
