@@ -48,7 +48,7 @@ def new_axes(width: float, height: float, rows: int = 1) -> Any:
 
 
 def plot_sizes(sizes: EditSizes, *, relative: bool = False, axes: "Axes | None" = None) -> "Axes":
-    """Draw a heat map of the sizes of edits, places by tokens; runs of tokens without an edit are drawn as one gap.
+    """Draw a heat map of the sizes of edits, places by tokens; of a longer text, what is not edited is one gap.
 
     Args:
         sizes: of one text, or means by position.
@@ -80,6 +80,8 @@ def plot_sizes(sizes: EditSizes, *, relative: bool = False, axes: "Axes | None" 
     axes.set_title("Edit relative to the state" if relative else "Size of the edit", loc="left", color=INK, fontsize=11)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, label=name)
     bar.outline.set_visible(False)
+    bar.ax.yaxis.label.set_color(INK)
+    bar.ax.tick_params(length=0, labelcolor=INK)
     if cells.numel() <= 200:
         for y, x in (~cells.isnan()).nonzero().tolist():
             value = float(cells[y, x])
@@ -141,8 +143,10 @@ def plot_comparison(comparison: Comparison, *, axes: "Axes | None" = None) -> "A
     """
     if not comparison.places:
         raise ReftError("plot_comparison: the two adapters edit no place in common; there is nothing to draw.")
+    own = axes is None
     axes = new_axes(8, 1.6 + 0.6 * len(comparison.places)) if axes is None else axes
     assert axes is not None
+    figure: Any = axes.figure
     for y, entry in enumerate(comparison.places):
         overlap, cosine = (None if y else name for name in ("overlap of the subspaces", "cosine of the edits"))
         axes.barh(y - 0.19, entry.overlap, height=0.34, color=COLOURS[0], label=overlap)
@@ -153,13 +157,12 @@ def plot_comparison(comparison: Comparison, *, axes: "Axes | None" = None) -> "A
     axes.set_yticks(range(len(comparison.places)), place_names([entry.place for entry in comparison.places]))
     axes.invert_yaxis()
     axes.axvline(0, color=INK, linewidth=0.8)
-    lowest = min(0.0, *(entry.cosine or 0.0 for entry in comparison.places), 0.0)
-    axes.set_xlim(lowest * 1.1, 1)
+    lowest = min(0.0, *(entry.cosine or 0.0 for entry in comparison.places))
+    axes.set_xlim(1.1 * lowest, 1)
     axes.set_xlabel("1: the same directions; 0: orthogonal", color=INK)
     axes.set_title("How alike the two adapters are", loc="left", color=INK, fontsize=11)
-    axes.legend(
-        frameon=False, ncols=3, loc="upper left", bbox_to_anchor=(0, -0.22 - 0.6 / (1 + len(axes.get_yticks())))
-    )
+    legend = {"ncols": 3, "loc": "outside lower left"} if own else {}
+    (figure if own else axes).legend(frameon=False, **legend)
     return _plain(axes)
 
 
@@ -169,7 +172,9 @@ def heat_map_size(sizes: EditSizes) -> tuple[float, float]:
 
 
 def shown_columns(sizes: EditSizes) -> list[int | None]:
-    """The columns of a heat map; none stands for a gap of four or more without an edit, or beyond what fits."""
+    """The columns of a heat map; none stands for several without an edit, or beyond what fits, of a longer text."""
+    if len(sizes.labels) <= _MOST // 2:
+        return list(range(len(sizes.labels)))
     filled = (~sizes.size.isnan()).any(0).tolist()
     columns: list[int | None] = []
     start = 0

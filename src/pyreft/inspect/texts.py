@@ -90,7 +90,7 @@ def check_edited(rules: Sequence[Positions | None], rows: Sequence[Row]) -> None
 
 
 def batches(rows: Sequence[Row], size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
-    """Yield the rows padded on the right, with their masks; labels where every row has them."""
+    """Yield the rows padded on the right, with their masks, and with labels if one of them has an answer."""
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         ids = [torch.tensor(row["input_ids"]) for row in part]
@@ -98,8 +98,8 @@ def batches(rows: Sequence[Row], size: int, device: torch.device) -> Iterator[di
             "input_ids": pad_sequence(ids, batch_first=True),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-        if all("labels" in row for row in part):
-            labels = [torch.tensor(row["labels"]) for row in part]
+        if any("labels" in row for row in part):
+            labels = [torch.tensor(row.get("labels", [IGNORED] * len(row["input_ids"]))) for row in part]
             batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
 

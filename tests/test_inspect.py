@@ -1,0 +1,437 @@
+"""Looking at an adapter: every number against one computed by hand, on a trained adapter and on a random GPT-2."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, T5Config, T5ForConditionalGeneration
+
+import pyreft
+from conftest import shaken
+from pyreft import pocket
+from pyreft.data.files import read_examples
+from pyreft.inspect import (
+    answers_by_strength,
+    compare_edits,
+    edit_sizes,
+    inspect_adapter,
+    loss_by_strength,
+    mean_edit_sizes,
+    place_names,
+    read_rows,
+    record_edits,
+    singular_directions,
+    text_rows,
+    written_directions,
+)
+from pyreft.inspect.directions import Unembedding
+from pyreft.pocket.demo import DATA, SETTINGS
+from pyreft.training.job import PreparedJob, TrainingJob
+
+QUESTIONS = ["What is a whale?", "Where can I find a castle?"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The directory of an adapter that answers in emojis."""
+    output = tmp_path_factory.mktemp("trained") / "adapter"
+    PreparedJob(TrainingJob(data=str(DATA), output=str(output), seed=0, **SETTINGS | {"epochs": 40})).train()
+    return output
+
+
+@pytest.fixture
+def loaded(trained):
+    model, tokenizer = pocket.load()
+    return pyreft.ReftModel.from_pretrained(model, trained), tokenizer
+
+
+def tiny_gpt2(*representations):
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=3, n_head=4, n_positions=64, initializer_range=0.2)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if "ln_f" in name:
+            parameter.data.uniform_(0.5, 2)  # a norm as trained models have it, not that of the beginning
+    return shaken(pyreft.get_reft_model(model, pyreft.ReftConfig(representations=list(representations))))
+
+
+def place(layer, intervention="bias", positions="l2", component="block_output", **settings):
+    return {
+        "layer": layer,
+        "component": component,
+        "intervention": intervention,
+        "positions": positions,
+        **settings,
+    }
+
+
+ROWS = [{"input_ids": [5, 9, 40, 7, 31]}, {"input_ids": [11, 3, 70]}, {"input_ids": [8, 2, 2, 60, 14, 90, 33]}]
+
+
+class Captured:
+    """h and h' of blocks: what a block itself computes, called past its hooks, and what comes out behind them."""
+
+    def __init__(self, blocks):
+        self.before, self.after, self.handles = {}, {}, []
+        for number, block in enumerate(blocks):
+            self.handles.append(block.register_forward_pre_hook(self.enter(number), with_kwargs=True))
+            self.handles.append(block.register_forward_hook(self.leave(number)))
+
+    def enter(self, number):
+        def hook(block, args, kwargs):
+            with torch.no_grad():
+                out = type(block).forward(block, *args, **kwargs)
+            self.before[number] = out[0] if isinstance(out, tuple) else out
+
+        return hook
+
+    def leave(self, number):
+        def hook(block, args, out):
+            self.after[number] = out[0] if isinstance(out, tuple) else out
+
+        return hook
+
+
+def test_sizes_of_a_trained_adapter_are_those_of_hooks(loaded):
+    model, tokenizer = loaded
+    rows = text_rows(tokenizer, QUESTIONS, "chat")
+    recorded = record_edits(model, rows)
+    captured = Captured(model.get_base_model().model.layers)
+    for number, row in enumerate(rows):
+        with torch.no_grad():
+            model(input_ids=torch.tensor([row["input_ids"]]))
+        sizes = edit_sizes(recorded, tokenizer, number)
+        assert sizes.labels[-1] == "<|assistant|>"
+        assert "".join(sizes.labels) == tokenizer.decode(row["input_ids"])
+        assert [p.layer for p in sizes.places] == [1, 2, 3]
+        for line, layer in enumerate([1, 2, 3]):
+            h, edited = captured.before[layer][0], captured.after[layer][0]
+            expected = (edited - h).norm(dim=-1)[-4:]
+            assert expected.min() > 1
+            torch.testing.assert_close(sizes.size[line, -4:], expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(sizes.relative[line, -4:], expected / h.norm(dim=-1)[-4:], rtol=1e-4, atol=1e-4)
+            assert sizes.size[line, :-4].isnan().all()
+            assert sizes.relative[line, :-4].isnan().all()
+
+
+EVERYWHERE = [
+    place(0, "loreft", "f1+l2", low_rank_dimension=2),
+    place(1, "red", "prompt", component="mlp_activation"),
+    place(1, "lofit", "l1", component="head_attention_value_output", head=2),
+    place(2, "reftr1", "l3"),
+    place(2, "bias", "all"),
+]
+
+
+def test_every_formula_is_recorded_as_it_edits():
+    model = tiny_gpt2(*EVERYWHERE)
+    model.set_strength("default", 0.5)
+    recorded = record_edits(model, ROWS, batch_size=2)
+    assert [edits.place.index for edits in recorded.places] == list(range(5))
+    counts = [min(len(row["input_ids"]), n) for row in ROWS for n in (3,)]
+    assert [len(edits.rows) for edits in recorded.places] == [3 + 2 + 3, 15, 3, sum(counts), 15]
+    assert [edits.edit.shape[1] for edits in recorded.places] == [32, 128, 8, 32, 32]
+    for edits in recorded.places:
+        (module,) = [m for i, m in enumerate(model.interventions.values()) if i == edits.place.index]
+        context = {"rows": edits.rows} if module.by_row else {}
+        expected = 0.5 * (module(edits.before, **context) - edits.before)
+        torch.testing.assert_close(edits.edit, expected.detach(), rtol=1e-4, atol=1e-5)
+    one_by_one = [record_edits(model, [row]) for row in ROWS]
+    for number, edits in enumerate(recorded.places):
+        alone = torch.cat([record.places[number].edit for record in one_by_one])
+        torch.testing.assert_close(edits.edit, alone, rtol=1e-4, atol=1e-4)
+    assert place_names([edits.place for edits in recorded.places]) == [
+        "layer 0, block_output, f1+l2",
+        "layer 1, mlp_activation, prompt",
+        "layer 1, head_attention_value_output, head 2, l1",
+        "layer 2, block_output, l3",
+        "layer 2, block_output, all",
+    ]
+
+
+def test_recording_leaves_the_model_as_it_was():
+    model = tiny_gpt2(place(1, "loreft", low_rank_dimension=2, dropout=0.5)).train()
+    edit = next(iter(model.interventions.values()))
+    first, second = record_edits(model, ROWS), record_edits(model, ROWS)
+    assert torch.equal(first.places[0].edit, second.places[0].edit)  # without dropout
+    assert model.training
+    assert edit.training
+    assert not edit._forward_hooks
+
+
+def test_mean_sizes_count_from_the_nearer_end():
+    model = tiny_gpt2(place(0, positions="f1+l2"), place(1, "red", "all"))
+    rows = [{"input_ids": [5, 9, 40, 7, 31, 8], "labels": [-100] * 4 + [31, 8]}, ROWS[1]]
+    recorded = record_edits(model, rows)
+    mean = mean_edit_sizes(recorded)
+    assert mean.labels == ["f1", "f2", "l2", "l1", "+1", "+2"]
+    bias, red = (edits.edit.norm(dim=-1) for edits in recorded.places)
+    assert [bool(cell) for cell in mean.size[0].isnan()] == [False, True, False, False, True, True]
+    torch.testing.assert_close(mean.size[0][~mean.size[0].isnan()], bias[:1].expand(3))
+    # the first row's prompt is of four tokens, f1 f2 l2 l1, the second one's of three, f1 l2 l1
+    expected = [(red[0] + red[6]) / 2, red[1], (red[2] + red[7]) / 2, (red[3] + red[8]) / 2, red[4], red[5]]
+    torch.testing.assert_close(mean.size[1], torch.stack(expected))
+
+
+def test_a_short_prompt_counts_a_suffix_rule_from_its_end():
+    recorded = record_edits(tiny_gpt2(place(0, positions="l4")), [{"input_ids": [4, 5, 6, 7]}])
+    assert mean_edit_sizes(recorded).labels == ["l4", "l3", "l2", "l1"]
+    recorded = record_edits(tiny_gpt2(place(0, positions="f4")), [{"input_ids": [4, 5, 6, 7]}])
+    assert mean_edit_sizes(recorded).labels == ["f1", "f2", "f3", "f4"]
+
+
+# -- directions -------------------------------------------------------------------------------------------------------
+
+
+def test_singular_directions_by_hand():
+    edit = torch.zeros(3, 4)
+    edit[0, 1], edit[1, 1], edit[2, 3] = -3.0, -4.0, 2.0
+    vectors, shares = singular_directions(edit)
+    torch.testing.assert_close(vectors, torch.tensor([[0, -1.0, 0, 0], [0, 0, 0, 1.0]]))
+    torch.testing.assert_close(shares, torch.tensor([25 / 29, 4 / 29]))
+    assert [len(part) for part in singular_directions(torch.zeros(3, 4))] == [0, 0]
+
+
+def test_a_bias_that_points_to_a_token_is_nearest_to_it():
+    model, tokenizer = pocket.load()
+    token = tokenizer.convert_tokens_to_ids("🐳")
+    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=place(3, positions="l1")))
+    (module,) = adapted.interventions.values()
+    row = model.get_output_embeddings().weight[token].detach()
+    module.bias.data.copy_(row / model.model.norm.weight)  # what the last norm's scale turns into the token's row
+    recorded = record_edits(adapted, text_rows(tokenizer, QUESTIONS))
+    (written,) = written_directions(adapted, tokenizer, recorded, near=3)
+    assert written.rank == 1
+    (direction,) = written.directions
+    assert direction.share == pytest.approx(1)
+    assert direction.towards[0][0] == "🐳"
+    assert direction.towards[0][1] == pytest.approx(1, abs=1e-4)
+    assert direction.away[0][1] < direction.towards[0][1]
+
+
+def test_the_last_norm_takes_the_mean_off_and_scales():
+    base = tiny_gpt2(place(0)).get_base_model()
+    vectors = torch.randn(2, 32)
+    read = (vectors - vectors.mean(-1, keepdim=True)) * base.transformer.ln_f.weight
+    rows = base.lm_head.weight[:90]
+    expected = torch.nn.functional.cosine_similarity(read[:, None], rows[None], dim=-1)
+    with torch.no_grad():
+        torch.testing.assert_close(Unembedding(base).cosines(vectors, 90), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_low_rank_edit_writes_in_the_rows_of_r(loaded):
+    model, tokenizer = loaded
+    recorded = record_edits(model, read_rows(DATA, tokenizer))
+    for written, module in zip(
+        written_directions(model, tokenizer, recorded, count=4), model.interventions.values(), strict=True
+    ):
+        assert 1 <= written.rank <= 4
+        assert sum(direction.share for direction in written.directions) == pytest.approx(1, abs=1e-4)
+        basis = module.basis().detach()
+        for direction in written.directions:
+            assert (basis @ direction.vector).norm() == pytest.approx(1, abs=1e-3)
+            assert len(direction.towards) == len(direction.away) == 8
+
+
+def test_single_heads_are_read_behind_their_projection():
+    tokenizer = pocket.load()[1]
+    model = tiny_gpt2(
+        place(1, component="head_attention_value_output", head=2, positions="l1"),
+        place(1, component="query_output", positions="l1"),
+    )
+    head, query = written_directions(model, tokenizer, record_edits(model, ROWS))
+    bias = next(iter(model.interventions.values())).bias.detach()
+    into = bias @ model.get_base_model().transformer.h[1].attn.c_proj.weight[16:24]  # [inputs, outputs]
+    torch.testing.assert_close(head.directions[0].vector, into.detach() / into.norm(), atol=1e-4, rtol=1e-4)
+    assert head.directions[0].towards
+    assert query.directions[0].share == pytest.approx(1)  # queries are no part of the residual stream
+    assert query.directions[0].towards == query.directions[0].away == []
+
+
+# -- comparison -------------------------------------------------------------------------------------------------------
+
+
+def test_planes_at_a_known_angle():
+    model = tiny_gpt2(place(1, "loreft", "prompt", low_rank_dimension=2))
+    (module,) = model.interventions.values()
+    axes, angle = torch.eye(32), torch.tensor(0.7)
+    with torch.no_grad():
+        module.rotate_layer.set_(axes[:, [0, 1]])
+        first = record_edits(model, ROWS)
+        module.rotate_layer.set_(torch.stack((axes[0], angle.cos() * axes[1] + angle.sin() * axes[2]), dim=1))
+        second = record_edits(model, ROWS)
+    (entry,) = compare_edits(first, second).places
+    assert entry.ranks == (2, 2)
+    torch.testing.assert_close(entry.angles, torch.tensor([0.0, float(angle.rad2deg())]), atol=0.05, rtol=1e-3)
+    assert entry.overlap == pytest.approx((1 + float(angle.cos()) ** 2) / 2, abs=1e-4)
+    assert entry.chance == 2 / 32
+    edits = [record.places[0].edit for record in (first, second)]
+    assert entry.cosine == pytest.approx(float(torch.cosine_similarity(*edits, dim=-1).mean()), abs=1e-5)
+    assert entry.tokens == 15
+
+
+def test_an_adapter_is_like_itself_and_nothing_like_its_opposite():
+    model = tiny_gpt2(place(0, positions="f1"), place(0, positions="l1"), place(2, "red", "prompt"))
+    first = record_edits(model, ROWS)
+    for entry in compare_edits(first, first).places:
+        assert entry.overlap == pytest.approx(1, abs=1e-4)
+        assert entry.cosine == pytest.approx(1, abs=1e-4)
+    assert len(compare_edits(first, first).places) == 2  # the two interventions of one place count as one
+    with torch.no_grad():
+        for module in list(model.interventions.values())[:2]:
+            module.bias.neg_()
+    entry = compare_edits(first, record_edits(model, ROWS)).places[0]
+    assert entry.overlap == pytest.approx(1, abs=1e-4)
+    assert entry.cosine == pytest.approx(-1, abs=1e-4)
+
+
+def test_places_that_one_of_them_edits():
+    first, second = tiny_gpt2(place(0), place(1)), tiny_gpt2(place(1, positions="f1"), place(2))
+    compared = compare_edits(record_edits(first, ROWS), record_edits(second, ROWS))
+    assert [entry.place.layer for entry in compared.places] == [1]
+    assert compared.places[0].cosine is None  # they edit no token in common
+    assert [p.layer for p in compared.only_first] == [0]
+    assert [p.layer for p in compared.only_second] == [2]
+    with pytest.raises(pyreft.ReftError, match="two records of the same rows"):
+        compare_edits(record_edits(first, ROWS), record_edits(second, ROWS[:1]))
+
+
+# -- strength ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_at_a_strength_is_that_of_edits_so_large():
+    model = tiny_gpt2(place(1))
+    rows = [{"input_ids": [5, 9, 40, 7], "labels": [-100, -100, 40, 7]}, {"input_ids": [3, 8], "labels": [-100, 8]}]
+    strengths = [0, 0.5, 2]
+    curve = loss_by_strength(model, rows, strengths, batch_size=1)
+    assert curve.strengths == strengths
+    (module,) = model.interventions.values()
+    bias = module.bias.detach().clone()
+    for strength, loss in zip(strengths, curve.losses, strict=True):
+        module.bias.data.copy_(strength * bias)
+        total = 0.0
+        for row in rows:  # three tokens in all have a label
+            with torch.no_grad():
+                logits = model(**{key: torch.tensor([ids]) for key, ids in row.items()}).logits[0].log_softmax(-1)
+            total -= sum(float(logits[at - 1, y]) for at, y in enumerate(row["labels"]) if y != -100)
+        assert loss == pytest.approx(total / 3, rel=1e-4)
+    module.bias.data.copy_(bias)
+    assert loss_by_strength(model, rows, strengths, batch_size=2).losses == pytest.approx(curve.losses, rel=1e-4)
+
+
+def test_the_strength_turns_the_answer(loaded):
+    model, tokenizer = loaded
+    curve = loss_by_strength(model, read_rows(DATA, tokenizer), [0, 1])
+    assert curve.losses[1] < curve.losses[0] / 5
+    rows = text_rows(tokenizer, [example.prompt for example in read_examples(DATA)[:3]])
+    seen = []
+    found, (base, adapted) = answers_by_strength(
+        model, tokenizer, rows, [0, 1], progress=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(1, 2), (2, 2)]
+    for number, row in enumerate(rows):
+        ids = torch.tensor([row["input_ids"]])
+        options = {"max_new_tokens": 32, "do_sample": False}
+        with model.disable_adapter():
+            plain = model.generate(input_ids=ids, **options)[0, ids.shape[1] :]
+        edited = model.generate(input_ids=ids, **options)[0, ids.shape[1] :]
+        assert found.answers[0][number] == tokenizer.decode(plain, skip_special_tokens=True)
+        assert found.answers[1][number] == tokenizer.decode(edited, skip_special_tokens=True)
+    assert not any(map(pocket.emojis_only, found.answers[0]))
+    assert all(map(pocket.emojis_only, found.answers[1]))
+    assert base.losses[0] < base.losses[1]
+    assert adapted.losses[1] < adapted.losses[0]
+
+
+# -- everything at once -----------------------------------------------------------------------------------------------
+
+
+def test_all_of_it_as_plain_data(trained):
+    told = []
+    found = inspect_adapter(trained, data=DATA, compare=trained, most=3, strengths=[0, 1], progress=told.append)
+    assert told == ["Loading the model", "Recording the edits", "Changing the strength", "Comparing"]
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert [p["layer"] for p in data["places"]] == [1, 2, 3]
+    assert len(data["sizes"]) == len(data["prompts"]) == 3
+    assert data["mean"]["labels"] == ["l4", "l3", "l2", "l1"]
+    assert data["sizes"][0]["size"][0][0] is None
+    assert data["curves"][0]["answers"] == "given answers"
+    assert data["answers"] is None
+    assert all(entry["overlap"] == pytest.approx(1, abs=1e-4) for entry in data["comparison"]["places"])
+
+
+def nothing(prompt, input_ids):
+    return prompt & False
+
+
+def damaged(directory, **changes):
+    path = directory / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"base_model_name_or_path": None}, {}, "does not say what its base model is; name it"),
+        ({"base_model_name_or_path": "/no/such/model"}, {}, "is not there any more"),
+        (
+            {"positions": "nothing"},
+            {},
+            r"Text 1 has no edited token: of its \d+ tokens, the position rule chooses none",
+        ),
+        ({}, {"texts": []}, "Expected texts or a data file"),
+        ({}, {"data": DATA}, "Expected texts or a data file"),
+        ({}, {"texts": [], "data": "none.jsonl"}, "there is no such file"),
+        ({}, {"compare": "nowhere"}, "expected an adapter's directory"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(trained, tmp_path, monkeypatch, changes, arguments, message):
+    pyreft.positions.register_rule("nothing", nothing)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    damaged(tmp_path, **changes)
+    monkeypatch.setattr("pyreft.inspect.report.load_adapted", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(pyreft.ReftError, match=message):
+        inspect_adapter(tmp_path, **{"texts": QUESTIONS, **arguments})
+
+
+def test_adapters_of_different_models_are_not_compared(trained, tmp_path):
+    other = tiny_gpt2(place(1))
+    other.save(tmp_path)
+    with pytest.raises(pyreft.ReftError, match="expected an adapter for the same base model"):
+        inspect_adapter(trained, texts=QUESTIONS, compare=tmp_path)
+
+
+def test_a_text_longer_than_the_context_is_told(trained):
+    with pytest.raises(pyreft.ReftError, match="with room for an answer of 32, the model's context 256; shorten it"):
+        inspect_adapter(trained, texts=["cat " * 230])
+
+
+def test_models_that_cannot_be_looked_at():
+    bert = BertModel(BertConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+    encoder = shaken(pyreft.get_reft_model(bert, pyreft.ReftConfig(layers=[1], positions="f1", intervention="bias")))
+    recorded = record_edits(encoder, ROWS)
+    assert edit_sizes(recorded, pocket.load()[1]).size.isfinite().sum() == 1  # sizes need no unembedding
+    with pytest.raises(pyreft.ReftError, match="BertModel has no unembedding"):
+        written_directions(encoder, pocket.load()[1], recorded)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
+    both = pyreft.get_reft_model(t5, pyreft.ReftConfig(layers=[1], positions="f1", low_rank_dimension=2))
+    with pytest.raises(pyreft.ReftError, match="a model with an encoder and a decoder cannot be looked at yet"):
+        record_edits(both, ROWS)
+
+
+def test_what_is_not_there_to_record():
+    model = tiny_gpt2(place(1))
+    with pytest.raises(pyreft.ReftError, match=r"one of the active adapters \(default\), got 'second'"):
+        record_edits(model, ROWS, adapter_name="second")
+    with model.disable_adapter(), pytest.raises(pyreft.ReftError, match="there is none"):
+        record_edits(model, ROWS)
+    with pytest.raises(pyreft.ReftError, match="There is no text to look at"):
+        record_edits(model, [])
+    with pytest.raises(pyreft.ReftError, match="row: expected 0 to 2, got 3"):
+        edit_sizes(record_edits(model, ROWS), None, 3)
+    with pytest.raises(pyreft.ReftError, match="expected rows with answers"):
+        loss_by_strength(model, ROWS)
+    without = tiny_gpt2({"layer": 1, "intervention": "bias"})
+    with pytest.raises(pyreft.ReftError, match="The adapter has no position rule"):
+        record_edits(without, ROWS)
