@@ -194,7 +194,7 @@ def test_singular_directions_by_hand():
 
 def test_a_bias_that_points_to_a_token_is_nearest_to_it():
     model, tokenizer = pocket.load()
-    token = tokenizer.convert_tokens_to_ids("🐳")
+    (token,) = tokenizer("🐳", add_special_tokens=False)["input_ids"]
     adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=place(3, positions="l1")))
     (module,) = adapted.interventions.values()
     row = model.get_output_embeddings().weight[token].detach()

@@ -1,5 +1,6 @@
 """`pyreft inspect`: an adapter looked at from all sides, as a page, pictures and numbers."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,7 +53,8 @@ def inspect(
         check_matplotlib()
 
     shown = not (quiet or as_json)
-    with console.status("Reading the adapter ...") if shown else _Silent() as status:
+    status: Any = console.status("Reading the adapter ...") if shown else nullcontext()
+    with status:
         found = inspect_adapter(
             adapter,
             texts=text or (),
@@ -62,7 +64,7 @@ def inspect(
             strengths=tried,
             most=limit,
             max_new_tokens=max_new_tokens,
-            progress=lambda part: status.update(f"{part} ..."),
+            progress=(lambda part: status.update(f"{part} ...")) if shown else None,
         )
         if as_json:
             print_json(found.to_dict())
@@ -72,17 +74,6 @@ def inspect(
         paths = write_page(found, output)
     if shown:
         _tell(found, paths)
-
-
-class _Silent:
-    """Stands for the status line where none is shown."""
-
-    def __enter__(self) -> "_Silent":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def update(self, text: str) -> None: ...
 
 
 def _tell(found: Any, paths: list[Path]) -> None:

@@ -69,7 +69,7 @@ def plot_sizes(sizes: EditSizes, *, relative: bool = False, axes: "Axes | None" 
     figure: Any = axes.figure
     axes.set_facecolor(NOTHING)
     most = float(cells[~cells.isnan()].max()) if not bool(cells.isnan().all()) else 1.0
-    image = axes.imshow(cells, aspect="auto", cmap="YlGnBu", vmin=0, vmax=most or 1.0)
+    image = axes.imshow(cells.numpy(), aspect="auto", cmap="YlGnBu", vmin=0, vmax=most or 1.0)
     axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", rotation_mode="anchor")
     axes.set_yticks(range(len(sizes.places)), place_names(sizes.places))
     axes.set_xticks([x - 0.5 for x in range(1, len(labels))], minor=True)

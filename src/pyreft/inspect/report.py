@@ -170,8 +170,8 @@ def _record_other(adapted: Any, directory: str | os.PathLike, rows: Sequence[Row
 
 
 def _check_alike(adapter: str | os.PathLike, other: str | os.PathLike) -> None:
-    read_shapes(other)
     ours, theirs = read_config(adapter).base_model_shape, read_config(other).base_model_shape
+    read_shapes(other)
     if ours != theirs:
         raise ReftError(f"{other}: expected an adapter for the same base model, {ours}; it was made for {theirs}.")
 
