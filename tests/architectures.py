@@ -358,7 +358,7 @@ def table() -> str:
         cells = []
         for check in CHECKS:
             reasons = one.but(check)
-            marks = "".join(f" [{notes.setdefault(reason, len(notes) + 1)}]" for reason in reasons)
+            marks = "".join(f" [{notes.setdefault(reason, len(notes) + 1)}]," for reason in reasons).rstrip(",")
             cells.append(("yes" if check == "components" or not reasons else "–") + marks)
         lines.append(f"| {one.name} | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {reason}" for reason, number in notes.items())]

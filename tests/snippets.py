@@ -1,17 +1,37 @@
-"""The snippets of a Markdown file, and how the Python ones are run."""
+"""The snippets of a Markdown file, and how they are run: Python in this process, `pyreft ...` as a user types it."""
 
 import re
+import subprocess
+import sys
 
 
 def blocks(path, language):
     """The code blocks of a language, in their order."""
-    return re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return [code for name, code in all_blocks(path) if name == language]
 
 
-def run_python(path):
-    """Run the Python blocks one after the other, with the names of those before; return these names."""
+def all_blocks(path):
+    """Every code block with its language, in their order."""
+    return re.findall(r"^```(\w+)\n(.*?)^```", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def shell_commands(code):
+    """The commands of pyreft among the lines of a shell snippet, without comments."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [line.split("#")[0].strip() for line in lines if line.startswith("pyreft ")]
+
+
+def run_snippets(path):
+    """Run the Python blocks and the commands of pyreft in their order, in the working directory.
+
+    Each Python block has the names of those before; returns these names.
+    """
     names = {}
-    assert blocks(path, "python")
-    for number, block in enumerate(blocks(path, "python")):
-        exec(compile(block, f"{path.name}, Python snippet {number}", "exec"), names)
+    for number, (language, code) in enumerate(all_blocks(path)):
+        if language == "python":
+            exec(compile(code, f"{path.name}, snippet {number}", "exec"), names)
+        for command in shell_commands(code) if language in ("bash", "sh", "console") else ():
+            line = f'"{sys.executable}" -m pyreft_cli {command.removeprefix("pyreft ")}'
+            done = subprocess.run(line, shell=True, text=True, capture_output=True, input="What is a cat?\n/quit\n")
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return names

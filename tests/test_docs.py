@@ -6,29 +6,33 @@ from pathlib import Path
 import pytest
 
 from pyreft import pocket
-from snippets import run_python
+from snippets import all_blocks, run_snippets
 
 DOCS = Path(__file__).parents[1] / "docs"
 MIGRATION = DOCS / "from-pyreft.md"
-PAGES = sorted(DOCS.glob("*.md"))
+PAGES = sorted(DOCS.rglob("*.md"))
 
 
-@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
-def test_python_snippets_run_in_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    names = run_python(MIGRATION)
+def check_migration(names):
     assert names["original_output"] is None
     assert names["edited"].shape[0] == 1
     assert names["tokens"].shape[0] == len(names["prompts"])
 
 
-def test_the_guide_runs_in_order(tmp_path, monkeypatch):
+def check_steering(names):
+    answer = names["tokens"][0, names["batch"]["input_ids"].shape[1] :]
+    assert pocket.emojis_only(names["tokenizer"].decode(answer, skip_special_tokens=True))
+
+
+CHECKS = {"from-pyreft.md": check_migration, "steering.md": check_steering}
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+@pytest.mark.parametrize("page", [page for page in PAGES if all_blocks(page)], ids=lambda page: page.name)
+def test_snippets_run_in_order(page, tmp_path, monkeypatch):
+    """Those of every page; what they lead to, where a page has a check."""
     monkeypatch.chdir(tmp_path)
-    names = run_python(DOCS / "guide.md")
-    text = names["tokenizer"].decode(
-        names["tokens"][0, names["batch"]["input_ids"].shape[1] :], skip_special_tokens=True
-    )
-    assert pocket.emojis_only(text)
+    CHECKS.get(page.name, lambda names: None)(run_snippets(page))
 
 
 def links(page):

@@ -47,6 +47,7 @@ COMPONENTS = (
     "cross_attention_input",
     "cross_attention_output",
 )
+"""The names of components, without the prefixes `encoder.` and `decoder.`; see `find_site`."""
 
 # what modules are called, in small letters; each is the whole of the last part of a path
 _ATTENTION = r"(self_?|linear_)?(attn|attention)"

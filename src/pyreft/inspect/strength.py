@@ -16,7 +16,8 @@ from ..data.supervised import IGNORED
 from ..errors import ReftError
 from .texts import Row, batches
 
-STRENGTHS = tuple(step / 4 for step in range(9))  # 0 to 2
+STRENGTHS = tuple(step / 4 for step in range(9))
+"""From 0 to 2."""
 Progress = Callable[[int, int], None]
 
 

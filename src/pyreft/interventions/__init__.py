@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 INTERVENTIONS: dict[str, type[Intervention]] = {}
+"""By its name in configs and files, every known class."""
 
 
 def short_name(cls: type[Intervention]) -> str:

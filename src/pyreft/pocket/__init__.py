@@ -21,8 +21,8 @@ __all__ = ["PROMPT_TEMPLATE", "emoji_pairs", "emoji_questions", "emojis_only", "
 
 _HERE = Path(__file__).parent
 
-#: One user turn without a system line, up to where the answer begins. The tokenizer adds the beginning token itself.
 PROMPT_TEMPLATE = "<|user|>%s</s><|assistant|>"
+"""One user turn without a system line, up to where the answer begins. The tokenizer adds the beginning token itself."""
 
 
 def path() -> str:
