@@ -36,7 +36,8 @@ def test_snippets_run_in_order(page, tmp_path, monkeypatch):
 
 
 def links(page):
-    return re.findall(r"\[([^]]+)\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    return re.findall(r"\[([^]]+)\]\(([^)]+)\)", text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,0 +1,147 @@
+"""The documentation as a site: it builds without a warning or a network, and has every public name."""
+
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import pyreft
+
+pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
+
+ROOT = Path(__file__).parents[1]
+# what a user has no reason to import: how edits are located, steps computed, and old files read
+INTERNAL = ("heads", "legacy", "located", "locator", "reach")
+# the original's modules, whose names stand where they are defined
+DOORS = ("dataset", "reft_model", "reft_trainer", "utils")
+BUILD = """
+import socket
+
+def refuse(*_):
+    raise OSError("the build wants a network")
+
+socket.socket.connect = refuse
+from mkdocs.__main__ import cli
+cli()
+"""
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built site; a warning fails the build."""
+    directory = tmp_path_factory.mktemp("site")
+    line = [sys.executable, "-c", BUILD, "build", "--strict", "--site-dir", str(directory)]
+    done = subprocess.run(
+        line, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    return directory
+
+
+class Page(HTMLParser):
+    """The links and anchors of a page, and what it fetches to be shown."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.anchors, self.fetched = [], set(), []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.anchors |= {values[name] for name in ("id", "name") if values.get(name)}
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"])
+        elif tag == "link" and values.get("rel") in ("stylesheet", "icon", "preload", "preconnect"):
+            self.fetched.append(values["href"])
+        elif values.get("src"):
+            self.fetched.append(values["src"])
+
+
+def test_every_link_leads_somewhere_and_nothing_is_fetched(site):
+    pages = {path: Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
+    assert len(pages) >= 18
+    for path, page in pages.items():
+        assert not [source for source in page.fetched if re.match(r"(https?:)?//", source)], path
+        for link in page.links:
+            target, _, anchor = link.partition("#")
+            if re.match(r"(https?|mailto):", target):
+                assert not re.search(r"localhost|//[^/]*\.local", target)
+                continue
+            file = (path.parent / target).resolve() if target else path
+            file = file / "index.html" if file.is_dir() else file
+            assert file.is_file(), (path, link)
+            if anchor and file in pages:
+                assert anchor in pages[file].anchors | {"__comments"}, (path, link)
+
+
+def test_pages_from_outside_of_docs_are_there(site):
+    home = (site / "index.html").read_text(encoding="utf-8")
+    assert 'href="benchmarks/"' in home
+    assert 'href="from-pyreft/"' in home
+    assert "Keeping R orthonormal" in (site / "benchmarks" / "index.html").read_text(encoding="utf-8")
+    migration = (site / "from-pyreft" / "index.html").read_text(encoding="utf-8")
+    assert "test_logits_loss_and_gradients" in migration
+    assert "../tests/" not in migration  # files that are no pages are named, not linked, while there is no repo_url
+
+
+def documented(site):
+    """The names in the inventory that other sites would link to."""
+    packed = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    return set(re.findall(r"^(\S+) py:", zlib.decompress(packed).decode(), flags=re.M))
+
+
+def public():
+    """The names of public modules: those in `__all__`, or what a module defines; with `__all__`, a package's parts
+    are internal, but for those that the documentation names itself."""
+    packages = []
+    for info in pkgutil.walk_packages(pyreft.__path__, "pyreft."):
+        parts = info.name.split(".")
+        if parts[1] in (*INTERNAL, *DOORS) or any(info.name.startswith(f"{package}.") for package in packages):
+            continue
+        module = importlib.import_module(info.name)
+        if info.ispkg and hasattr(module, "__all__"):
+            packages.append(info.name)
+        names = getattr(module, "__all__", None) or [
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_")
+            and (inspect.isfunction(value) or inspect.isclass(value))
+            and value.__module__ == info.name
+        ]
+        yield from (f"{info.name}.{name}" for name in names)
+
+
+def test_every_public_name_is_documented(site):
+    found = documented(site)
+    missing = [name for name in public() if name not in found]
+    assert not missing, "add their modules to a page in docs/api, as '::: pyreft.the_module'"
+    assert len(set(public())) > 100
+    assert {"pyreft.inspect.plots.plot_sizes", "pyreft.model.ReftModel.generate"} <= found
+
+
+def test_every_name_of_the_package_is_on_the_page_of_public_names(site):
+    page = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    found = documented(site)
+    for name in pyreft.__all__:
+        assert f"`{name}`" in page, name
+        link = re.search(rf"\[`{name}`\]\[([\w.]+)\]", page)
+        if name != "TaskType":  # PEFT's
+            assert link, name
+            assert link[1] in found, name
+            assert getattr(importlib.import_module(link[1].rpartition(".")[0]), name) is getattr(pyreft, name)
+
+
+def test_every_page_is_in_the_navigation(site):
+    page = Page(site / "index.html")
+    for path in (ROOT / "docs").rglob("*.md"):
+        place = path.relative_to(ROOT / "docs").with_suffix("").as_posix().removesuffix("index").rstrip("/")
+        assert f"{place}/" in page.links, place
