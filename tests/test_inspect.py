@@ -402,6 +402,17 @@ def test_adapters_of_different_models_are_not_compared(trained, tmp_path):
         inspect_adapter(trained, texts=QUESTIONS, compare=tmp_path)
 
 
+def test_an_encoder_is_told_before_it_is_loaded(tmp_path, monkeypatch):
+    config = BertConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    BertModel(config).save_pretrained(tmp_path / "base")
+    pocket.load()[1].save_pretrained(tmp_path / "base")
+    base = BertModel.from_pretrained(tmp_path / "base")
+    pyreft.get_reft_model(base, pyreft.ReftConfig(layers=[1], positions="f1")).save(tmp_path / "adapter")
+    monkeypatch.setattr("pyreft.inspect.report.load_adapted", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(pyreft.ReftError, match="holds a BertModel, which has no unembedding"):
+        inspect_adapter(tmp_path / "adapter", texts=QUESTIONS)
+
+
 def test_a_text_longer_than_the_context_is_told(trained):
     with pytest.raises(pyreft.ReftError, match="with room for an answer of 32, the model's context 256; shorten it"):
         inspect_adapter(trained, texts=["cat " * 230])

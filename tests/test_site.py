@@ -1,6 +1,6 @@
 """The documentation as a site: it builds without a warning or a network, and has every public name."""
 
-import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -10,6 +10,7 @@ import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -91,6 +92,29 @@ def test_pages_from_outside_of_docs_are_there(site):
     migration = (site / "from-pyreft" / "index.html").read_text(encoding="utf-8")
     assert "test_logits_loss_and_gradients" in migration
     assert "../tests/" not in migration  # files that are no pages are named, not linked, while there is no repo_url
+
+
+@pytest.mark.parametrize(
+    ("here", "link", "expected"),
+    [
+        ("guide.md", "[a](architectures.md#x)", "[a](architectures.md#x)"),
+        ("guide.md", "[a](../README.md#b)", "[a](index.md#b)"),
+        ("index.md", "[`a`](docs/guide.md)", "[`a`](guide.md)"),
+        ("api/index.md", "[a](../../benchmarks/RESULTS.md)", "[a](../benchmarks.md)"),
+        ("guide.md", "[`f`](../tests/conftest.py)", "[`f`](https://host/name/blob/main/tests/conftest.py)"),
+        ("guide.md", "[a](https://host/b) [c](#d)", "[a](https://host/b) [c](#d)"),
+        ("guide.md", "[a](none.md)", "[a](none.md)"),
+        ("guide.md", "`x[a](../README.md)`", "`x[a](../README.md)`"),
+    ],
+)
+def test_links_are_rewritten_for_the_site(here, link, expected):
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "tools" / "site.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    pages = {"guide.md", "architectures.md", *hooks.OUTSIDE.values()}
+    files = SimpleNamespace(get_file_from_path=lambda path: path if path in pages else None)
+    page, config = SimpleNamespace(file=SimpleNamespace(src_uri=here)), SimpleNamespace(repo_url="https://host/name/")
+    assert hooks.on_page_markdown(link, page, config, files) == expected
 
 
 def documented(site):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from . import pocket
 from .checkpoint import read_config, read_shapes
@@ -84,6 +85,26 @@ def base_of(adapter: str | os.PathLike) -> str:
     if os.path.isabs(name) and not os.path.isdir(name):
         raise ReftError(f"{adapter}: its base model {name!r} is not there any more; name the place where it is now.")
     return name
+
+
+def check_language_model(name: str | None) -> None:
+    """Refuse a base model that was saved as anything but a causal language model, before it is loaded.
+
+    An encoder or a bare backbone has no unembedding in its files; loading it as a language model makes a random one.
+
+    Raises:
+        ReftError: no such model, or one of another kind.
+    """
+    with _explained(name):
+        saved = AutoConfig.from_pretrained(_path(name)).architectures or []
+    known: set[str] = set()
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        known |= {names} if isinstance(names, str) else set(names)
+    if saved and not known & set(saved):
+        raise ReftError(
+            f"model: expected a causal language model, {_path(name)!r} holds a {saved[0]}, which has no unembedding "
+            "for one. Load it with its own class and use the functions of pyreft on it."
+        )
 
 
 def _path(name: str | None) -> str:

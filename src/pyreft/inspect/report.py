@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..base import base_of, load_adapted, load_tokenizer
+from ..base import base_of, check_language_model, load_adapted, load_tokenizer
 from ..checkpoint import read_config, read_shapes
 from ..data.encode import context_length
 from ..errors import ReftError
 from .compare import Comparison, compare_edits
-from .directions import WrittenDirections, written_directions
+from .directions import Unembedding, WrittenDirections, written_directions
 from .record import Place, RecordedEdits, record_edits
 from .sizes import EditSizes, edit_sizes, mean_edit_sizes
 from .strength import STRENGTHS, StrengthAnswers, StrengthCurve, answers_by_strength, loss_by_strength
@@ -109,7 +109,7 @@ def inspect_adapter(
 
     Raises:
         ReftError: a damaged adapter, one without its base model or for another one; no text, or one without an edited
-            token; a base model without an unembedding.
+            token; a base model that is no causal language model.
     """
     tell = progress or (lambda part: None)
     config = read_config(adapter)
@@ -118,7 +118,9 @@ def inspect_adapter(
         _check_alike(adapter, compare)
     if bool(texts) == (data is not None):
         raise ReftError("Expected texts or a data file to look at the adapter on, one of the two.")
-    tokenizer = load_tokenizer(model or base_of(adapter))
+    name = model or base_of(adapter)
+    check_language_model(name)
+    tokenizer = load_tokenizer(name)
     form: Any = config.prompt_format
     rows = text_rows(tokenizer, texts, form) if data is None else read_rows(data, tokenizer, form, most=most)
     for each in (adapter, compare):
@@ -128,6 +130,7 @@ def inspect_adapter(
             check_edited([entry.rule() for entry in entries.expand(layers)], rows)
     tell("Loading the model")
     adapted, tokenizer = load_adapted(adapter, model)
+    Unembedding(adapted.get_base_model())
     _check_lengths(rows, context_length(adapted.get_base_model(), tokenizer), max_new_tokens)
     tell("Recording the edits")
     recorded = record_edits(adapted, rows)
@@ -144,7 +147,7 @@ def inspect_adapter(
         comparison = compare_edits(recorded, _record_other(adapted, compare, rows))
     return Inspection(
         adapter=str(adapter),
-        base_model=str(model or base_of(adapter)),
+        base_model=name,
         prompts=[tokenizer.decode(row["input_ids"][: prompt_length(row)]) for row in rows],
         sizes=[edit_sizes(recorded, tokenizer, number) for number in range(len(rows))],
         mean=mean_edit_sizes(recorded),
