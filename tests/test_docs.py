@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from pyreft import pocket
-from snippets import all_blocks, run_snippets
+from snippets import all_blocks, blocks, run_snippets
 
 DOCS = Path(__file__).parents[1] / "docs"
 MIGRATION = DOCS / "from-pyreft.md"
@@ -24,7 +24,12 @@ def check_steering(names):
     assert pocket.emojis_only(names["tokenizer"].decode(answer, skip_special_tokens=True))
 
 
-CHECKS = {"from-pyreft.md": check_migration, "steering.md": check_steering}
+def check_concepts(names):
+    (shown,) = blocks(DOCS / "concepts.md", "text")
+    assert shown == f"{names['located'].int()}\n"
+
+
+CHECKS = {"concepts.md": check_concepts, "from-pyreft.md": check_migration, "steering.md": check_steering}
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
