@@ -42,16 +42,13 @@ def inspect(
         raise typer.BadParameter("give a --text or a --data file to look at the adapter on.")
     if text and data is not None:
         raise typer.BadParameter("give --text or --data, not both.")
-    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise typer.BadParameter(f"{existing} is a file, not a directory.", param_hint="--output")
+    _check_output(output)
     hush()
     from pyreft.inspect import inspect_adapter
     from pyreft.inspect.plots import check_matplotlib
 
     if not as_json:
         check_matplotlib()
-
     shown = not (quiet or as_json)
     status: Any = console.status("Reading the adapter ...") if shown else nullcontext()
     with status:
@@ -108,6 +105,12 @@ def _tell_comparison(found: Any) -> None:
     alone = len(compared.only_first), len(compared.only_second)
     if any(alone):
         console.print(f"Places that only one of them edits: {alone[0]} and {alone[1]}.")
+
+
+def _check_output(output: Path) -> None:
+    existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise typer.BadParameter(f"{existing} is a file, not a directory.", param_hint="--output")
 
 
 def _read_strengths(text: str) -> list[float]:

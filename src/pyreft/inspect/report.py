@@ -4,13 +4,14 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from ..base import base_of, check_language_model, load_adapted, load_tokenizer
 from ..checkpoint import read_config, read_shapes
 from ..data.encode import context_length
+from ..data.files import Format
 from ..errors import ReftError
 from .compare import Comparison, compare_edits
 from .directions import Unembedding, WrittenDirections, written_directions
@@ -112,22 +113,8 @@ def inspect_adapter(
             token; a base model that is no causal language model.
     """
     tell = progress or (lambda part: None)
-    config = read_config(adapter)
-    read_shapes(adapter)
-    if compare is not None:
-        _check_alike(adapter, compare)
-    if bool(texts) == (data is not None):
-        raise ReftError("Expected texts or a data file to look at the adapter on, one of the two.")
     name = model or base_of(adapter)
-    check_language_model(name)
-    tokenizer = load_tokenizer(name)
-    form: Any = config.prompt_format
-    rows = text_rows(tokenizer, texts, form) if data is None else read_rows(data, tokenizer, form, most=most)
-    for each in (adapter, compare):
-        if each is not None:
-            entries = read_config(each)
-            layers = (entries.base_model_shape or {}).get("num_hidden_layers", 0)
-            check_edited([entry.rule() for entry in entries.expand(layers)], rows)
+    rows = _checked_rows(adapter, texts, data, compare, name, most)
     tell("Loading the model")
     adapted, tokenizer = load_adapted(adapter, model)
     Unembedding(adapted.get_base_model())
@@ -157,6 +144,30 @@ def inspect_adapter(
         other=None if compare is None else str(compare),
         comparison=comparison,
     )
+
+
+def _checked_rows(
+    adapter: str | os.PathLike,
+    texts: Sequence[str],
+    data: str | Path | None,
+    compare: str | os.PathLike | None,
+    name: str,
+    most: int,
+) -> list[Row]:
+    """Check all that can be checked without the model; return what to look at."""
+    config = read_config(adapter)
+    read_shapes(adapter)
+    if compare is not None:
+        _check_alike(adapter, compare)
+    if bool(texts) == (data is not None):
+        raise ReftError("Expected texts or a data file to look at the adapter on, one of the two.")
+    check_language_model(name)
+    tokenizer, form = load_tokenizer(name), cast(Format | None, config.prompt_format)
+    rows = text_rows(tokenizer, texts, form) if data is None else read_rows(data, tokenizer, form, most=most)
+    for entries in [config] if compare is None else [config, read_config(compare)]:
+        layers = (entries.base_model_shape or {}).get("num_hidden_layers", 0)
+        check_edited([entry.rule() for entry in entries.expand(layers)], rows)
+    return rows
 
 
 def _record_other(adapted: Any, directory: str | os.PathLike, rows: Sequence[Row]) -> RecordedEdits:
