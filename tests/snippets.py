@@ -1,8 +1,11 @@
-"""The snippets of a Markdown file, and how they are run: Python in this process, `pyreft ...` as a user types it."""
+"""The snippets of a Markdown file, and how they are run: Python code, and the commands of pyreft."""
 
 import re
-import subprocess
-import sys
+import shlex
+
+from typer.testing import CliRunner
+
+from pyreft_cli.app import app
 
 
 def blocks(path, language):
@@ -31,7 +34,6 @@ def run_snippets(path):
         if language == "python":
             exec(compile(code, f"{path.name}, snippet {number}", "exec"), names)
         for command in shell_commands(code) if language in ("bash", "sh", "console") else ():
-            line = f'"{sys.executable}" -m pyreft_cli {command.removeprefix("pyreft ")}'
-            done = subprocess.run(line, shell=True, text=True, capture_output=True, input="What is a cat?\n/quit\n")
-            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+            done = CliRunner().invoke(app, shlex.split(command)[1:], input="What is a cat?\n/quit\n")
+            assert done.exit_code == 0, f"{command}\n{done.output}\n{done.exception!r}"
     return names

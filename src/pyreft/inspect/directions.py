@@ -116,7 +116,7 @@ def written_directions(
     return found
 
 
-def residual_edit(base: nn.Module, edits: PlaceEdits) -> Tensor | None:
+def residual_edit(base: Any, edits: PlaceEdits) -> Tensor | None:
     """Return what edits write into the residual stream, `[n, hidden]`; none where it is no linear map of them."""
     place, module = edits.place, base.get_submodule(edits.place.path)
     if place.component.rpartition(".")[2] in _RESIDUAL:
@@ -124,10 +124,9 @@ def residual_edit(base: nn.Module, edits: PlaceEdits) -> Tensor | None:
     widths = widths_of(module)
     if place.side != "input" or widths is None or widths[1] != hidden_width(base):
         return None
-    parameter = next(module.parameters())
     states = torch.zeros(len(edits.edit), widths[0])
     states[:, slice(*place.columns) if place.columns else slice(None)] = edits.edit
-    states = states.to(parameter.device, parameter.dtype)
+    states = states.to(next(module.parameters()).device, base.dtype)  # weights may be packed integers
     return (module(states) - module(torch.zeros_like(states))).float().cpu()
 
 
