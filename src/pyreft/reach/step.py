@@ -22,7 +22,7 @@ from .frozen import fingerprint, longest_plain_row, outside_of_edits, sample_of,
 from .parts import Parts
 from .store import Store, read_budget
 from .ways import BY_TOKEN, Above, Behind
-from .window import IGNORED, NotExactError
+from .window import IGNORED, NotExactError, Rows
 
 _TAKEN = {*BY_TOKEN, *GIVEN, "labels", "num_items_in_batch", "return_dict"}
 _ATTENTIONS = {"full_attention", "sliding_attention"}  # which see a token's own past, wherever its row begins
@@ -129,7 +129,7 @@ class Reach:
             raise NotExactError("the call has no input_ids or no labels")
         if list(self._locator.streams) != [""]:
             raise NotExactError("an encoder and a decoder have tokens of their own")
-        if not self._locator.active or self._locator.row_adapters is not None:
+        if not self._active_layers() or self._locator.row_adapters is not None:
             raise NotExactError("no adapter is active, or each row has its own")
         if self._limit is not None and ids.shape[1] > self._limit:
             raise NotExactError(f"rotary angles depend on the length of rows of more than {self._limit} tokens")
@@ -141,16 +141,17 @@ class Reach:
         if reason := why_not_frozen(self._modules, self._base.config):
             causal = False
             self._modules = [module for module in self._modules if self._is_below(module, kept)]
-            if why_not_frozen(self._modules, self._base.config):
+            if not kept or why_not_frozen(self._modules, self._base.config):
                 raise NotExactError(reason)
         autocast = torch.is_autocast_enabled(ids.device.type) and torch.get_autocast_dtype(ids.device.type)
         changing, *settings = *state_of(self._modules), kept, autocast, self._base.config._attn_implementation
         state = changing, *settings, causal, tuple(self._locator.active)
         if state != self._state:
             self.store.clear()
-            self._state, self._way = state, None
+            self._state = self._way = None
             key = xxhash.xxh3_128_digest(f"{self._base_print} {settings}".encode())
             self._way = self._probe(call, ordinary, kept, causal, key)
+            self._state = state
         if self._way is None:
             raise NotExactError(self._no_way)
         return self._way
@@ -167,7 +168,11 @@ class Reach:
     def _probe(
         self, call: dict[str, Any], ordinary: Callable[..., Any], kept: int, causal: bool, key: bytes
     ) -> Behind | Above | None:
-        """Try the ways on a few tokens of this batch beside the ordinary step, without randomness."""
+        """Try the ways on a few tokens of this batch beside the ordinary step, without randomness.
+
+        Raises:
+            NotExactError: a batch that tells nothing of the model.
+        """
         parts = self._parts
         config = self._base.config.get_text_config()
         causal = causal and self._locator.causal and parts.backbone is not self._base
@@ -175,8 +180,9 @@ class Reach:
         with torch.no_grad(), _without_dropout(self._active_layers()):
             for offsets in (False, True) if causal else ():
                 way = Behind(parts, self._locator, kept, offsets, key)
+                edited, rows = way.cut_at(call)
                 try:
-                    exact = self._is_exact_behind(way, call, ordinary)
+                    exact = self._is_exact_behind(way, call, ordinary, edited, rows)
                 except (NotExactError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
                     self._no_way = str(error)  # a model that cannot be run in parts at all
                     break
@@ -189,9 +195,10 @@ class Reach:
                     return above
         return None
 
-    def _is_exact_behind(self, way: Behind, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
+    def _is_exact_behind(
+        self, way: Behind, call: dict[str, Any], ordinary: Callable[..., Any], edited: Tensor, rows: Rows
+    ) -> bool:
         """Compare logits of a few tokens on either side of the beginning of a window."""
-        edited, rows = way.cut_at(call)
         number = rows.prefix_lengths.index(rows.past)
         first = max(rows.first[number], rows.start[number] - _PROBED)
         last = max(rows.start[number] + _PROBED, first + 3)

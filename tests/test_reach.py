@@ -1,0 +1,448 @@
+"""A step that computes only what the edits can reach equals the ordinary one."""
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import pyreft
+from architectures import ARCHITECTURES
+from conftest import tiny_llama
+from pyreft.interventions import INTERVENTIONS, Intervention
+from pyreft.reach import Reach
+from pyreft.reach.loss import label_loss
+from pyreft.reach.ways import Above, Behind
+from pyreft.tuner import reft_layers
+from reaching import LENGTHS, adapt, assert_exact, assert_same, batch_of, loss_and_gradients, rows_of
+
+SIDES = ["left", "right"]
+RECURRENT = {"Mamba", "Mamba 2", "RecurrentGemma", "Jamba"}
+OF_TEXT = [one for one in ARCHITECTURES if one.kind in ("causal", "image-text")]
+ENCODERS = [one for one in ARCHITECTURES if one.kind == "classifier"]
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("architecture", OF_TEXT, ids=lambda one: one.name)
+def test_every_causal_architecture(architecture, side):
+    adapted = adapt(architecture.make())
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, batch_of(rows_of(*LENGTHS), side))
+    assert type(reach._way) is (Above if architecture.name in RECURRENT else Behind)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("architecture", ENCODERS, ids=lambda one: one.name)
+def test_encoders_start_above_the_layers_below_the_edits(architecture, side):
+    adapted = adapt(architecture.make())
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(*LENGTHS), side) | {"labels": torch.tensor([0, 1, 0])}
+    assert_exact(reach, adapted, batch, tolerance=0)
+    assert type(reach._way) is Above
+    assert reach.describe().startswith("Each step leaves out 2 of 3 layers")
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", INTERVENTIONS)
+def test_every_intervention(name, side):
+    adapted = adapt(tiny_llama(), intervention=name)
+    assert_exact(Reach(adapted), adapted, batch_of(rows_of(*LENGTHS), side))
+
+
+@pytest.mark.parametrize("component", ["block_input", "mlp_activation", "attention_value_output", "query_output"])
+def test_components(component):
+    adapted = adapt(tiny_llama(), component=component)
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, batch_of(rows_of(*LENGTHS), "left"))
+    assert reach._way.kept == 1  # the block with the edit is run
+
+
+@pytest.mark.parametrize("positions", ["l1", "l8", "f1+l2", "prompt", "all"])
+@pytest.mark.parametrize("layers", ["all", 3])
+def test_rules(positions, layers):
+    adapted = adapt(tiny_llama(), positions=positions, layers=layers)
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, batch_of(rows_of(9, 5, 12), "right", [3, 4, 1]))
+    assert reach._way.kept == (1 if layers == "all" else 4)
+
+
+def test_what_is_left_out():
+    adapted = adapt(tiny_llama(), positions="l1", layers=[2])
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(30, 30), "left", 4)
+    for _ in range(2):
+        reach(**batch).loss.backward()
+    # from the last token of the prompt to the last but one of the row
+    assert (reach._way.tokens, reach._way.computed) == (2 * 60, 2 * 2 * 4)
+    width, blocks_above, key_and_value = 32 // 4 * 2, 1, 2
+    held = 2 * (25 * width * blocks_above * key_and_value + 4 * 32) * 4
+    assert reach.store.held == held
+    line = "Each step leaves out 87 % of the tokens and 3 of 4 layers, held are 4 prefixes and states in 0.0 of "
+    assert reach.describe().startswith(line)
+
+
+def test_a_shared_beginning_is_held_once():
+    adapted = adapt(tiny_llama())
+    reach = Reach(adapted)
+    prompt, *answers = rows_of(9, 3, 3)
+    assert_exact(reach, adapted, batch_of([prompt + answer for answer in answers], "left"))
+    assert len(reach.store) == 1 + 2  # a prefix, two windows
+    assert_exact(reach, adapted, batch_of([prompt + answers[1], prompt + answers[0][:2]], "right", [3, 2]))
+    assert len(reach.store) == 1 + 3
+
+
+class Doubled(Intervention):
+    """An intervention of a user's own, with a part that falls back on what is around it."""
+
+    def __init__(self, embed_dim: int, **kwargs: object) -> None:
+        super().__init__(embed_dim=embed_dim, **kwargs)
+        self.size = torch.nn.Parameter(torch.ones(embed_dim))
+
+    def edit(self, h, subspaces=None):
+        return self.size * h.tanh()
+
+
+def test_ones_own_intervention():
+    adapted = adapt(tiny_llama(), intervention=Doubled)
+    assert_exact(Reach(adapted), adapted, batch_of(rows_of(*LENGTHS), "left"))
+
+
+def random_step(data):
+    """A model, a batch and a way to call it, drawn at random."""
+    draw = data.draw
+    config = {
+        "layers": draw(st.lists(st.integers(0, 3), min_size=1, max_size=4, unique=True), label="layers"),
+        "positions": draw(st.sampled_from(["l1", "l2", "l4", "f1+l1", "f2", "prompt", "all"]), label="positions"),
+        "intervention": draw(st.sampled_from(["loreft", "noreft", "direft", "red", "bias", "road"]), label="edit"),
+        "component": draw(st.sampled_from(["block_output", "mlp_output", "attention_input"]), label="component"),
+        "share_weights": draw(st.booleans(), label="share_weights"),
+    }
+    lengths = draw(st.lists(st.integers(4, 14), min_size=1, max_size=4), label="lengths")
+    rows = rows_of(*lengths, seed=draw(st.integers(0, 3), label="rows"))
+    if draw(st.booleans(), label="one beginning"):
+        rows = [rows[0][:3] + row[3:] for row in rows]
+    answers = [draw(st.integers(1, length - 2), label="answer") for length in lengths]
+    batch = batch_of(rows, draw(st.sampled_from(SIDES), label="side"), answers)
+    if draw(st.booleans(), label="explicit"):
+        first = batch["attention_mask"].argmax(1)
+        offsets = torch.tensor(
+            [[draw(st.integers(0, n - a), label="at")] for n, a in zip(lengths, answers, strict=True)]
+        )
+        groups = 1 if config["share_weights"] or "+" not in config["positions"] else 2
+        count = len(config["layers"]) * groups
+        batch["intervention_locations"] = (first[:, None] + offsets)[:, None].expand(-1, count, -1)
+    return config, batch
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_step(data):
+    config, batch = random_step(data)
+    base = tiny_llama(sliding_window=None)
+    adapted = adapt(base, **config)
+    memory = data.draw(st.sampled_from([None, 0, 3000]), label="memory")
+    assert_exact(Reach(adapted, memory=memory), adapted, batch)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_sliding_windows_shorter_than_the_rows(side):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = AutoConfig.for_model("mistral", vocab_size=96, num_key_value_heads=2, sliding_window=5, **sizes)
+    adapted = adapt(AutoModelForCausalLM.from_config(config))
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(20, 9, 14), side)
+    expected = loss_and_gradients(adapted, adapted, batch)
+    assert_same(loss_and_gradients(reach, adapted, batch), expected)
+
+
+def test_training_to_the_end_gives_the_same_adapter_and_text():
+    results = []
+    for in_part in (True, False):
+        adapted = adapt(tiny_llama(), positions="l1", layers="all")
+        call = Reach(adapted) if in_part else adapted
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=3e-2)
+        rows, shuffle = rows_of(*range(6, 18)), torch.Generator().manual_seed(0)
+        losses = []
+        for _ in range(8):
+            order = torch.randperm(len(rows), generator=shuffle).tolist()
+            for start in range(0, len(rows), 4):
+                batch = batch_of([rows[row] for row in order[start : start + 4]], SIDES[start % 8 // 4])
+                loss = call(**batch).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        weights = torch.cat([p.detach().flatten() for p in adapted.parameters() if p.requires_grad])
+        prompt = {"input_ids": torch.tensor([rows[5][:-3]]), "max_new_tokens": 8, "pad_token_id": 0}
+        results.append((weights, adapted.eval().generate(**prompt, do_sample=False).tolist(), losses))
+    (weights, text, losses), (expected, expected_text, expected_losses) = results
+    assert losses[-1] < 0.8 * losses[0]
+    # Adam divides by the size of a gradient, which makes rounding of tiny ones large
+    assert (weights - expected).norm() <= 1e-3 * expected.norm()
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-3, atol=0)
+    assert text == expected_text
+
+
+# -- what is held is not used when it does not hold ------------------------------------------------------------------
+
+
+def changed(adapted, how):
+    base = adapted.get_base_model()
+    weight = base.model.layers[0].mlp.down_proj.weight
+    with torch.no_grad():
+        if how == "in place":
+            weight.mul_(2)
+        elif how == "data":
+            weight.data.mul_(2)
+        elif how == "another tensor":
+            base.model.layers[0].mlp.down_proj.weight = torch.nn.Parameter(2 * weight, requires_grad=False)
+        elif how == "loaded":
+            base.load_state_dict(
+                {name: 1.5 * value for name, value in base.state_dict().items() if "reft" not in name}, strict=False
+            )
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "another tensor", "loaded"])
+def test_a_changed_base_model_is_computed_anew(how):
+    adapted = adapt(tiny_llama())
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    before = loss_and_gradients(reach, adapted, batch)
+    changed(adapted, how)
+    reach.new_epoch()
+    assert_exact(reach, adapted, batch)
+    assert loss_and_gradients(reach, adapted, batch)[0] != before[0]
+
+
+def test_a_change_in_place_is_seen_within_an_epoch():
+    adapted = adapt(tiny_llama())
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    assert_exact(reach, adapted, batch)
+    changed(adapted, "in place")
+    assert_exact(reach, adapted, batch)
+
+
+def test_another_active_adapter():
+    adapted = adapt(tiny_llama(), layers=[2], positions="l1")
+    torch.manual_seed(5)
+    adapted.add_adapter("other", pyreft.ReftConfig(layers=[0], positions="l3", low_rank_dimension=2))
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    for name, kept in (("default", 3), ("other", 1), ("default", 3)):
+        adapted.set_adapter(name)
+        assert_exact(reach, adapted, batch)
+        assert reach._way.kept == kept
+
+
+def with_lora():
+    """A LoRA that is frozen and edits that are trained."""
+    base = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    return adapt(base.base_model.model), base
+
+
+def test_a_lora_that_is_switched_off_or_merged():
+    adapted, lora = with_lora()
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    assert_exact(reach, adapted, batch)
+    with_it = loss_and_gradients(reach, adapted, batch)
+    layers = [module for module in lora.modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    assert_exact(reach, adapted, batch)
+    assert loss_and_gradients(reach, adapted, batch)[0] != with_it[0]
+    for layer in layers:
+        layer.enable_adapters(True)
+        layer.requires_grad_(False)
+        layer.merge()
+    assert_exact(reach, adapted, batch)
+    assert_same(loss_and_gradients(reach, adapted, batch), with_it)
+
+
+def test_edits_trained_beside_a_lora_take_the_ordinary_step():
+    adapted, lora = with_lora()
+    for name, parameter in lora.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    assert_same(loss_and_gradients(reach, adapted, batch), loss_and_gradients(adapted, adapted, batch), 0)
+    assert "parameters of the base model are trained" in reach.why_not
+
+
+# -- mixed precision, other numbers ----------------------------------------------------------------------------------
+
+
+def distance(step, exact):
+    """How far the gradients of a step are from exact ones, whose rounding is far smaller."""
+    return torch.stack([(one - other).norm() for one, other in zip(step[1], exact[1], strict=True)]).norm()
+
+
+def test_autocast():
+    adapted = adapt(tiny_llama())
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    plain = loss_and_gradients(reach, adapted, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        ordinary = loss_and_gradients(adapted, adapted, batch)
+        found = [loss_and_gradients(reach, adapted, batch) for _ in range(2)]
+    assert reach.why_not is None
+    for one in found:
+        assert distance(one, plain) <= 1.5 * distance(ordinary, plain)
+    assert_same(loss_and_gradients(reach, adapted, batch), plain)  # nothing of the other precision is used
+
+
+def test_a_base_in_bfloat16():
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    adapted = adapt(tiny_llama().bfloat16().float())
+    exact = loss_and_gradients(adapted, adapted, batch)
+    adapted.get_base_model().bfloat16()
+    for layer in reft_layers(adapted):
+        layer.float()
+    reach = Reach(adapted)
+    ordinary = loss_and_gradients(adapted, adapted, batch)
+    for _ in range(2):
+        assert distance(loss_and_gradients(reach, adapted, batch), exact) <= 1.5 * distance(ordinary, exact)
+    assert reach.why_not is None
+    assert all(t.dtype == torch.bfloat16 for entry in reach.store._entries.values() for t in entry.tensors)
+
+
+def test_the_number_of_items_of_an_accumulated_batch():
+    adapted = adapt(tiny_llama())
+    reach = Reach(adapted)
+    for count in (17, torch.tensor(17)):
+        assert_exact(reach, adapted, batch_of(rows_of(*LENGTHS), "left") | {"num_items_in_batch": count})
+
+
+def test_positions_that_are_given():
+    adapted = adapt(tiny_llama())
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    counted = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    assert_exact(reach, adapted, batch | {"position_ids": counted})
+    assert_exact(reach, adapted, batch | {"position_ids": counted + 5})
+    reach(**batch, position_ids=counted.flip(1))
+    assert "position_ids do not count on" in reach.why_not
+
+
+@pytest.mark.parametrize("vocabulary_bytes", [1, 96 * 4 * 3, 1 << 30])
+def test_the_loss_in_chunks_is_the_loss(vocabulary_bytes, monkeypatch):
+    monkeypatch.setattr("pyreft.reach.loss.CHUNK_BYTES", vocabulary_bytes)
+    head = torch.nn.Linear(8, 96)
+    hidden, targets = torch.randn(11, 8, requires_grad=True), torch.randint(0, 96, (11,))
+    for count in (None, 5, torch.tensor(7)):
+        expected = torch.nn.functional.cross_entropy(head(hidden), targets, reduction="sum") / (count or 11)
+        found = label_loss(hidden, targets, head, 96, count)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(3 * loss, hidden)[0] for loss in (found, expected)))
+
+
+# -- where it does not hold ------------------------------------------------------------------------------------------
+
+BATCH = batch_of(rows_of(*LENGTHS), "left")
+GAP = BATCH | {"attention_mask": BATCH["attention_mask"].clone().index_fill_(1, torch.tensor([9]), 0)}
+
+
+@pytest.mark.parametrize(
+    ("batch", "reason"),
+    [
+        (BATCH | {"output_attentions": True}, "the call has output_attentions"),
+        (BATCH | {"labels": None}, "no input_ids or no labels"),
+        (GAP, "padding lies inside of a row"),
+        (BATCH | {"labels": torch.full_like(BATCH["labels"], -100)}, "a batch has no labels"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_calls_that_are_computed_whole(batch, reason):
+    adapted = adapt(tiny_llama(), positions="l2")
+    reach = Reach(adapted)
+    expected = adapted(**batch).logits
+    assert torch.equal(reach(**batch).logits, expected)
+    assert reason in reach.why_not
+    assert_exact(reach, adapted, BATCH)  # the next one is not
+
+
+def recomputing(adapted):
+    base = adapted.get_base_model().train()
+    new = hasattr(base, "activation_checkpointing_enable")  # its name since transformers 5.2x
+    (base.activation_checkpointing_enable if new else base.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (recomputing, "gradient checkpointing recomputes whole blocks"),
+        (lambda model: model.get_base_model().lm_head.weight.requires_grad_(True), "in Linear"),
+        (lambda model: setattr(model.get_base_model().config, "output_router_logits", True), "output_router_logits"),
+    ],
+    ids=["checkpointing", "trained head", "router"],
+)
+def test_models_that_are_computed_whole(prepare, reason):
+    adapted = adapt(tiny_llama(), layers=[0], component="block_input")
+    prepare(adapted)
+    reach = Reach(adapted)
+    assert_same(loss_and_gradients(reach, adapted, BATCH), loss_and_gradients(adapted, adapted, BATCH), 0)
+    assert reason in reach.why_not
+    assert reach.describe() == f"Whole rows are computed in each step: {reach.why_not}."
+
+
+def test_a_trained_head_above_the_edits_leaves_the_layers_below():
+    adapted = adapt(tiny_llama())
+    adapted.get_base_model().lm_head.weight.requires_grad_(True)
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, BATCH, tolerance=0)
+    assert type(reach._way) is Above
+
+
+def test_dropout_in_the_base():
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_embd=32, n_layer=3, n_head=4, vocab_size=96))
+    adapted = adapt(base).train()
+    reach = Reach(adapted)
+    reach(**BATCH)
+    assert "dropout in training" in reach.why_not
+    adapted.eval()
+    assert_exact(reach, adapted, BATCH)
+
+
+def test_angles_that_depend_on_the_length_of_a_row():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    adapted = adapt(tiny_llama(rope_parameters=rope, max_position_embeddings=10))
+    reach = Reach(adapted)
+    reach(**batch_of(rows_of(12, 5), "left"))
+    assert "rows of more than 10 tokens" in reach.why_not
+    assert_exact(reach, adapted, batch_of(rows_of(9, 5), "left"))
+
+
+def test_an_encoder_and_a_decoder():
+    model = next(one for one in ARCHITECTURES if one.name == "T5").make()
+    adapted = adapt(model, layers=[1])
+    reach = Reach(adapted)
+    reach(input_ids=BATCH["input_ids"], labels=BATCH["input_ids"])
+    assert "an encoder and a decoder" in reach.why_not
+
+
+def test_a_model_without_a_cache():
+    base = tiny_llama()
+    backbone, forward = base.model, base.model.forward
+
+    def without_cache(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.past_key_values = None
+        return output
+
+    backbone.forward = without_cache
+    adapted = adapt(base)
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, BATCH)
+    assert type(reach._way) is Above  # the layers below the edits are still left out
+
+
+def test_only_a_reft_model():
+    with pytest.raises(pyreft.ReftError, match="expected a ReftModel, as get_reft_model returns it, got Llama"):
+        Reach(tiny_llama())
