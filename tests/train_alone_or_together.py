@@ -15,7 +15,7 @@ from conftest import tiny_llama
 
 def main(directory: str, batch_size: int) -> None:
     torch.manual_seed(1)
-    model = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4))
+    model = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l2", low_rank_dimension=4))
     ids = torch.randint(3, 96, (32, 10), generator=torch.Generator().manual_seed(2)).tolist()
     rows = [{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in ids]
     arguments = TrainingArguments(
@@ -32,6 +32,7 @@ def main(directory: str, batch_size: int) -> None:
     )
     trainer = pyreft.ReftTrainerForCausalLMDistributed(model=model, args=arguments, train_dataset=rows)
     trainer.train()
+    assert trainer.reach.why_not is None
     trainer.save_model(directory)
 
 
