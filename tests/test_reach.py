@@ -140,8 +140,7 @@ def random_step(data):
 @given(st.data())
 def test_any_step(data):
     config, batch = random_step(data)
-    base = tiny_llama(sliding_window=None)
-    adapted = adapt(base, **config)
+    adapted = adapt(tiny_llama().double(), **config)  # an unlucky draw amplifies the rounding of float32
     memory = data.draw(st.sampled_from([None, 0, 3000]), label="memory")
     assert_exact(Reach(adapted, memory=memory), adapted, batch)
 
