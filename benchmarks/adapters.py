@@ -33,7 +33,8 @@ def many(model: Any, config: Any, count: int) -> Any:
             for index, intervention in layer.of("a0"):
                 layer.add_intervention(name, index, copy.deepcopy(intervention))
         adapted.peft_config[name] = copy.deepcopy(adapted.peft_config["a0"])
-        locator.rules[name], locator.places[name] = locator.rules["a0"], locator.places["a0"]
+        for known in (locator.rules, locator.places, locator.kinds):
+            known[name] = known["a0"]
     return adapted.eval()
 
 

@@ -3,7 +3,7 @@
 Plain tensors: nothing is known of rules, models or layers.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,33 +11,53 @@ from torch import Tensor, nn
 from .errors import ReftError
 
 Key = tuple[str, int]  # an adapter and the number of one of its representations
-Window = tuple[Tensor, Tensor] | None  # row and column of every token to edit; none for every token there is
+
+
+class Grid(NamedTuple):
+    """The tokens to edit in rows that have an adapter each."""
+
+    rows: Tensor  # `[rows, 1]`
+    columns: Tensor  # `[rows, n]`, filled up with others where a row has fewer to edit
+    valid: Tensor | None  # `[rows, n, 1]`, false for what fills up; none if nothing does
+
+
+# row and column of every token to edit, or a grid of them; none for every token there is
+Window = tuple[Tensor, Tensor] | Grid | None
 
 
 class Located:
     """The located tokens of a batch of sequences.
 
     Args:
-        rows: by adapter, the rows `[batch]` that it edits, if not all of them.
+        groups: where each row has its own adapter, see `group_rows`; no two groups edit the same token.
     """
 
-    def __init__(self, rows: dict[str, Tensor] | None = None) -> None:
+    def __init__(self, groups: dict[str, list[str | None]] | None = None) -> None:
         self.masks: dict[Key, Tensor] = {}  # `[batch, tokens]`; equal rules share the tensor
         self.subspaces: dict[Key, Tensor] = {}  # `[batch, rank]`, the directions that each row's edits may take
         self.endless: set[Key] = set()  # those that cover every token after the mask, too
         self.length = 0
-        self.by_row = bool(rows)  # then no two adapters edit the same token
-        self._rows = rows or {}
+        self.groups = groups or {}
+        self._rows = {  # `[batch]`, of the groups that have not all of them
+            name: torch.tensor([row is not None for row in rows]) for name, rows in self.groups.items() if None in rows
+        }
         self._made: dict[tuple[int, str], Tensor] = {}
 
     def add(self, key: Key, mask: Tensor, endless: bool = False) -> None:
         """Add the located tokens of a representation."""
         if (rows := self._rows.get(key[0])) is not None:
-            mask = self._made.setdefault((id(mask), key[0]), mask & rows[:, None])
+            mask = self._made.setdefault((id(mask), key[0]), mask & rows.to(mask.device)[:, None])
         self.masks[key] = mask
         self.length = max(self.length, mask.shape[1])
         if endless:
             self.endless.add(key)
+
+    def adapters(self, group: str, rows: int) -> list[str]:
+        """The adapter of each row of a group of several adapters, in a forward of so many rows; empty if it is one."""
+        own = self.groups.get(group, [])
+        if len({*own} - {None}) < 2:
+            return []
+        return [name for name in own if name is not None for _ in range(rows // len(own))]
 
     def done(self, end: int) -> bool:
         """Whether nothing is located from this index on."""
@@ -60,11 +80,15 @@ class Located:
                 part = mask[:, past : past + tokens]
                 if endless:
                     part = nn.functional.pad(part, (0, tokens - part.shape[1]), value=True)
-                    part = part if only is None else part & only[:, None]
-                part = part.repeat_interleave(rows // len(part), dim=0)
-                seen[same] = part.nonzero(as_tuple=True)  # type: ignore[assignment]
+                    part = part if only is None else part & only.to(part.device)[:, None]
+                times = rows // len(part)
+                part = part.repeat_interleave(times, dim=0)
+                if self.adapters(key[0], rows):
+                    seen[same] = _grid(part, only if only is None else only.repeat_interleave(times))
+                else:
+                    seen[same] = part.nonzero(as_tuple=True)  # type: ignore[assignment]
             at = seen[same]
-            if at is not None and len(at[0]):
+            if at is not None and at[1].numel():
                 found[key] = at
         return found
 
@@ -75,10 +99,30 @@ def mask_of(columns: Tensor, length: int) -> Tensor:
     return mask.scatter(1, columns.long() % (length + 1), True)[:, :length]
 
 
-def row_masks(
-    row_adapters: list[str] | None, names: list[str], tokens: Tensor, beams: bool = False
-) -> dict[str, Tensor]:
-    """By adapter, the rows `[batch]` that it edits, where each row has its own; with `beams`, a row may be several.
+def _grid(mask: Tensor, only: Tensor | None) -> Grid:
+    """The located tokens of a mask `[rows, tokens]`; of these rows alone, if any of the rows have no part in it."""
+    rows = torch.arange(len(mask)) if only is None else only.nonzero().squeeze(-1)
+    rows = rows.to(mask.device)
+    mask = mask[rows]
+    counts = mask.sum(-1)
+    fewest, most = int(counts.min()), int(counts.max())
+    columns = mask.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
+    return Grid(rows[:, None], columns, None if fewest == most else mask.gather(1, columns).unsqueeze(-1))
+
+
+def group_rows(
+    row_adapters: list[str] | None, kinds: dict[str, Any], tokens: Tensor, beams: bool = False
+) -> dict[str, list[str | None]]:
+    """Gather the adapters of one kind, whose rows are edited together, under the name of the first of them.
+
+    Args:
+        row_adapters: a name for each row.
+        kinds: of the adapters that edit; they are equal for those that can be computed together, and none for others.
+        tokens: `[batch, tokens]`.
+        beams: a row may have become several.
+
+    Returns:
+        By group, the adapter of each row, `[batch]`, none in the rows that are not its own.
 
     Raises:
         ReftError: another number of names than rows.
@@ -90,9 +134,13 @@ def row_masks(
         raise ReftError(
             f"adapter_names: expected one name for each of the {len(tokens)} rows, got {len(row_adapters)}."
         )
+    groups: dict[str, set[str]] = {}
+    for name, kind in kinds.items():
+        first = next((one for one in groups if kind is not None and kinds[one] == kind), name)
+        groups.setdefault(first, set()).add(name)
     return {
-        name: torch.tensor([row == name for row in row_adapters], device=tokens.device).repeat_interleave(times)
-        for name in names
+        first: [row if row in names else None for row in row_adapters for _ in range(times)]
+        for first, names in groups.items()
     }
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ReftError, did_you_mean
-from .interventions import LowRankRotateLayer, orthonormalize
-from .located import Key, Located, Window, mask_of, row_masks, subspace_masks
+from .interventions import Intervention, LowRankRotateLayer, orthonormalize
+from .located import Key, Located, Window, group_rows, mask_of, subspace_masks
 from .positions import Positions, prompt_tokens
 
 # what a call may give, beside what the model itself takes
@@ -52,13 +52,22 @@ class Stream:
         self._running: nn.Module | None = None  # the entry whose forward runs
         self._hooked = False
         self._rotations: list[LowRankRotateLayer] = []
+        self.stacks: dict[Any, Intervention] = {}  # those that rows with adapters of their own share; of one call
         self._entries = entries
         for entry in entries:
             entry.register_forward_pre_hook(self._before, with_kwargs=True)
             entry.register_forward_hook(self._after, always_call=True)
 
     def __getstate__(self) -> dict:  # a copy of the model starts with nothing in flight
-        return {**self.__dict__, "_known": None, "_passed": None, "located": None, "_windows": {}, "_rotations": []}
+        return {
+            **self.__dict__,
+            "_known": None,
+            "_passed": None,
+            "located": None,
+            "_windows": {},
+            "_rotations": [],
+            "stacks": {},
+        }
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state, _known=weakref.WeakKeyDictionary(), _passed=weakref.WeakKeyDictionary())
@@ -94,7 +103,7 @@ class Stream:
         self._open(self._whole or self._locate(past, inputs, kwargs), past, *inputs.shape[:2])
         self._generated = self._whole is not None and self._whole.done(past + self.tokens)
         self._hook(bool(self._windows))
-        if self._windows:
+        if self._windows and not self.stacks:
             self._rotations = [rotation for layer in self.layers for rotation in layer.rotations(self._windows)]
             orthonormalize(self._rotations)
 
@@ -132,7 +141,7 @@ class Stream:
         """Leave nothing of a forward behind."""
         for rotation in self._rotations:
             rotation.forget_graph()
-        self._rotations, self._windows, self.located = [], {}, None
+        self._rotations, self._windows, self.located, self.stacks = [], {}, None, {}
         self._hook(False)
 
     def _hook(self, wanted: bool) -> None:
@@ -194,9 +203,10 @@ class Stream:
             input_ids: `[batch, tokens]`, where they are known.
         """
         locator = self.locator
-        keys = [(name, index) for name in locator.active for index in self._indices(name)]
         beams = self.name == "decoder" and locator.generating
-        located = Located(row_masks(locator.row_adapters, locator.active, tokens, beams))
+        kinds = {name: locator.kinds[name] for name in locator.active}
+        located = Located(group_rows(locator.row_adapters, kinds, tokens, beams))
+        keys = [(name, index) for name in located.groups or kinds for index in self._indices(name)]
         if LOCATIONS in locator.call:
             self._resolve_given(located, keys, tokens, locator.call[LOCATIONS])
         else:
@@ -265,6 +275,7 @@ class Locator:
         self.model: Any = model
         self.rules: dict[str, list[Positions | None]] = {}  # of each adapter, by representation
         self.places: dict[str, list[str]] = {}  # of each adapter, by representation: the stream's name
+        self.kinds: dict[str, Any] = {}  # of each adapter: equal for those whose edits can be stacked, none otherwise
         self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
         self.row_adapters: list[str] | None = None  # while each row of a batch has its own
         self.call: dict[str, Any] = {}  # what the running call gave

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .components import Site, find_site, hidden_width, number_of_layers, stack_module
 from .config import ReftConfig, Representation
 from .errors import ReftError
-from .interventions import Intervention, LowRankRotateLayer
+from .interventions import Intervention, LowRankRotateLayer, intervention_class, stack
 from .located import Key, Window
 from .locator import Locator, Stream
 
@@ -86,17 +86,21 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
 
     def rotations(self, windows: dict[Key, Window]) -> Iterator[LowRankRotateLayer]:
         """The orthonormal matrices that the next forward needs."""
+        located, rows = self.stream.located, self.stream.rows
         for name in dict.fromkeys(name for name, _ in windows):
-            for index, intervention in self.of(name):
-                rotation = getattr(intervention, "rotate_layer", None)
-                if (name, index) in windows and isinstance(rotation, LowRankRotateLayer):
-                    yield rotation
+            adapters = located.adapters(name, rows) if located is not None else []
+            for adapter in dict.fromkeys(adapters or [name]):
+                for index, intervention in self.of(adapter):
+                    rotation = getattr(intervention, "rotate_layer", None)
+                    if (name, index) in windows and isinstance(rotation, LowRankRotateLayer):
+                        yield rotation
 
     def edit_located(self, h: Tensor) -> Tensor:
         """Return the states `[batch, tokens, d]` with the located tokens edited and every other bit as it was."""
         stream = self.stream
         windows = stream.windows(h)
-        by_row = stream.located is not None and stream.located.by_row
+        located = stream.located
+        by_row = located is not None and bool(located.groups)
         here = self.keys() if by_row else self.enabled_adapters
         names = [name for name in dict.fromkeys(name for name, _ in windows) if name in here]
         if not names:
@@ -111,7 +115,8 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             )
         if len(names) == 1 or by_row:
             for name in names:
-                h = self._edit(h, name, windows)
+                adapters = located.adapters(name, stream.rows) if located is not None else []
+                h = self._edit_rows(h, name, windows, adapters) if adapters else self._edit(h, name, windows)
         else:
             wide = h.float()
             edits = [self._edit(wide, name, windows) - wide for name in names]
@@ -127,11 +132,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             key = name, index
             if key not in windows:
                 continue
-            if (device := next(intervention.parameters()).device) != h.device:
-                raise ReftError(
-                    f"The edits of adapter {name!r} are on {device}, the states on {h.device}; move them together, as "
-                    "with model.to(device) or reft_model.set_device(device)."
-                )
+            _check_device(intervention, name, h)
             at = windows[key]
             if at is None and not (intervention.by_row or subspaces):
                 flat = h.reshape(-1, h.shape[-1])
@@ -147,6 +148,45 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             edited = _edit_columns(intervention, h[rows, tokens], columns, strength, **context)
             h = h.index_put((rows, tokens), edited)
         return h
+
+    def _edit_rows(self, h: Tensor, group: str, windows: dict[Key, Window], adapters: list[str]) -> Tensor:
+        """Apply to each row of a group its own adapter's interventions, those of one representation all at once."""
+        stream = self.stream
+        subspaces = {} if stream.located is None else stream.located.subspaces
+        strengths = [stream.locator.strength(name) for name in adapters]
+        strength: float | Tensor = strengths[0]
+        if len(set(strengths)) > 1:
+            strength = torch.tensor(strengths, device=h.device).view(-1, 1, 1)
+        for number, (index, columns) in enumerate(zip(self.indices[group], self.columns[group], strict=True)):
+            if (group, index) not in windows:
+                continue
+            intervention = self._stacked(group, number, adapters, h)
+            at, context = windows[group, index], {}
+            if (of_row := subspaces.get((group, index))) is not None:
+                of_row = of_row.to(h.device).repeat_interleave(stream.rows // len(of_row), dim=0)
+                context["subspaces"] = (of_row if at is None else of_row[at[0].squeeze(-1)]).unsqueeze(1)
+            if at is None:
+                h = _edit_columns(intervention, h, columns, strength, **context)
+                continue
+            rows, tokens, valid = (part if part is None else part.to(h.device) for part in at)
+            there = h[rows, tokens]
+            edited = _edit_columns(intervention, there, columns, strength, **context)
+            h = h.index_put((rows, tokens), edited if valid is None else torch.where(valid, edited, there))
+        return h
+
+    def _stacked(self, group: str, number: int, adapters: list[str], h: Tensor) -> Intervention:
+        """The interventions of these adapters as one, kept until the call ends unless gradients flow through it."""
+        key = self, group, number, len(adapters)
+        stacks = self.stream.stacks
+        if (known := stacks.get(key)) is not None:
+            return known
+        interventions = [cast(Any, self[name])[number] for name in adapters]
+        for name, intervention in zip(adapters, interventions, strict=True):
+            _check_device(intervention, name, h)
+        made = stack(interventions)
+        if not torch.is_grad_enabled():
+            stacks[key] = made
+        return made
 
     def set_hooked(self, wanted: bool) -> None:
         """Put the hook on the module, or take it off: where nothing is located, nothing is called."""
@@ -180,17 +220,25 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         _refuse_merge()
 
 
+def _check_device(intervention: Intervention, adapter_name: str, h: Tensor) -> None:
+    if (device := next(intervention.parameters()).device) != h.device:
+        raise ReftError(
+            f"The edits of adapter {adapter_name!r} are on {device}, the states on {h.device}; move them together, as "
+            "with model.to(device) or reft_model.set_device(device)."
+        )
+
+
 def _edit_columns(
-    intervention: Intervention, h: Tensor, columns: tuple[int, int] | None, strength: float, **context: Tensor
+    intervention: Intervention, h: Tensor, columns: tuple[int, int] | None, strength: float | Tensor, **context: Tensor
 ) -> Tensor:
-    """Edit a part of the width of the states `[n, d]`, with h + s (Φ(h) - h) for another strength than 1."""
-    part = h if columns is None else h[:, columns[0] : columns[1]]
-    if strength == 1:
+    """Edit a part of the width of the states `[..., d]`, with h + s (Φ(h) - h) for another strength than 1."""
+    part = h if columns is None else h[..., columns[0] : columns[1]]
+    if not isinstance(strength, Tensor) and strength == 1:
         edited = intervention(part, **context)
     else:
         wide = part.float()
         edited = (wide + strength * (intervention(wide, **context) - wide)).to(h.dtype)
-    return edited if columns is None else torch.cat((h[:, : columns[0]], edited, h[:, columns[1] :]), dim=-1)
+    return edited if columns is None else torch.cat((h[..., : columns[0]], edited, h[..., columns[1] :]), dim=-1)
 
 
 def _refuse_merge() -> NoReturn:
@@ -224,6 +272,8 @@ class ReftTuner(BaseTuner):
         self._locator = locator_of(model) or Locator(model, _stacks(model))
         self._locator.rules[adapter_name] = [entry.rule() for entry in representations]
         self._locator.places[adapter_name] = [site.stack for site in sites]
+        stackable = all(intervention_class(entry.intervention).stackable for entry in representations)
+        self._locator.kinds[adapter_name] = representations if stackable else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
@@ -249,7 +299,7 @@ class ReftTuner(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         if (locator := locator_of(self.model)) is not None:
-            for known in (locator.rules, locator.places, locator.strengths):
+            for known in (locator.rules, locator.places, locator.kinds, locator.strengths):
                 known.pop(adapter_name, None)
 
     def _unload_and_optionally_merge(

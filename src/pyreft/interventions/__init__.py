@@ -1,7 +1,7 @@
 """The edits: small modules that map a hidden state h to h', and the table of their names."""
 
 from ..errors import ReftError, did_you_mean
-from .base import Intervention
+from .base import Intervention, stack
 from .rank_one import Reftr1Intervention
 from .reft import (
     ConsreftIntervention,
@@ -37,6 +37,7 @@ __all__ = [
     "orthonormalize",
     "register",
     "short_name",
+    "stack",
 ]
 
 INTERVENTIONS: dict[str, type[Intervention]] = {}

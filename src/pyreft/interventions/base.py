@@ -4,7 +4,9 @@ Each sees only the gathered states of the tokens to edit, `[n, d]`. Which tokens
 not known here.
 """
 
+import copy
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,6 +39,13 @@ class Intervention(nn.Module):
 
     #: whether `edit` also takes `rows`, `[n]`: the row of the batch that each token belongs to
     by_row = False
+    #: whether `edit` works as well on `[rows, n, d]` with the parameters of another intervention for each row, those of
+    #: `[k]` as `[rows, 1, k]` and those of `[r, d]` as `[rows, r, d]`; a subclass says so for itself, see `stack`
+    stackable = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.stackable = vars(cls).get("stackable", False)  # a formula of one's own need not be what it inherits from
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -76,6 +85,30 @@ class Intervention(nn.Module):
 
     def extra_repr(self) -> str:
         return str(self.embed_dim)
+
+
+def stack(modules: Sequence[Any]) -> Any:
+    """Return one intervention that edits row i of states `[rows, n, d]` with the i-th of these.
+
+    They are of one `stackable` class, with the same settings and shapes. Gradients flow to each of them.
+    """
+    first = modules[0]
+    if hasattr(first, "stacked"):
+        return first.stacked(modules)
+    made = copy.copy(first)
+    for kind in ("_parameters", "_buffers"):
+        made.__dict__[kind] = {
+            name: _stack_tensors([getattr(module, name) for module in modules])
+            for name, value in getattr(first, kind).items()
+            if value is not None
+        }
+    made.__dict__["_modules"] = {name: stack([getattr(module, name) for module in modules]) for name in first._modules}
+    return made
+
+
+def _stack_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    stacked = torch.stack(list(tensors))
+    return stacked.unsqueeze(1) if stacked.dim() == 2 else stacked
 
 
 def check_rank(rank: int, embed_dim: int) -> None:

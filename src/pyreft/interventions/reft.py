@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ..errors import ReftError, did_you_mean
@@ -93,27 +92,31 @@ class LowRankIntervention(Intervention):
 
     def basis(self) -> Tensor:
         """Return R or W₂, `[r, d]`."""
-        return self.rotate_layer.weight.T if self.orthonormal else self.proj_layer.weight.float()
+        return self.rotate_layer.weight.mT if self.orthonormal else self.proj_layer.weight.float()
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, rank={self.low_rank_dimension}"
 
 
 def _linear(layer: nn.Linear, h: Tensor) -> Tensor:
-    """A linear layer in float32, whatever type its parameters have."""
-    return F.linear(h, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+    """A linear layer in float32, whatever type its parameters have; it may be stacked."""
+    product = h @ layer.weight.float().mT
+    return product if layer.bias is None else product + layer.bias.float()
 
 
 class LoreftIntervention(LowRankIntervention):
     """LoReFT: h' = h + Rᵀ(act(W h + b) - R h), with orthonormal rows of R (ReFT, equation 3)."""
 
+    stackable = True
+
     def coordinates(self, h: Tensor, basis: Tensor) -> Tensor:
-        return self.source(h) - h @ basis.T
+        return self.source(h) - h @ basis.mT
 
 
 class NoreftIntervention(LowRankIntervention):
     """NoReFT: h' = h + W₂ᵀ(act(W₁ h + b) - W₂ h), W₂ not orthonormal (ReFT, table 17)."""
 
+    stackable = True
     orthonormal = False
 
     def coordinates(self, h: Tensor, basis: Tensor) -> Tensor:
@@ -123,6 +126,7 @@ class NoreftIntervention(LowRankIntervention):
 class ConsreftIntervention(LoreftIntervention):
     """ConsReFT: h' = h + Rᵀ(b - R h), the same r coordinates for every token (ReFT, table 17)."""
 
+    stackable = True
     constant = True
 
 
@@ -132,6 +136,8 @@ class DireftIntervention(LowRankIntervention):
     The paper calls another formula DiReFT: that one is `NodireftIntervention`.
     """
 
+    stackable = True
+
     def coordinates(self, h: Tensor, basis: Tensor) -> Tensor:
         return self.source(h)
 
@@ -139,6 +145,7 @@ class DireftIntervention(LowRankIntervention):
 class LobireftIntervention(DireftIntervention):
     """LobiReFT: h' = h + Rᵀ b, a low-rank bias (ReFT, table 17)."""
 
+    stackable = True
     constant = True
 
 
@@ -148,4 +155,5 @@ class NodireftIntervention(DireftIntervention):
     With `add_bias`, W₂ has a bias that enters no formula, as in the original library.
     """
 
+    stackable = True
     orthonormal = False

@@ -1,5 +1,6 @@
 """R: matrices with orthonormal columns, kept so whatever the optimiser does, and computed for many layers at once."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -59,6 +60,12 @@ class LowRankRotateLayer(nn.Module):
 
     def __getstate__(self) -> dict:  # a kept R belongs to one forward and its graph: copies and pickles go without
         return {**self.__dict__, "_ready": None, "_made_from": None}
+
+    def stacked(self, rotations: "Sequence[LowRankRotateLayer]") -> "LowRankRotateLayer":
+        """Return a layer whose `weight` has the R of each of these, `[rows, d, r]`."""
+        made = copy.copy(self)
+        made.keep(torch.stack([rotation.weight for rotation in rotations]))
+        return made
 
     @torch.no_grad()
     def set_(self, rotation: Tensor) -> None:

@@ -12,6 +12,8 @@ from .base import Intervention
 class BiasIntervention(Intervention):
     """h' = h + b, `[d]`: a steering vector, learned or given (ActAdd, arXiv 2308.10248; BitFit, arXiv 2106.10199)."""
 
+    stackable = True
+
     def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
         self.bias = nn.Parameter(torch.zeros(embed_dim))
@@ -22,6 +24,8 @@ class BiasIntervention(Intervention):
 
 class RedIntervention(Intervention):
     """RED: h' = s ⊙ h + b, starting at s = 1 and b = 0 (arXiv 2402.15179, equation 3)."""
+
+    stackable = True
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
@@ -40,6 +44,8 @@ class RoadIntervention(Intervention):
     Raises:
         ReftError: an odd width.
     """
+
+    stackable = True
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
@@ -62,6 +68,8 @@ class LofitIntervention(Intervention):
     Args:
         l1: λ of the penalty λ‖a‖₁ on the training loss.
     """
+
+    stackable = True
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0, l1: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
@@ -89,6 +97,8 @@ class JolaIntervention(Intervention):
         l0: λ of the penalty on the training loss, λ times the expected number of open gates.
     """
 
+    stackable = True
+
     TEMPERATURE, LOW, HIGH = 0.33, -0.1, 1.1
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0, l0: float = 0.0) -> None:
@@ -110,7 +120,7 @@ class JolaIntervention(Intervention):
         return (logits.sigmoid() * (self.HIGH - self.LOW) + self.LOW).clamp(0, 1)
 
     def edit(self, h: Tensor) -> Tensor:
-        scaled, shifted = self.gates()
+        scaled, shifted = self.gates().split(1, dim=-1)
         return scaled * self.scale.float() * h + shifted * self.bias.float()
 
     def penalty(self) -> Tensor | None:

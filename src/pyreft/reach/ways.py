@@ -209,7 +209,7 @@ def _together(
 def _move(located: Located, rows: Rows) -> Located:
     """Locations in whole rows as those behind prefixes, `[batch, rows.past + rows.width]`."""
     moved = Located()
-    moved.subspaces, moved.by_row = located.subspaces, located.by_row
+    moved.subspaces = located.subspaces
     made: dict[int, Tensor] = {}
     for key, mask in located.masks.items():
         if id(mask) not in made:
