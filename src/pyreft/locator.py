@@ -381,7 +381,7 @@ class Locator:
         """
         plain = functools.partial(type(self.model).generate, self.model)
         given = {name: value for name in GIVEN if (value := kwargs.pop(name, None)) is not None}
-        if self.generating or not self.active:
+        if self.generating or not (self.active or self.row_adapters):
             return plain(*args, **kwargs)
         self._take(given)
         try:

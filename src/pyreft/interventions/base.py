@@ -98,9 +98,8 @@ def stack(modules: Sequence[Any]) -> Any:
     made = copy.copy(first)
     for kind in ("_parameters", "_buffers"):
         made.__dict__[kind] = {
-            name: _stack_tensors([getattr(module, name) for module in modules])
+            name: value if value is None else _stack_tensors([getattr(module, name) for module in modules])
             for name, value in getattr(first, kind).items()
-            if value is not None
         }
     made.__dict__["_modules"] = {name: stack([getattr(module, name) for module in modules]) for name in first._modules}
     return made

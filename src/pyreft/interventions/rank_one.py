@@ -13,8 +13,9 @@ from .rotation import LowRankRotateLayer
 class Reftr1Intervention(Intervention):
     """ReFT-r1: h' = h + m w, with a unit vector w and the same strength m for all edited tokens of a row.
 
-    m is the mean of the `top_k` largest latents ReLU(w·h) among these tokens. In training, λ times the mean of the
-    other latents is added to the loss, so that few tokens activate the concept.
+    m is the mean of the `top_k` largest latents ReLU(w·h) among these tokens, as far as one forward sees them: a prompt
+    in chunks, or each token that is generated after `positions="all"`, has an m of its own. In training, λ times the
+    mean of the other latents is added to the loss, so that few tokens activate the concept.
 
     Args:
         embed_dim: d, the width of the edited hidden states.

@@ -64,7 +64,7 @@ class LowRankRotateLayer(nn.Module):
     def stacked(self, rotations: "Sequence[LowRankRotateLayer]") -> "LowRankRotateLayer":
         """Return a layer whose `weight` has the R of each of these, `[rows, d, r]`."""
         made = copy.copy(self)
-        made.keep(torch.stack([rotation.weight for rotation in rotations]))
+        made.keep(torch.stack([rotation.weight.mT for rotation in rotations]).mT)  # products want rows of R in a row
         return made
 
     @torch.no_grad()

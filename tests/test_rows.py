@@ -1,0 +1,201 @@
+"""Rows of a batch with adapters of their own: what each row does alone, computed together where the formulas allow."""
+
+import contextlib
+import copy
+
+import peft
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pyreft
+from conftest import pad, shaken, tiny_llama
+from pyreft.interventions import INTERVENTIONS, Intervention, LoreftIntervention, intervention_class, stack
+
+GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+ADAPTERS = ["a", "b", "c"]
+FORMULAS = list(INTERVENTIONS)
+
+
+class ShrinkIntervention(Intervention):
+    """A formula of one's own that nothing is said about."""
+
+    def __init__(self, *, embed_dim, **settings):
+        super().__init__(embed_dim=embed_dim, **settings)
+        self.amount = torch.nn.Parameter(torch.zeros(embed_dim))
+
+    def edit(self, h):
+        return -self.amount * h
+
+
+class StackableShrinkIntervention(ShrinkIntervention):
+    stackable = True
+
+
+def ranked(formula):
+    names = intervention_class(formula).setting_names()
+    return {"low_rank_dimension": 4} if "low_rank_dimension" in names else {}
+
+
+def many(formula="loreft", base=None, adapters=ADAPTERS, **config):
+    config = {"layers": [1, 3], "intervention": formula, **ranked(formula), **config}
+    adapted = peft.get_peft_model(tiny_llama() if base is None else base, pyreft.ReftConfig(**config), adapters[0])
+    for name in adapters[1:]:
+        adapted.add_adapter(name, pyreft.ReftConfig(**config))
+    return shaken(adapted)
+
+
+@contextlib.contextmanager
+def only(adapted, name):
+    with adapted.disable_adapter() if name == "__base__" else contextlib.nullcontext():
+        if name != "__base__":
+            adapted.set_adapter(name)
+        yield
+
+
+@pytest.fixture
+def edits(monkeypatch):
+    """The shapes of the states that pass a formula."""
+    shapes = []
+    forward = Intervention.forward
+    monkeypatch.setattr(
+        Intervention, "forward", lambda self, h, **context: shapes.append(h.shape) or forward(self, h, **context)
+    )
+    return shapes
+
+
+@pytest.mark.parametrize("formula", [*FORMULAS, ShrinkIntervention, StackableShrinkIntervention])
+def test_every_formula_by_row_is_that_of_each_row_alone(formula):
+    adapted = many(formula, positions="f1+l2")
+    ids = torch.randint(3, 96, (5, 9))
+    names = ["b", "a", "__base__", "c", "a"]
+    together = adapted(ids, adapter_names=names).logits
+    for row, name in enumerate(names):
+        with only(adapted, name):
+            alone = adapted(ids[row : row + 1]).logits[0]
+        torch.testing.assert_close(together[row], alone, atol=2e-5, rtol=1e-4)  # products of another shape round so
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    formulas=st.lists(st.sampled_from(["loreft", "nodireft", "red", ShrinkIntervention]), min_size=3, max_size=3),
+    rule=st.sampled_from(["f2", "l1", "f2+l3", "prompt", "all"]),
+    names=st.lists(st.sampled_from([*ADAPTERS, "__base__"]), min_size=1, max_size=5),
+    side=st.sampled_from(["left", "right"]),
+    chunk=st.sampled_from([None, 2, 5]),
+    beams=st.sampled_from([1, 3]),
+    strength=st.sampled_from([1.0, 0.5, {"a": 0.5, "b": 2.0}]),
+    seed=st.integers(0, 9),
+)
+def test_a_batch_generates_what_each_row_does_with_its_adapter(
+    formulas, rule, names, side, chunk, beams, strength, seed
+):
+    torch.manual_seed(seed)
+    adapted = many(formulas[0], adapters=["a"], positions=rule)
+    for name, formula in zip(["b", "c"], formulas[1:], strict=True):
+        config = {"layers": [1, 3], "positions": rule, "intervention": formula, **ranked(formula)}
+        adapted.add_adapter(name, pyreft.ReftConfig(**config))
+    shaken(adapted)
+    prompts = [torch.randint(3, 96, (int(n),)).tolist() for n in torch.randint(1, 10, (len(names),))]
+    ids, mask = pad(prompts, side)
+    options = {**GREEDY, "num_beams": beams, "strength": strength}
+    together = adapted.generate(
+        input_ids=ids, attention_mask=mask, adapter_names=names, prefill_chunk_size=chunk, **options
+    )
+    for prompt, name, found in zip(prompts, names, together, strict=True):
+        with only(adapted, name):
+            alone = adapted.generate(input_ids=torch.tensor([prompt]), **options)
+        assert found[-4:].tolist() == alone[0, -4:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("formula", "calls"), [("loreft", 2), (StackableShrinkIntervention, 2), (ShrinkIntervention, 6), ("reftr1", 6)]
+)
+def test_adapters_of_one_kind_are_edited_at_once(edits, formula, calls):
+    adapted = many(formula, positions="f1+l2")
+    adapted(torch.randint(3, 96, (3, 9)), adapter_names=["c", "a", "b"])
+    assert len(edits) == calls  # two layers, times three adapters if these cannot be stacked
+    assert sum(shape[:-1].numel() for shape in edits) == 2 * 3 * 3
+
+
+def test_adapters_with_other_settings_are_a_kind_of_their_own(edits):
+    adapted = many(positions="l2", adapters=["a", "b"])
+    adapted.add_adapter("c", pyreft.ReftConfig(layers=[1, 3], positions="l1", low_rank_dimension=4))
+    shaken(adapted)(torch.randint(3, 96, (3, 9)), adapter_names=["a", "b", "c"])
+    assert [list(shape) for shape in edits] == [[2, 2, 32], [1, 32]] * 2
+
+
+@pytest.mark.parametrize("rule", ["l1", "f2+l3", "prompt"])
+def test_decoding_after_the_prompt_runs_no_hook_of_ours(edits, rule):
+    adapted = many(positions=rule)
+    adapted.generate(input_ids=torch.randint(3, 96, (3, 9)), adapter_names=ADAPTERS, **GREEDY)
+    assert len(edits) == 2
+    assert not any(block._forward_hooks for block in adapted.get_base_model().model.layers)
+
+
+def test_gradients_by_row_are_those_of_each_row_alone():
+    adapted = many(positions="f1+l2").train()
+    ids = torch.randint(3, 96, (3, 9))
+
+    def gradients(rows):
+        adapted.zero_grad()
+        for which, names in rows:
+            adapted(ids[which], adapter_names=names).logits.square().sum().backward()
+        return {name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None}
+
+    for name, parameter in adapted.named_parameters():
+        parameter.requires_grad_("reft_" in name)
+    together = gradients([([0, 1, 2], ["b", "a", "b"])])
+    alone = gradients([([0], ["b"]), ([1], ["a"]), ([2], ["b"])])
+    assert together.keys() == alone.keys()
+    assert {name.split(".reft_output.")[1][0] for name in together} == {"a", "b"}
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, alone[name], atol=1e-3, rtol=1e-4)
+
+
+def test_subspaces_are_chosen_by_row():
+    adapted = many(positions="l2")
+    ids = torch.randint(3, 96, (3, 9))
+    chosen = [[[0, 1]] * 2, [[2]] * 2, [[3, 0]] * 2]
+    together = adapted(ids, adapter_names=["b", "a", "__base__"], subspaces=chosen).logits
+    for row, name in enumerate(["b", "a"]):
+        adapted.set_adapter(name)
+        alone = adapted(ids[row : row + 1], subspaces=chosen[row : row + 1]).logits[0]
+        torch.testing.assert_close(together[row], alone, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("formula", [name for name in FORMULAS if intervention_class(name).stackable])
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_stack_edits_each_row_with_one_of_its_formulas(formula, mode):
+    edits = [intervention_class(formula)(embed_dim=8, **ranked(formula)) for _ in range(3)]
+    for edit in edits:
+        edit.train(mode and formula != "jola")  # whose gates are drawn at random in training
+        for parameter in edit.parameters():
+            torch.nn.init.normal_(parameter)
+    h = torch.randn(3, 4, 8)
+    expected = torch.stack([edit(row) for edit, row in zip(edits, h, strict=True)])
+    torch.testing.assert_close(stack(edits)(h), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_formula_that_inherits_from_a_stackable_one_is_not():
+    class OwnIntervention(LoreftIntervention):
+        def edit(self, h, subspaces=None):
+            return h.mean(0, keepdim=True) + super().edit(h)
+
+    assert LoreftIntervention.stackable
+    assert not OwnIntervention.stackable
+
+
+def test_a_swap_of_weights_between_two_batches_is_seen():
+    adapted = many(positions="l2").eval()
+    other = copy.deepcopy(adapted)
+    shaken(other)
+    ids = torch.randint(3, 96, (3, 9))
+    with torch.inference_mode():
+        before = adapted(ids, adapter_names=ADAPTERS).logits
+        expected = other(ids, adapter_names=ADAPTERS).logits
+    adapted.load_state_dict(other.state_dict())
+    with torch.inference_mode():
+        assert torch.equal(adapted(ids, adapter_names=ADAPTERS).logits, expected)
+    assert not torch.equal(before, expected)
