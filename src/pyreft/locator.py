@@ -314,13 +314,13 @@ class Locator:
         given = self.call.get(STRENGTH, 1.0)
         return self.strengths.get(name, 1.0) * float(given.get(name, 1.0) if isinstance(given, dict) else given)
 
-    def check_names(self, names: Any, what: str) -> None:
-        """Refuse adapters that the model does not have."""
+    def check_names(self, names: Any, what: str, base: bool = True) -> None:
+        """Refuse adapters that the model does not have; with `base`, the name of none is taken."""
         for name in names:
-            if name not in self.rules and name != BASE:
+            if name not in self.rules and not (base and name == BASE):
+                known = f"({', '.join(self.rules)}){f' or {BASE!r}' if base else ''}"
                 raise ReftError(
-                    f"{what}: expected adapters of this model ({', '.join(self.rules)}) or {BASE!r}, got {name!r}."
-                    f"{did_you_mean(name, self.rules)}"
+                    f"{what}: expected adapters of this model {known}, got {name!r}.{did_you_mean(name, self.rules)}"
                 )
 
     def remove(self) -> None:

@@ -132,10 +132,13 @@ class ReftModel(PeftModel):
     @property
     def interventions(self) -> dict[str, Intervention]:
         """The active adapter's interventions, in the order of its representations."""
+        return self._interventions(self.active_adapter)
+
+    def _interventions(self, adapter_name: str) -> dict[str, Intervention]:
         named: dict[int, tuple[str, Intervention]] = {}
         for name, layer in self.named_modules():
             if isinstance(layer, ReftLayer):
-                named |= {index: (f"{name}.{index}", module) for index, module in layer.of(self.active_adapter)}
+                named |= {index: (f"{name}.{index}", module) for index, module in layer.of(adapter_name)}
         return dict(named[index] for index in sorted(named))
 
     def count_parameters(self, include_model: bool = False) -> int:
@@ -201,7 +204,7 @@ class ReftModel(PeftModel):
         For one call, pass `strength=` to it, a number or a dict by adapter; the two are multiplied. Strengths are
         not saved.
         """
-        self._locator.check_names([adapter_name], "adapter_name")
+        self._locator.check_names([adapter_name], "adapter_name", base=False)
         self._locator.strengths[adapter_name] = float(strength)
 
     # -- files ----------------------------------------------------------------------------------------------------
@@ -258,17 +261,23 @@ class ReftModel(PeftModel):
         """Save the adapter, as `save` does; what it writes is complete, so `load` reads it as well."""
         self.save(save_directory, include_model=include_model)
 
-    def load_intervention(self, load_directory: str | PathLike, include_model: bool = True) -> None:
-        """Load the weights of a saved adapter into the active one, whose places must be the same.
+    def load_intervention(
+        self, load_directory: str | PathLike, include_model: bool = True, *, adapter_name: str | None = None
+    ) -> None:
+        """Load the weights of a saved adapter into one of this model, whose places must be the same.
+
+        The parameters are overwritten where they are, so a compiled model or an optimiser goes on with them.
 
         Args:
             load_directory: where this library saved, or the original or its trainers (a checkpoint's folder).
             include_model: for files of the original: load what it trained of the base model, too.
+            adapter_name: the adapter to overwrite, the active one if not given.
 
         Raises:
             ReftError: files that are missing, damaged, or of another adapter; the model is then as it was.
         """
-        name = self.active_adapter
+        name = self.active_adapter if adapter_name is None else adapter_name
+        self._locator.check_names([name], "adapter_name", base=False)
         place = _legacy_place(load_directory)
         layers = self.peft_config[name].base_model_shape["num_hidden_layers"]
         representations = self.peft_config[name].expand(layers)
@@ -284,7 +293,7 @@ class ReftModel(PeftModel):
                     tensor.copy_(state.pop(key))
             set_peft_model_state_dict(self, state, name)
             return
-        values = read_interventions(place, representations, self.interventions.values())
+        values = read_interventions(place, representations, self._interventions(name).values())
         if include_model:  # a module that the adapter trains stands for the base model's
             parameters = {
                 re.sub(rf"\b(original_module|modules_to_save\.{re.escape(name)})\.", "", path): parameter

@@ -297,7 +297,16 @@ class ReftTuner(BaseTuner):
             layer.add_intervention(adapter_name, index, intervention.to(_device(target)), site.columns)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
+        """Delete an adapter; if it was the only active one, the first that is left becomes active."""
+        active = list(self.active_adapters)
+        super().delete_adapter(adapter_name)  # which takes our layers for parameters of its own and leaves them
+        for layer in reft_layers(self.model):
+            if adapter_name in layer:
+                del layer[adapter_name], layer.indices[adapter_name], layer.columns[adapter_name]
+        left = [name for name in active if name != adapter_name] or list(self.peft_config)[:1]
+        if adapter_name in active:
+            self.set_adapter(left)
+        self.active_adapter = left
         if (locator := locator_of(self.model)) is not None:
             for known in (locator.rules, locator.places, locator.kinds, locator.strengths):
                 known.pop(adapter_name, None)
@@ -316,6 +325,13 @@ class ReftTuner(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> NoReturn:
         _refuse_merge()
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ReftError(
+            "add_weighted_adapter: a weighted sum of edits is in general no edit of the same formula, so it makes no "
+            "new adapter. Switch the adapters on together, model.base_model.set_adapter(['a', 'b']), and weight each "
+            "with model.set_strength('a', 0.7): their edits are summed."
+        )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

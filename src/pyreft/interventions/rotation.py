@@ -1,7 +1,8 @@
 """R: matrices with orthonormal columns, kept so whatever the optimiser does, and computed for many layers at once."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ class LowRankRotateLayer(nn.Module):
         """R as `[d, r]`, float32; in evaluation it is computed once and kept until the parameter changes."""
         if self._ready is not None and self._made_from == self._state():
             return self._ready
-        value = orthonormal_columns(self.free)
+        with _outliving_inference():
+            value = orthonormal_columns(self.free)
         if not value.requires_grad and not self.training:
             self.keep(value)
         return value
@@ -87,6 +89,17 @@ def orthonormalize(rotations: Sequence[LowRankRotateLayer]) -> None:
             continue
         groups.setdefault((rotation.free.shape, rotation.free.device), []).append(rotation)
     for group in groups.values():
-        stacked = orthonormal_columns(torch.stack([rotation.free.float() for rotation in group]))
+        with _outliving_inference():
+            stacked = orthonormal_columns(torch.stack([rotation.free.float() for rotation in group]))
         for rotation, value in zip(group, stacked.unbind(), strict=True):
             rotation.keep(value)
+
+
+@contextmanager
+def _outliving_inference() -> Iterator[None]:
+    """What is kept from an inference may stand in the graph of a later step, where tensors of inference mode cannot."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
