@@ -99,8 +99,10 @@ def test_without_a_rule_and_without_locations_the_model_is_the_base(model, adapt
 @pytest.mark.parametrize(
     ("locations", "got"),
     [
-        (at([9]), "got 1 interventions with 1 rows."),
-        ({"sources->base": (None, [[[9], [9]]] * 2)}, "got 2 interventions with 2 rows."),
+        (at([9]), "with 1 interventions and a batch of 2, so [1][2][positions]; got [1][1][1]."),
+        ({"sources->base": (None, [[[9], [9]]] * 2)}, "so [1][2][positions]; got [2][2][1]."),
+        ({"sources->base": (None, [[[9, 8], [9]], [[9]]])}, "so [1][2][positions]; got [2][1 or 2][1 or 2]."),
+        (at([9], [9]) | {"sources->base": (None, [[9], [9]])}, "so [1][2][positions]; got [2][1]."),
         (at([-1], [-1]), "and indices from 0, got [[[-1], [-1]]]."),
         ({"sources->base": (None, [9, 9])}, "got {'sources->base': (None, [9, 9])}."),
         ({"source": 3}, "got {'source': 3}."),

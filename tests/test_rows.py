@@ -199,3 +199,25 @@ def test_a_swap_of_weights_between_two_batches_is_seen():
     with torch.inference_mode():
         assert torch.equal(adapted(ids, adapter_names=ADAPTERS).logits, expected)
     assert not torch.equal(before, expected)
+
+
+def test_adapters_of_mixed_types_on_a_bfloat16_model():
+    adapted = many(base=tiny_llama().to(torch.bfloat16), positions="l2")
+    for name, parameter in adapted.named_parameters():
+        if ".b." in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    ids = torch.randint(3, 96, (3, 9))
+    together = adapted(ids, adapter_names=ADAPTERS).logits
+    assert together.dtype == torch.bfloat16
+    for row, name in enumerate(ADAPTERS):
+        adapted.set_adapter(name)
+        alone = adapted(ids[row : row + 1]).logits[0]
+        torch.testing.assert_close(together[row], alone, atol=0.2, rtol=0.1)  # bfloat16 rounds all that follows
+
+
+def test_adapters_on_mixed_devices_say_so():
+    adapted = many(positions="l2")
+    for layer in pyreft.tuner.reft_layers(adapted):
+        layer["b"].to("meta")
+    with pytest.raises(pyreft.ReftError, match="The edits of adapter 'b' are on meta, the states on cpu; move them"):
+        adapted(torch.randint(3, 96, (2, 9)), adapter_names=["a", "b"])

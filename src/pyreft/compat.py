@@ -76,6 +76,16 @@ def _nested(given: Any) -> Any:
     return given.tolist() if hasattr(given, "tolist") else given
 
 
+def _sizes(nested: Any) -> str:
+    """Of nested lists, how many there are on each level, as `[2][3][1]`; `[2][1 or 3][1]` where they differ."""
+    sizes = ""
+    level = [nested]
+    while level and all(isinstance(part, list | tuple) for part in level):
+        sizes += f"[{' or '.join(map(str, sorted({len(part) for part in level})))}]"
+        level = [inner for part in level for inner in part if inner is not None]
+    return sizes
+
+
 def read_subspaces(subspaces: Any, batch: int, interventions: int) -> list[list[list[int] | None]]:
     """Turn the original's `[interventions][batch][directions]` into `[batch][interventions][directions]`.
 
@@ -111,8 +121,7 @@ def read_unit_locations(unit_locations: Any, batch: int, interventions: int) -> 
     try:
         counts = (len(nested), {len(rows) for rows in nested if rows is not None})
         if counts[0] != interventions or not counts[1] <= {batch}:
-            came = sorted(counts[1])
-            raise ReftError(f"{expected}, got {counts[0]} interventions with {came[0] if came else 0} rows.")
+            raise ReftError(f"{expected}, so [{interventions}][{batch}][positions]; got {_sizes(nested)}.")
         by_row = [
             [list(nested[i][b]) if nested[i] is not None else [] for i in range(interventions)] for b in range(batch)
         ]
