@@ -277,6 +277,19 @@ def test_every_exception_has_a_check():
     assert len({one.name for one in ARCHITECTURES}) == len(ARCHITECTURES)
 
 
+def test_none_of_the_common_architectures_is_lost():
+    common = (
+        "Llama, Mistral, Mixtral, Qwen2, Qwen2-MoE, Qwen3, Qwen3-MoE, Gemma, Gemma 2, Gemma 3, Phi, Phi-3, GPT-2, "
+        "GPT-J, GPT-NeoX, GPT-Neo, GPT-BigCode, Bloom, Falcon, MPT, OPT, StableLM, StarCoder2, OLMo, OLMo 2, Cohere, "
+        "Granite, DeepSeek-V3, SmolLM3, gpt-oss, Mamba, Mamba 2, RecurrentGemma, T5, BART, M2M100, BERT, RoBERTa, "
+        "DeBERTa-v2, DistilBERT, ELECTRA, ModernBERT, ViT, CLIP's text tower, LLaVA, Qwen2-VL, Gemma 3 with images, "
+        "Whisper"
+    )
+    assert set(common.split(", ")) <= {one.name for one in ARCHITECTURES}
+    models = [shared(one).config.model_type for one in ARCHITECTURES]
+    assert len(set(models)) == len(models)  # none stands for two
+
+
 def test_the_documented_table_is_this_one():
     document = Path(__file__).parents[1] / "docs" / "architectures.md"
     assert document.read_text(encoding="utf-8") == table(), "python tests/architectures.py > docs/architectures.md"
