@@ -71,7 +71,7 @@ def read_examples(path: str | Path) -> list[Example]:
     Raises:
         ReftError: a file that is missing, empty or of another kind; a broken line or a missing field, with its place.
     """
-    examples = [_example(row, where) for where, row in _rows(Path(path))]
+    examples = [_example(row, where) for where, row in read_rows(Path(path))]
     if not examples:
         raise ReftError(f"{path}: the file has no examples.")
     if len({example.format for example in examples}) > 1:
@@ -89,10 +89,10 @@ def read_prompts(path: str | Path) -> list[tuple[str, str]]:
         ReftError: as `read_examples`.
     """
     if Path(path).suffix.lower() == ".txt":
-        prompts = [(line, "") for line in _text(Path(path)).split("\n") if line.strip()]
+        prompts = [(line, "") for line in read_text(Path(path)).split("\n") if line.strip()]
     else:
         prompts = []
-        for where, row in _rows(Path(path)):
+        for where, row in read_rows(Path(path)):
             name = next((name for name in ("prompt", "instruction") if name in row), None)
             if name is None:
                 raise ReftError(f"{where}: expected a field 'prompt' or 'instruction', got {', '.join(row) or 'none'}.")
@@ -102,21 +102,30 @@ def read_prompts(path: str | Path) -> list[tuple[str, str]]:
     return prompts
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        ReftError: no such file, or another encoding.
+    """
     if not path.is_file():
         raise ReftError(f"{path}: there is no such file.")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.readread_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ReftError(f"{path}: the file is not UTF-8 text ({error}).") from None
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a file with its place."""
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a `.jsonl`, `.json` or `.csv` file with its place; what fields it has is not looked at.
+
+    Raises:
+        ReftError: as `read_examples`, but for the fields.
+    """
     kind = path.suffix.lower()
     if kind not in ENDINGS:
         raise ReftError(f"{path}: expected a file ending in {', '.join(ENDINGS)}, got {path.suffix or 'no ending'!r}.")
-    text = _text(path)
+    text = read_text(path)
     # a line ends with a line feed alone: JSON and CSV may hold the other separators that splitlines() knows
     if kind == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""), restkey=None)
