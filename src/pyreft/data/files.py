@@ -111,7 +111,7 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         raise ReftError(f"{path}: there is no such file.")
     try:
-        return path.readread_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ReftError(f"{path}: the file is not UTF-8 text ({error}).") from None
 

@@ -71,7 +71,7 @@ def load(task: str, split: str, file: str, source: str) -> list[Row]:
     except Exception as error:  # many kinds: of the network, the hub and the file
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ReftError(
-            f"data_dir: {found.files or found.path} could not be loaded from the hub ({first}). Without a network, give "
-            f"a directory with {file}, from {source}."
+            f"data_dir: {found.files or found.path} could not be loaded from the hub ({first}). Without a network, "
+            f"give a directory with {file}, from {source}."
         ) from None
     return [Row(f"{found.path}, row {number}", found.row(row)) for number, row in enumerate(rows, 1)]
