@@ -7,37 +7,58 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from . import pocket
-from .checkpoint import read_config, read_shapes
+from .checkpoint import read_config_data, read_shapes
+from .config import ReftPeftType
 from .errors import ReftError
 from .model import ReftModel
 
 EMBEDDED = "pocket"  # the name of the model that ships with the package
 
 
-def load_base(name: str | None = None, dtype: str = "auto") -> tuple[Any, PreTrainedTokenizerBase]:
+def load_base(
+    name: str | None = None, dtype: str = "auto", labels: int | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return a causal language model in evaluation mode, and its tokenizer, ready to pad.
 
     Args:
         name: a directory, a name on the hub, or `"pocket"` for the embedded model, which is the default.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: as stored on a GPU, float32 on a CPU.
+        labels: how many outputs a classifier has, to load one instead of a language model.
 
     Raises:
-        ReftError: no such model, an unknown type, or a tokenizer that has neither a padding nor an EOS token.
+        ReftError: no such model, one that cannot do this, an unknown type, or a tokenizer that has neither a padding
+            nor an EOS token.
     """
     gpu = torch.cuda.is_available()
     kinds = {"auto": "auto" if gpu else torch.float32}
     kinds |= {kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16")}
     if dtype not in kinds:
         raise ReftError(f"dtype: expected {', '.join(kinds)}, got {dtype!r}.")
+    if labels is None:
+        check_language_model(name)
+    else:
+        check_classifier(name)
     tokenizer = load_tokenizer(name)
+    loader = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    options = {} if labels is None else {"num_labels": labels}
     with _explained(name):
-        model = AutoModelForCausalLM.from_pretrained(
-            _path(name), dtype=kinds[dtype], device_map="auto" if gpu else None
-        )
+        model = loader.from_pretrained(_path(name), dtype=kinds[dtype], device_map="auto" if gpu else None, **options)
+    if labels is not None and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last token by it
     return model.eval(), tokenizer
 
 
@@ -53,21 +74,27 @@ def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
 
 
 def load_adapted(
-    adapter: str | os.PathLike, name: str | None = None, dtype: str = "auto"
-) -> tuple[ReftModel, PreTrainedTokenizerBase]:
+    adapter: str | os.PathLike, name: str | None = None, dtype: str = "auto", labels: int | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """Return an adapter on its base model, and the tokenizer.
 
     Args:
-        adapter: the adapter's directory.
+        adapter: the adapter's directory; of this method, or of another one of PEFT, such as LoRA.
         name: the base model, if not the one that the adapter remembers.
+        labels: see `load_base`.
 
     Raises:
-        ReftError: a damaged adapter, or a base model that is gone or another one.
+        ReftError: a damaged adapter, a base model that is gone or another one, or a classifier that is not there.
     """
     name = name or base_of(adapter)
-    read_shapes(adapter)  # a damaged file is told before a large model is loaded
-    model, tokenizer = load_base(name, dtype)
-    return ReftModel.from_pretrained(model, adapter), tokenizer
+    shapes = read_shapes(adapter)  # a damaged file is told before a large model is loaded
+    kind = read_config_data(adapter)
+    if labels is not None:
+        _check_head(adapter, kind.get("modules_to_save") or (), shapes, labels)
+    model, tokenizer = load_base(name, dtype, labels)
+    if kind.get("peft_type") == ReftPeftType.REFT.value:
+        return ReftModel.from_pretrained(model, adapter), tokenizer
+    return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
 
 
 def base_of(adapter: str | os.PathLike) -> str:
@@ -76,7 +103,7 @@ def base_of(adapter: str | os.PathLike) -> str:
     Raises:
         ReftError: it remembers none, or a directory that is gone.
     """
-    name = read_config(adapter).base_model_name_or_path
+    name = read_config_data(adapter).get("base_model_name_or_path")
     if name is None:
         raise ReftError(f"{adapter}: the adapter does not say what its base model is; name it.")
     # an adapter of the embedded model may come from another machine, where the package lies elsewhere
@@ -87,6 +114,16 @@ def base_of(adapter: str | os.PathLike) -> str:
     return name
 
 
+def read_model_config(name: str | None) -> Any:
+    """Return the config of a base model, which tells its kind and sizes without loading it.
+
+    Raises:
+        ReftError: no such model.
+    """
+    with _explained(name):
+        return AutoConfig.from_pretrained(_path(name))
+
+
 def check_language_model(name: str | None) -> None:
     """Refuse a base model that was saved as anything but a causal language model, before it is loaded.
 
@@ -95,8 +132,7 @@ def check_language_model(name: str | None) -> None:
     Raises:
         ReftError: no such model, or one of another kind.
     """
-    with _explained(name):
-        saved = AutoConfig.from_pretrained(_path(name)).architectures or []
+    saved = read_model_config(name).architectures or []
     known: set[str] = set()
     for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         known |= {names} if isinstance(names, str) else set(names)
@@ -105,6 +141,31 @@ def check_language_model(name: str | None) -> None:
             f"model: expected a causal language model, {_path(name)!r} holds a {saved[0]}, which has no unembedding "
             "for one. Load it with its own class and use the functions of pyreft on it."
         )
+
+
+def check_classifier(name: str | None) -> None:
+    """Refuse a base model for which transformers has no classifier of texts, before it is loaded.
+
+    Raises:
+        ReftError: no such model, or one of another kind.
+    """
+    kind = read_model_config(name).model_type
+    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise ReftError(
+            f"model: expected a model with a classifier of texts, such as RoBERTa; transformers has none for "
+            f"{_path(name)!r}, which is a {kind}."
+        )
+
+
+def _check_head(adapter: Any, names: Any, shapes: dict[str, tuple[int, ...]], labels: int) -> None:
+    heads = {shape[0] for name, shape in shapes.items() if set(names) & set(name.split("."))}
+    if not heads:
+        raise ReftError(
+            f"{adapter}: expected an adapter with a trained classifier, this one has none; was it trained for "
+            "generation? `pyreft train glue --task ...` trains one."
+        )
+    if labels not in heads:
+        raise ReftError(f"{adapter}: its classifier was not trained for {labels} outputs, which this task has.")
 
 
 def _path(name: str | None) -> str:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
@@ -79,6 +80,21 @@ def read_config(directory: str | os.PathLike) -> ReftConfig:
     Raises:
         ReftError: not an adapter, one of another method, or a file that is damaged.
     """
+    data = read_config_data(directory)
+    if (kind := data.get("peft_type")) != ReftPeftType.REFT.value:
+        raise ReftError(
+            f"{Path(directory) / CONFIG_NAME}: expected an adapter of representation finetuning, this is one of the "
+            f"type {kind!r}."
+        )
+    return ReftConfig(**ReftConfig.check_kwargs(**data))
+
+
+def read_config_data(directory: str | os.PathLike) -> dict[str, Any]:
+    """Return the config of an adapter of any method of PEFT, as it stands in the file.
+
+    Raises:
+        ReftError: not an adapter, or a file that is damaged.
+    """
     path = Path(directory) / CONFIG_NAME
     if not path.is_file():
         hint = ""
@@ -89,10 +105,9 @@ def read_config(directory: str | os.PathLike) -> ReftConfig:
         data = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ReftError(f"{path}: the file is damaged, it is not JSON ({error}).") from None
-    if not isinstance(data, dict) or data.get("peft_type") != ReftPeftType.REFT.value:
-        kind = data.get("peft_type") if isinstance(data, dict) else None
-        raise ReftError(f"{path}: expected an adapter of representation finetuning, this is one of the type {kind!r}.")
-    return ReftConfig(**ReftConfig.check_kwargs(**data))
+    if not isinstance(data, dict):
+        raise ReftError(f"{path}: expected an adapter's config, this is a list of values or a single one.")
+    return data
 
 
 def read_shapes(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:

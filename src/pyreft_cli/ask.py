@@ -40,6 +40,7 @@ def generate(
 
     from pyreft.answers import generate_answers
     from pyreft.base import load_adapted
+    from pyreft.checkpoint import read_config
     from pyreft.data.encode import context_length, default_format, prompt_text, token_ids
     from pyreft.data.files import read_prompts
     from pyreft.errors import ReftError
@@ -49,8 +50,9 @@ def generate(
     asked = [(text, "") for text in prompt or []] + (read_prompts(file) if file else [])
     if not asked:
         raise typer.BadParameter("give a --prompt or a --file of them.")
+    written = read_config(adapter).prompt_format
     adapted, tokenizer = load_adapted(adapter, model)
-    form: Any = adapted.active_peft_config.prompt_format or default_format(tokenizer)
+    form: Any = written or default_format(tokenizer)
     texts = [prompt_text(tokenizer, text, form, given) for text, given in asked]
     limit = context_length(adapted.get_base_model(), tokenizer)
     for number, text in enumerate(texts, 1):
@@ -109,10 +111,12 @@ def chat(
     """Talk to an adapted model; the answers appear as they are made."""
     hush()
     from pyreft.base import load_adapted
+    from pyreft.checkpoint import read_config
     from pyreft.data.encode import default_format
 
+    written = read_config(adapter).prompt_format
     adapted, tokenizer = load_adapted(adapter, model)
-    form: Any = adapted.active_peft_config.prompt_format or default_format(tokenizer)
+    form: Any = written or default_format(tokenizer)
     talk = _Conversation(adapted, tokenizer, form, {"max_new_tokens": max_new_tokens, "temperature": temperature})
     if not quiet:
         console.print(CHAT_HELP)

@@ -13,6 +13,12 @@ Option = typer.Option
 
 def train(
     context: typer.Context,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe of the paper: commonsense, arithmetic, instruct, glue, or a YAML file like them."
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         Option(
@@ -24,11 +30,23 @@ def train(
     model: Annotated[
         str | None, Option(help="Base model: a hub id or a directory; by default the embedded one.")
     ] = None,
+    data_dir: Annotated[str | None, Option(help="Of a recipe: the directory of its data.  [default: the hub]")] = None,
+    method: Annotated[
+        str | None, Option(help="loreft, direft (of the paper), or lora to compare with.  [default: loreft]")
+    ] = None,
+    task: Annotated[
+        str | None, Option(help="Of the recipe glue: one task.  [default: each, one after the other]")
+    ] = None,
+    limit: Annotated[int | None, Option(help="Of a recipe: train on the first so many examples.")] = None,
     layers: Annotated[str | None, Option(help="'all', or numbers such as '3;9;18'.  [default: all]")] = None,
     positions: Annotated[
         str | None, Option(help="Tokens to edit: f<n>, l<n>, f<n>+l<m>, prompt or all.  [default: f7+l7]")
     ] = None,
-    rank: Annotated[int | None, Option(help="Rank of the edits.  [default: 8]")] = None,
+    rank: Annotated[int | None, Option(help="Rank of the edits, or of LoRA.  [default: 8]")] = None,
+    alpha: Annotated[float | None, Option(help="LoRA's scale.  [default: 16]")] = None,
+    target_modules: Annotated[
+        str | None, Option(help="What LoRA adapts, as 'q_proj;v_proj'.  [default: what PEFT knows of the model]")
+    ] = None,
     component: Annotated[str | None, Option(help="States to edit.  [default: block_output]")] = None,
     intervention: Annotated[
         str | None, Option(help="loreft, noreft, consreft, lobireft, direft or nodireft.  [default: loreft]")
@@ -73,21 +91,37 @@ def train(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter on a file of examples.
+    """Train an adapter on a file of examples, or by a recipe of the paper on the data of one of its suites.
 
     Everything is checked before the training starts. The output directory then holds the adapter, the loss as a
     table and a picture, and the last checkpoints.
     """
-    given = {key: value for key, value in context.params.items() if key not in ("config", "quiet", "as_json")}
+    given = {key: value for key, value in context.params.items() if key not in ("recipe", "config", "quiet", "as_json")}
     settings = {**_read_config(config), **{key: value for key, value in given.items() if value is not None}}
     hush()
-    from pyreft.training.job import PreparedJob, TrainingJob
+    from pyreft.training.job import TrainingJob, prepare
+    from pyreft.training.recipes import recipe_jobs
 
-    job = TrainingJob.from_settings(settings, str(config or "train"))
     shown = not (quiet or as_json)
-    prepared = PreparedJob(job)
-    if shown:
-        _describe(prepared)
+    if recipe is None:
+        jobs = [TrainingJob.from_settings(settings, str(config or "train"))]
+    else:
+        jobs = recipe_jobs(recipe, settings)
+    results = []
+    for job in jobs:
+        prepared = prepare(job)
+        if shown:
+            _describe(prepared)
+        result = _run(prepared, shown)
+        results.append(result)
+        if shown:
+            _tell(result, job)
+    if as_json:
+        print_json(results[0] if len(results) == 1 else results)
+
+
+def _run(prepared: Any, shown: bool) -> dict[str, Any]:
+    """Train; where the training is stopped, say how to go on."""
     stopped: tuple[str, int] | None = None
     with progress_bar("Training", shown=shown) as move:
         try:
@@ -103,24 +137,25 @@ def train(
         kept = f"The last checkpoint is {last}; go on with --resume." if last else "There is no checkpoint yet."
         typer.echo(f"pyreft: {stopped[0]}. {kept}", err=True)
         raise typer.Exit(stopped[1])
-    if as_json:
-        print_json(result)
-    elif shown:
-        _tell(result)
+    return result
 
 
 def _describe(prepared: Any) -> None:
-    if prepared.format == "chat" and prepared.examples[0].format == "text":
+    from pyreft.training.adapters import count
+
+    if prepared.job.suite is None and prepared.format == "chat" and prepared.examples[0].format == "text":
         console.print("Prompts are wrapped in the tokenizer's chat template (--format text takes them as they stand).")
     total = prepared.model.get_base_model().num_parameters()
-    trained = prepared.model.count_parameters()
+    trained = count(prepared.model)
+    if prepared.skipped:
+        console.print(f"{prepared.skipped} examples are left out: their prompts fill --max-length.")
     console.print(
         f"{len(prepared.rows)} examples, {len(prepared.validation)} to validate on; "
         f"{trained:,} of {total:,} parameters ({100 * trained / total:.3f} %)."
     )
 
 
-def _tell(result: dict[str, Any]) -> None:
+def _tell(result: dict[str, Any], job: Any) -> None:
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     if result["validation_loss"] is not None:
         loss += f", validation loss {result['validation_loss']:.4f}"
@@ -128,7 +163,11 @@ def _tell(result: dict[str, Any]) -> None:
     console.print(result["computed"])
     console.print(f"The adapter is in {result['output']}, its loss in loss.csv", end="")
     console.print(" and loss.png." if result["plot"] else "; for a picture of it, install pyreft[plot].")
-    console.print(f'Try: pyreft generate --adapter {result["output"]} --prompt "..."')
+    if job.suite:
+        data = f" --data-dir {job.data_dir}" if job.data_dir else ""
+        console.print(f"Try: pyreft eval {result['output']} --suite {job.suite}{data}", markup=False)
+    elif job.method != "lora":
+        console.print(f'Try: pyreft generate --adapter {result["output"]} --prompt "..."')
 
 
 def _read_config(path: Path | None) -> dict[str, Any]:

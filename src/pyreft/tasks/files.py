@@ -76,8 +76,7 @@ def read_tsv(path: Path, fields: Sequence[str | int], *, ragged: bool = False) -
     for name in fields:
         if by_name and name not in columns:
             raise ReftError(
-                f"{path}, line 1: expected a column {name!r}, got {', '.join(columns)}."
-                f"{did_you_mean(name, columns)}"
+                f"{path}, line 1: expected a column {name!r}, got {', '.join(columns)}.{did_you_mean(name, columns)}"
             )
     places = {str(name): columns[str(name)] if by_name else int(name) for name in fields}
     rows = []

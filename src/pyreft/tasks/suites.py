@@ -169,3 +169,16 @@ INSTRUCT = Suite(
     extract=None,
 )
 GENERATED = {suite.name: suite for suite in (COMMONSENSE, ARITHMETIC, INSTRUCT)}
+GLUE = "glue"
+SUITES = (*GENERATED, GLUE)
+
+
+def check_suite(name: object, where: str) -> str:
+    """Return the name of a suite if there is one.
+
+    Raises:
+        ReftError: there is none of that name; the message begins with `where` it was given.
+    """
+    if name not in SUITES:
+        raise ReftError(f"{where}: suite: expected {', '.join(SUITES)}, got {name!r}.{did_you_mean(name, SUITES)}")
+    return str(name)

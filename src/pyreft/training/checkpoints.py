@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .trainer import ReftTrainerForCausalLM
+from .trainer import ReftTrainerForCausalLM, ReftTrainerForSequenceClassification
 
 LAST_FILE = "trainer_state.json"  # what the Trainer writes last: a checkpoint with this file is complete
 
@@ -25,7 +26,7 @@ def last_complete(directory: Path) -> str | None:
     return max(found)[1] if found else None
 
 
-class CheckpointingTrainer(ReftTrainerForCausalLM):
+class Checkpointing(Trainer):
     """A trainer that takes back a checkpoint it could not complete."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
@@ -37,6 +38,14 @@ class CheckpointingTrainer(ReftTrainerForCausalLM):
             if not (target / LAST_FILE).is_file():
                 shutil.rmtree(target, ignore_errors=True)
             raise
+
+
+class CheckpointingTrainer(Checkpointing, ReftTrainerForCausalLM):
+    """The trainer of jobs that learn to generate."""
+
+
+class CheckpointingClassifierTrainer(Checkpointing, ReftTrainerForSequenceClassification):
+    """The trainer of jobs that learn to classify."""
 
 
 @contextmanager

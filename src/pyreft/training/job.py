@@ -7,84 +7,122 @@ import math
 import os
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig, TaskType
 from transformers import (
     DataCollatorForSeq2Seq,
     PrinterCallback,
+    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from ..base import load_base
-from ..checkpoint import is_adapter, read_config
+from ..checkpoint import is_adapter
 from ..config import ReftConfig
 from ..data.encode import context_length, default_format, encode
 from ..data.files import Example, read_examples
+from ..data.supervised import IGNORED
 from ..errors import ReftError
-from ..model import ReftModel, get_reft_model
+from ..model import ReftModel
 from ..reach import Reach
+from ..tasks.suites import GENERATED, GLUE, check_suite
+from .adapters import attach, check_same, count, make_config, save
 from .checkpoints import CheckpointingTrainer, disk_full_as_os_error, last_complete
 from .losses import write_losses
+from .record import write_record
 from .settings import TrainingJob, check_numbers
 from .trainer import ReachPrinter
 
 CHECKPOINTS = "checkpoints"
-# what a checkpoint and the job that goes on from it have in common
-_SAME = (
-    *("layers", "positions", "component", "intervention", "low_rank_dimension", "share_weights"),
-    *("prompt_format", "base_model_shape"),
-)
 
 
 class PreparedJob:
-    """A job whose every part was checked: files, model, edits, tokens and directories."""
+    """A job whose every part was checked: files, model, edits, tokens and directories.
+
+    Attributes:
+        rows, validation: the tokens to learn from and those to measure on.
+        skipped: how many examples of a suite have a prompt that fills `max_length`, so that nothing is left to learn.
+    """
+
+    collator: Any
+    trainer_class: type[Trainer] = CheckpointingTrainer
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None
+    options: dict[str, Any] = {}  # further arguments of the training
 
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
         check_numbers(job)
         self.output = Path(job.output)
         self.checkpoint = _check_output(job)
-        examples = read_examples(job.data)
+        self.config: PeftConfig = make_config(job)
+        self.skipped = 0
+        self.rows: list[dict[str, Any]] = []
+        self.validation: list[dict[str, Any]] = []
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Read the data, load the model, put the adapter on it, and encode the data."""
+        job = self.job
         held_out = read_examples(job.validation) if job.validation else []
-        config = ReftConfig(
-            layers=job.layers,
-            positions=job.positions,
-            component=job.component,
-            intervention=job.intervention,
-            low_rank_dimension=job.rank,
-            share_weights=job.share_weights,
-            dropout=job.dropout,
-        )
+        self.examples: list[Example] = self._examples()
         set_seed(job.seed)
         model, self.tokenizer = load_base(job.model, job.dtype)
-        self.format = job.format or default_format(self.tokenizer, examples)
-        config.prompt_format = self.format
+        self.format = job.format or default_format(self.tokenizer, self.examples)
+        if isinstance(self.config, ReftConfig):
+            self.config.prompt_format = self.format
+        else:
+            self.config.task_type = TaskType.CAUSAL_LM
         limit = context_length(model, self.tokenizer, job.max_length)
-        rows = [encode(self.tokenizer, example, self.format, limit) for example in examples]
-        self.validation = [encode(self.tokenizer, example, self.format, limit) for example in held_out]
+        self.rows = self._encode(self.examples, limit)
+        self.validation = self._encode(held_out, limit)
         if job.validation_split:
-            count = max(1, round(len(rows) * job.validation_split))
-            if count >= len(rows):
-                raise ReftError(f"validation_split: of {len(rows)} examples, {count} would be held out; none is left.")
-            chosen = set(random.Random(job.seed).sample(range(len(rows)), count))
-            self.validation = [rows[number] for number in sorted(chosen)]
-            rows = [row for number, row in enumerate(rows) if number not in chosen]
-        self.rows = rows
-        self.examples: list[Example] = examples
-        if job.model and os.path.isdir(job.model):
-            config.base_model_name_or_path = os.path.abspath(job.model)  # to be found from any directory
-        set_seed(job.seed)
-        self.model: ReftModel = get_reft_model(model, config)
+            self._hold_out()
+        self.collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100)
+        self._attach(model)
+
+    def _examples(self) -> list[Example]:
+        if self.job.suite:
+            return GENERATED[self.job.suite].examples(self.job.data_dir, self.job.limit)
+        if self.job.data is None:
+            raise ReftError("data: expected a file of examples, or a suite.")
+        return read_examples(self.job.data)
+
+    def _encode(self, examples: list[Example], limit: int) -> list[dict[str, Any]]:
+        """Token rows; those of a suite are cut at the limit, as the paper's are, where a user's own are refused."""
+        most = sys.maxsize if self.job.suite else limit
+        rows = [encode(self.tokenizer, example, self.format, most) for example in examples]
+        if not self.job.suite:
+            return rows
+        cut = [{name: values[:limit] for name, values in row.items()} for row in rows]
+        kept = [row for row in cut if row["labels"][-1] != IGNORED]
+        self.skipped += len(cut) - len(kept)
+        if examples and not kept:
+            raise ReftError(f"max_length: every prompt has {limit} tokens or more, so nothing is left to learn.")
+        return kept
+
+    def _hold_out(self) -> None:
+        count = max(1, round(len(self.rows) * self.job.validation_split))
+        if count >= len(self.rows):
+            raise ReftError(f"validation_split: of {len(self.rows)} examples, {count} would be held out; none is left.")
+        chosen = set(random.Random(self.job.seed).sample(range(len(self.rows)), count))
+        self.validation = [self.rows[number] for number in sorted(chosen)]
+        self.rows = [row for number, row in enumerate(self.rows) if number not in chosen]
+
+    def _attach(self, model: Any) -> None:
+        set_seed(self.job.seed)
+        self.model: Any = attach(model, self.config, self.job.model)
         self.reach: Reach | None = None
-        if job.reach:
-            self.reach = Reach(self.model, memory=job.reach_memory, directory=job.reach_directory)
+        if self.job.reach and isinstance(self.model, ReftModel):
+            self.reach = Reach(self.model, memory=self.job.reach_memory, directory=self.job.reach_directory)
         if self.checkpoint:
-            _check_same(read_config(self.checkpoint), config, self.checkpoint)
+            check_same(self.checkpoint, self.config)
 
     def train(self, progress: Callable[[int, int, float | None], None] | None = None) -> dict[str, Any]:
         """Train and save; return the figures.
@@ -92,14 +130,15 @@ class PreparedJob:
         Args:
             progress: called after each step with the step, the number of steps and the loss.
         """
-        trainer = CheckpointingTrainer(
+        trainer = self.trainer_class(
             model=self.model,
             processing_class=self.tokenizer,
             args=self._arguments(),
             reach=self.reach or False,
             train_dataset=self.rows,
             eval_dataset=self.validation or None,
-            data_collator=DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100),
+            data_collator=self.collator,
+            compute_metrics=self.compute_metrics,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ReachPrinter)
@@ -110,7 +149,9 @@ class PreparedJob:
         outcome = trainer.train(resume_from_checkpoint=self.checkpoint)
         self.model.eval()
         with disk_full_as_os_error():
-            self.model.save(self.output)
+            save(self.model, self.output)
+            if self.job.suite:
+                write_record(self.output, self.job)
             losses = write_losses(self.output, trainer.state.log_history)
         self.tokenizer.padding_side = "left"
         return {
@@ -121,7 +162,9 @@ class PreparedJob:
             "seconds": outcome.metrics["train_runtime"],
             "loss": losses["loss"][-1][1] if losses["loss"] else None,
             "validation_loss": losses["validation_loss"][-1][1] if losses["validation_loss"] else None,
-            "parameters": self.model.count_parameters(),
+            "skipped": self.skipped,
+            "best": trainer.state.best_metric,
+            "parameters": count(self.model),
             "computed": self.reach.describe() if self.reach else "Whole rows are computed in each step.",
             "plot": (self.output / "loss.png").exists(),
         }
@@ -144,14 +187,29 @@ class PreparedJob:
             weight_decay=job.weight_decay,
             seed=job.seed,
             logging_steps=1,
-            save_steps=job.save_steps or math.ceil(steps / 10),
             save_total_limit=2,
             eval_strategy="epoch" if self.validation else "no",
             remove_unused_columns=False,
             disable_tqdm=True,
-            dataloader_pin_memory=self.model.get_device().type == "cuda",
+            dataloader_pin_memory=self.model.device.type == "cuda",
             report_to="none",
+            **{"save_steps": job.save_steps or math.ceil(steps / 10), **self.options},
         )
+
+
+def prepare(job: TrainingJob) -> PreparedJob:
+    """Check a job and load all that it needs; a task of GLUE learns to classify, all else to generate.
+
+    Raises:
+        ReftError: whatever would stop it, before the training starts.
+    """
+    if job.suite is not None:
+        check_suite(job.suite, "train")
+    if job.suite != GLUE:
+        return PreparedJob(job)
+    from .classify import PreparedClassifier
+
+    return PreparedClassifier(job)
 
 
 class _Progress(TrainerCallback):
@@ -161,16 +219,6 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.tell(state.global_step, state.max_steps, float(logs["loss"]))
-
-
-def _check_same(before: ReftConfig, now: ReftConfig, checkpoint: str) -> None:
-    for name in _SAME:
-        old, new = getattr(before, name), getattr(now, name)
-        if old != new:
-            raise ReftError(
-                f"resume: {checkpoint} was made with {name} = {old!r}, now it is {new!r}; resume with the same "
-                "settings, or train to another output."
-            )
 
 
 def _check_output(job: TrainingJob) -> str | None:

@@ -8,16 +8,27 @@ from ..config import DEFAULT_POSITIONS
 from ..data.files import FORMATS, Format
 from ..errors import ReftError, did_you_mean
 
+# the paper's names, and the formula that each stands for; LoRA is here to be compared with
+METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
+LORA = "lora"
+
 
 @dataclass
 class TrainingJob:
     """What to train, on what, and where the adapter goes.
 
     Args:
-        data: a file of examples, see `data.files.read_examples`.
         output: the adapter's directory.
+        data: a file of examples, see `data.files.read_examples`; or a `suite` of the paper instead, see
+            `training.recipes.recipe_jobs`.
+        suite, task, data_dir: the suite, its task if it is GLUE, and the directory of its data; the hub if not given.
+        limit: train on the first so many examples of the suite.
         model: the base model, see `base.load_base`.
-        layers, positions, component, intervention, rank, share_weights, dropout: see `ReftConfig`.
+        method: `loreft`, `direft` (of the paper: the formula `nodireft`) or `lora`; else as `intervention` says.
+        layers, positions, component, intervention, rank, share_weights, dropout: see `ReftConfig`; `rank` and `dropout`
+            are LoRA's, too.
+        alpha, target_modules: LoRA's scale and the modules that it adapts, as `q_proj;v_proj`; by default as PEFT knows
+            the model.
         epochs, lr, batch_size, gradient_accumulation, warmup_ratio, weight_decay, seed: of the training.
         max_length: the most tokens of a row, the model's context if not given.
         format: how prompts are written: `text`, `chat` or `alpaca`; by default as the data and tokenizer suggest.
@@ -30,9 +41,14 @@ class TrainingJob:
         overwrite: replace the adapter that `output` holds.
     """
 
-    data: str
     output: str
+    data: str | None = None
+    suite: str | None = None
+    task: str | None = None
+    data_dir: str | None = None
+    limit: int | None = None
     model: str | None = None
+    method: str | None = None
     layers: str = "all"
     positions: str = DEFAULT_POSITIONS
     component: str = "block_output"
@@ -40,6 +56,8 @@ class TrainingJob:
     rank: int = 8
     share_weights: bool = True
     dropout: float = 0.0
+    alpha: float = 16
+    target_modules: str | None = None
     epochs: float = 10
     lr: float = 1e-3
     batch_size: int = 8
@@ -66,7 +84,7 @@ class TrainingJob:
         for name in settings:
             if name not in known:
                 raise ReftError(f"{where}: there is no setting {name!r}.{did_you_mean(name, known)}")
-        for name in ("data", "output"):
+        for name in ("output",) if settings.get("suite") else ("data", "output"):
             if not settings.get(name):
                 raise ReftError(f"{where}: the setting {name!r} is missing.")
         return cls(**{name: _read(value, known[name], f"{where}: {name}") for name, value in settings.items()})
@@ -74,7 +92,7 @@ class TrainingJob:
 
 def check_numbers(job: TrainingJob) -> None:
     """Refuse numbers that no training can have, and settings that contradict each other."""
-    for name in ("epochs", "lr", "batch_size", "gradient_accumulation", "save_steps"):
+    for name in ("epochs", "lr", "batch_size", "gradient_accumulation", "save_steps", "alpha", "limit"):
         if (value := getattr(job, name)) is not None and not value > 0:
             raise ReftError(f"{name}: expected a number above 0, got {value}.")
     if not 0 <= job.seed < 2**32:
@@ -84,6 +102,10 @@ def check_numbers(job: TrainingJob) -> None:
     for name in ("dropout", "warmup_ratio", "validation_split"):
         if not 0 <= getattr(job, name) < 1:
             raise ReftError(f"{name}: expected a share from 0 to below 1, got {getattr(job, name)}.")
+    if job.method is not None and job.method not in METHODS:
+        raise ReftError(
+            f"method: expected {', '.join(METHODS)}, got {job.method!r}.{did_you_mean(job.method, METHODS)}"
+        )
     if job.validation and job.validation_split:
         raise ReftError("validation: give a file or validation_split, not both.")
     if job.format is not None and job.format not in FORMATS:
@@ -97,7 +119,7 @@ def _read(value: Any, kind: Any, where: str) -> Any:
     kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
     if value is None and type(None) in kinds:
         return None
-    if where.endswith(": layers"):
+    if where.endswith((": layers", ": target_modules")):
         return ";".join(map(str, value)) if isinstance(value, list) else str(value)
     if bool in kinds:
         if isinstance(value, bool):

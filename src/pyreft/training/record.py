@@ -1,0 +1,35 @@
+"""What an adapter of a suite was trained with, as `recipe.json` beside it: for evaluation, and to train it again."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReftError
+from .settings import TrainingJob
+
+FILE = "recipe.json"
+_NOT_KEPT = ("output", "resume", "overwrite", "reach_directory", "reach_memory")
+
+
+def write_record(directory: Path, job: TrainingJob) -> None:
+    """Write the settings of a job beside its adapter."""
+    kept = {name: value for name, value in asdict(job).items() if name not in _NOT_KEPT and value is not None}
+    (directory / FILE).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(directory: str | os.PathLike) -> dict[str, Any]:
+    """Return the settings that an adapter was trained with; empty if it has none beside it.
+
+    Raises:
+        ReftError: the file is damaged.
+    """
+    path = Path(directory) / FILE
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReftError(f"{path}: the file is damaged, it is not JSON ({error}).") from None
+    return record if isinstance(record, dict) else {}
