@@ -99,7 +99,7 @@ def train(
     given = {key: value for key, value in context.params.items() if key not in ("recipe", "config", "quiet", "as_json")}
     settings = {**_read_config(config), **{key: value for key, value in given.items() if value is not None}}
     hush()
-    from pyreft.training.job import TrainingJob, prepare
+    from pyreft.training.job import TrainingJob, check_files, prepare
     from pyreft.training.recipes import recipe_jobs
 
     shown = not (quiet or as_json)
@@ -108,6 +108,8 @@ def train(
     else:
         jobs = recipe_jobs(recipe, settings)
     results = []
+    for job in jobs if len(jobs) > 1 else ():
+        check_files(job)  # of all, before the first is trained
     for job in jobs:
         prepared = prepare(job)
         if shown:

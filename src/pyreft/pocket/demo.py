@@ -38,7 +38,7 @@ class EmojiDemo:
     def ask(self, model: Any = None) -> list[str]:
         """The answers of a model to the fifty questions; by default those of the base model."""
         texts = [PROMPT_TEMPLATE % question["prompt"] for question in self.questions]
-        options = {"batch_size": 50, "max_new_tokens": 32}
+        options: dict[str, Any] = {"batch_size": 50, "max_new_tokens": 32}
         if model is not None:
             return list(generate_answers(model, self.prepared.tokenizer, texts, **options))
         with self.prepared.model.disable_adapter():

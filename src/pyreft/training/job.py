@@ -32,6 +32,7 @@ from ..data.supervised import IGNORED
 from ..errors import ReftError
 from ..model import ReftModel
 from ..reach import Reach
+from ..tasks.glue import find_task, read
 from ..tasks.suites import GENERATED, GLUE, check_suite
 from .adapters import attach, check_same, count, make_config, save
 from .checkpoints import CheckpointingTrainer, disk_full_as_os_error, last_complete
@@ -210,6 +211,19 @@ def prepare(job: TrainingJob) -> PreparedJob:
     from .classify import PreparedClassifier
 
     return PreparedClassifier(job)
+
+
+def check_files(job: TrainingJob) -> None:
+    """Check what needs no model: the numbers, the output, and of a task of GLUE the data.
+
+    Raises:
+        ReftError: what is wrong.
+    """
+    check_numbers(job)
+    _check_output(job)
+    if job.suite == GLUE and job.task:
+        for split in ("train", "validation"):
+            read(find_task(job.task), split, job.data_dir)
 
 
 class _Progress(TrainerCallback):

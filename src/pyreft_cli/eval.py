@@ -1,0 +1,104 @@
+"""`pyreft eval`: an adapter's row of a table of the paper, beside the paper's own."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .output import Json, Quiet, console, hush, print_json, progress_bar
+
+Option = typer.Option
+
+
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="The adapter's directory; of GLUE perhaps one with all its adapters.")],
+    suite: Annotated[str, Option(help="commonsense, arithmetic, instruct or glue.")],
+    data_dir: Annotated[str | None, Option(help="The directory of the suite's data.  [default: the hub]")] = None,
+    task: Annotated[
+        list[str] | None, Option(help="One of the tasks; may be given several times.  [default: all]")
+    ] = None,
+    model: Annotated[
+        str | None, Option(help="Base model: a hub id or a directory; by default the one the adapter was made for.")
+    ] = None,
+    dtype: Annotated[str | None, Option(help="Of the base model.  [default: as in training]")] = None,
+    batch_size: Annotated[int, Option(help="Questions answered at once.", min=1)] = 16,
+    limit: Annotated[int | None, Option(help="Only the first so many questions of each task.", min=1)] = None,
+    greedy: Annotated[
+        bool, Option("--greedy", help="Take the likeliest token each time, whatever the recipe.")
+    ] = False,
+    max_new_tokens: Annotated[int | None, Option(help="The most tokens of an answer.  [default: the recipe's]")] = None,
+    seed: Annotated[int, Option(help="Seed for drawn tokens.")] = 42,
+    output: Annotated[
+        Path | None, Option(help="A directory for the answers; those of instruct as AlpacaEval takes them.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Score an adapter on a suite of the paper, and show the paper's row beside it."""
+    hush()
+    from pyreft.tasks.evaluate import columns
+    from pyreft.tasks.evaluate import evaluate as score
+
+    decoding = _decoding(suite, greedy=greedy, max_new_tokens=max_new_tokens)
+    shown = not (quiet or as_json)
+    with progress_bar("Answering", shown=shown, unit="questions") as move:
+        result = score(
+            adapter,
+            suite,
+            data_dir,
+            tasks=task or (),
+            model=model,
+            dtype=dtype,
+            batch_size=batch_size,
+            limit=limit,
+            decoding=decoding,
+            seed=seed,
+            output=output,
+            progress=move,
+        )
+    if as_json:
+        print_json(result)
+        return
+    _show(result, columns(suite))
+    if output:
+        console.print(f"The answers are in {output}.", markup=False)
+
+
+def _decoding(suite: str, *, greedy: bool, max_new_tokens: int | None) -> dict[str, Any] | None:
+    """The recipe's way of generating with what the command changes; none where nothing is changed or generated."""
+    from pyreft.tasks.suites import GLUE, check_suite
+    from pyreft.training.recipes import decoding_of
+
+    if check_suite(suite, "eval") == GLUE or not (greedy or max_new_tokens):
+        return None
+    decoding = decoding_of(suite)
+    if greedy:
+        for name in ("temperature", "top_p", "top_k", "num_beams"):
+            decoding.pop(name, None)
+    if max_new_tokens:
+        decoding.pop("max_length", None)
+        decoding["max_new_tokens"] = max_new_tokens
+    return decoding
+
+
+def _show(result: dict[str, Any], titles: dict[str, str]) -> None:
+    from rich.table import Table
+
+    def cell(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
+    paper = result["paper"]
+    table = Table()
+    table.add_column("")
+    for title in ("params %", *titles.values(), "Avg"):
+        table.add_column(title, justify="right", no_wrap=True)
+    scores = [cell(result["tasks"].get(task, {}).get("score")) for task in titles]
+    table.add_row("this adapter", f"{result['percent']:.4g}", *scores, cell(result["average"]))
+    if paper:
+        scores = [cell(paper["scores"][task]) for task in titles]
+        table.add_row(
+            f"paper, {paper['model']}, {paper['method']}", f"{paper['params']:g}", *scores, cell(paper["average"])
+        )
+    console.print(table)
+    if result["limit"]:
+        console.print(f"Only the first {result['limit']} questions of each task were asked.")
