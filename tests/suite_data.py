@@ -30,7 +30,7 @@ def commonsense(root, count=24):
     rows = {
         task: [
             {
-                "instruction": f"Please choose the correct answer to the question: {n}?\n\nAnswer format: {'/'.join(of)}",
+                "instruction": f"Please choose the correct answer: {n}?\n\nAnswer format: {'/'.join(of)}",
                 "input": "",
                 "output": f"the correct answer is {of[1]}",
                 "answer": of[1],
@@ -47,7 +47,9 @@ def commonsense(root, count=24):
 
 def arithmetic(root, count=24):
     """Sums as in LLM-Adapters, with GSM8K in its own JSON Lines."""
-    rows = [{"instruction": f"What is {n} + 1?", "input": "", "output": f"The answer is {n + 1}."} for n in range(count)]
+    rows = [
+        {"instruction": f"What is {n} + 1?", "input": "", "output": f"The answer is {n + 1}."} for n in range(count)
+    ]
     write_json(root / "math_10k.json", [row | {"answer": str(n + 1)} for n, row in enumerate(rows)])
     for task in ("mawps", "SVAMP"):
         write_json(root / task / "test.json", [row | {"answer": [n + 1.0]} for n, row in enumerate(rows[:3])])

@@ -87,18 +87,17 @@ def _show(result: dict[str, Any], titles: dict[str, str]) -> None:
     def cell(value: float | None) -> str:
         return "" if value is None else f"{value:.1f}"
 
-    paper = result["paper"]
-    table = Table()
-    table.add_column("")
-    for title in ("params %", *titles.values(), "Avg"):
-        table.add_column(title, justify="right", no_wrap=True)
-    scores = [cell(result["tasks"].get(task, {}).get("score")) for task in titles]
-    table.add_row("this adapter", f"{result['percent']:.4g}", *scores, cell(result["average"]))
-    if paper:
-        scores = [cell(paper["scores"][task]) for task in titles]
-        table.add_row(
-            f"paper, {paper['model']}, {paper['method']}", f"{paper['params']:g}", *scores, cell(paper["average"])
-        )
+    paper = result["paper"] or {"scores": {}, "average": None, "params": None}
+    table = Table("", "metric")
+    table.add_column("this adapter", justify="right")
+    table.add_column(f"paper: {paper['model']}, {paper['method']}" if result["paper"] else "paper", justify="right")
+    for task, title in titles.items():
+        own = result["tasks"].get(task, {})
+        table.add_row(title, own.get("metric", ""), cell(own.get("score")), cell(paper["scores"].get(task)))
+    table.add_section()
+    table.add_row("average", "", cell(result["average"]), cell(paper["average"]))
+    share = f"{paper['params']:g}" if result["paper"] else ""
+    table.add_row("parameters, %", "", f"{result['percent']:.4g}", share)
     console.print(table)
     if result["limit"]:
         console.print(f"Only the first {result['limit']} questions of each task were asked.")

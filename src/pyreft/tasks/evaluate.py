@@ -14,7 +14,7 @@ from ..base import base_of, load_adapted
 from ..checkpoint import is_adapter
 from ..data.encode import context_length, token_ids
 from ..errors import ReftError
-from ..training.adapters import count, title
+from ..training.adapters import count_saved, title
 from ..training.classify import answers, encode_pairs, score
 from ..training.recipes import decoding_of
 from ..training.record import read_record
@@ -96,8 +96,8 @@ def evaluate(
         "adapter": str(adapter),
         "model": base,
         "method": method,
-        "parameters": count(adapted),
-        "percent": 100 * count(adapted) / _base_parameters(adapted),
+        "parameters": count_saved(place),
+        "percent": 100 * count_saved(place) / _base_parameters(adapted),
         "limit": limit,
         **_row(suite, results, base, method, output),
     }

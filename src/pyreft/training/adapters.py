@@ -1,5 +1,6 @@
 """An adapter from a job's settings: representation edits, or LoRA on the same data to compare them with."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from ..checkpoint import read_config, read_config_data, write_beside
+from ..checkpoint import read_config, read_config_data, read_shapes, write_beside
 from ..config import ReftConfig, ReftPeftType
 from ..errors import ReftError
 from ..model import ReftModel, get_reft_model
@@ -61,14 +62,16 @@ def attach(model: nn.Module, config: PeftConfig, base: str | None) -> PeftModel:
     Raises:
         ReftError: an adapter that does not fit the model.
     """
-    if base and os.path.isdir(base):
-        config.base_model_name_or_path = os.path.abspath(base)
+    known_as = os.path.abspath(base) if base and os.path.isdir(base) else None
     if isinstance(config, ReftConfig):
+        config.base_model_name_or_path = known_as or config.base_model_name_or_path
         return get_reft_model(model, config)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise ReftError(f"target_modules: LoRA does not fit this model: {error}") from None
+    config.base_model_name_or_path = known_as or config.base_model_name_or_path
+    return adapted
 
 
 def heads_of(model: nn.Module) -> list[str]:
@@ -88,10 +91,17 @@ def save(model: PeftModel, directory: str | Path) -> None:
 
 
 def count(model: PeftModel) -> int:
-    """How many parameters the adapter has, without a classifier's head."""
+    """How many parameters a new adapter has, without a classifier's head."""
     if isinstance(model, ReftModel):
         return model.count_parameters()
     return sum(parameter.numel() for name, parameter in model.named_parameters() if f"{LORA}_" in name)
+
+
+def count_saved(directory: str | os.PathLike) -> int:
+    """How many parameters a saved adapter has, without a classifier's head."""
+    heads = set(read_config_data(directory).get("modules_to_save") or ())
+    shapes = read_shapes(directory)
+    return sum(math.prod(shape) for name, shape in shapes.items() if not heads & set(name.split(".")))
 
 
 def title(directory: str | os.PathLike) -> str | None:

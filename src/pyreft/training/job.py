@@ -75,7 +75,9 @@ class PreparedJob:
         self.examples: list[Example] = self._examples()
         set_seed(job.seed)
         model, self.tokenizer = load_base(job.model, job.dtype)
-        self.format = job.format or default_format(self.tokenizer, self.examples)
+        # the paper's prompts stand as they are, whatever template a tokenizer has
+        own = GENERATED[job.suite].form if job.suite else None
+        self.format = own or job.format or default_format(self.tokenizer, self.examples)
         if isinstance(self.config, ReftConfig):
             self.config.prompt_format = self.format
         else:
@@ -120,7 +122,7 @@ class PreparedJob:
         set_seed(self.job.seed)
         self.model: Any = attach(model, self.config, self.job.model)
         self.reach: Reach | None = None
-        if self.job.reach and isinstance(self.model, ReftModel):
+        if self.job.reach and self.job.suite != GLUE and isinstance(self.model, ReftModel):
             self.reach = Reach(self.model, memory=self.job.reach_memory, directory=self.job.reach_directory)
         if self.checkpoint:
             check_same(self.checkpoint, self.config)
