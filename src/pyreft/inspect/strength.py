@@ -98,7 +98,7 @@ def answers_by_strength(
     if tokenizer.pad_token_id is None:
         raise ReftError("The tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token first.")
     prompts = [row["input_ids"] for row in rows]
-    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     asked = dict.fromkeys([0.0, 1.0, *map(float, strengths)])
     found = {}
     for number, strength in enumerate(asked, 1):

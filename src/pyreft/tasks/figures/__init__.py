@@ -15,8 +15,8 @@ _MODELS = (
     (r"llama-?3(?!\.).*\b8b", "Llama-3 8B"),
     (r"llama-?(1-)?7b", "LLaMA-7B"),
     (r"llama-?(1-)?13b", "LLaMA-13B"),
-    (r"roberta-base$", "RoBERTa base"),
-    (r"roberta-large$", "RoBERTa large"),
+    (r"^roberta-base$", "RoBERTa base"),
+    (r"^roberta-large$", "RoBERTa large"),
 )
 
 
