@@ -88,9 +88,9 @@ NAMES["stsb"] = "STS-B"
 
 
 def glue_line(folder, number, random_):
-    """A line whose label the first sentence tells: the word `cat` or not, and how often for a number."""
+    """A line whose label the words of the first sentence tell."""
     label = number % len(CLASSES.get(folder, (0, 1)))
-    first = " ".join(["cat"] * label + random_.choices(["oak", "whale", "castle"], k=4 - label))
+    first = " ".join([("oak", "cat", "whale")[label]] * random_.randint(3, 5))
     shown = f"{label * 2.5}" if folder == "STS-B" else CLASSES.get(folder, ("0", "1"))[label]
     if folder == "CoLA":
         return f"gj04\t{shown}\t\t{first}"

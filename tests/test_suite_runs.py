@@ -1,0 +1,277 @@
+"""The suites from data to row: trained by a recipe, scored, and shown beside the paper's figures."""
+
+import json
+import shutil
+
+import pytest
+from transformers import AutoConfig
+
+import suite_data
+from pyreft import pocket
+from pyreft.base import check_classifier, load_adapted
+from pyreft.errors import ReftError
+from pyreft.tasks import glue
+from pyreft.tasks.evaluate import evaluate
+from pyreft.training.classify import encode_pairs, score
+from pyreft.training.job import prepare
+from pyreft.training.recipes import recipe_jobs
+from test_cli import run
+
+FAST = {
+    "max_length": 200,
+    "dtype": "float32",
+    "batch_size": 8,
+    "gradient_accumulation": 1,
+    "warmup_ratio": 0,
+    "weight_decay": 0,
+}
+
+
+def options(**given):
+    return [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", value)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    suite_data.commonsense(root)
+    suite_data.arithmetic(root)
+    suite_data.instruct(root)
+    suite_data.glue(root)
+    suite_data.tiny_roberta(root / "encoder")
+    return root
+
+
+@pytest.fixture(scope="module")
+def commonsense(data, tmp_path_factory):
+    """An adapter that has learned BoolQ's part of the training file alone."""
+    out = tmp_path_factory.mktemp("adapters") / "commonsense"
+    arguments = options(data_dir=data, output=out, epochs=6, lr=0.02, limit=21, **FAST)
+    return out, json.loads(run("train", "commonsense", *arguments, "--json").stdout)
+
+
+def test_commonsense_fills_its_row(data, commonsense):
+    out, trained = commonsense
+    assert (trained["examples"], trained["steps"], trained["skipped"]) == (21, 18, 0)
+    row = json.loads(run("eval", out, "--suite", "commonsense", "--data-dir", data, "--json").stdout)
+    assert list(row["tasks"]) == list(suite_data.CHOICES)
+    assert (row["tasks"]["boolq"]["score"], row["tasks"]["boolq"]["paper"]) == (100, 69.3)
+    assert row["tasks"]["hellaswag"]["score"] == 0  # it has learned to say "false"
+    assert row["average"] == sum(task["score"] for task in row["tasks"].values()) / 8
+    assert (row["method"], row["paper"]["model"], row["paper"]["average"]) == ("LoReFT", "LLaMA-7B", 80.2)
+    assert row["parameters"] == trained["parameters"] == 7 * (2 * 8 * 192 + 8)
+    record = json.loads((out / "recipe.json").read_text())
+    assert (record["suite"], record["rank"], record["positions"], record["limit"]) == ("commonsense", 8, "f7+l7", 21)
+
+
+def test_the_row_reads_well(data, commonsense, tmp_path):
+    arguments = ("--suite", "commonsense", "--data-dir", data, "--task", "boolq", "--task", "piqa", "--limit", 2)
+    printed = run("eval", commonsense[0], *arguments, "--output", tmp_path / "out").stdout
+    for words in ("BoolQ", "100.0", "69.3", "HellaSwag", "LLaMA-7B, LoReFT", "Only the first 2 questions", "80.2"):
+        assert words in printed
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["boolq.json", "piqa.json"]
+    first, second = json.loads((tmp_path / "out" / "boolq.json").read_text())
+    assert first["output"].strip() == "the correct answer is false"
+    assert (second["found"], second["answer"], second["right"]) == ("false", "false", True)
+
+
+def test_lora_beside_it_on_the_same_data(data, tmp_path):
+    out = tmp_path / "lora"
+    arguments = options(data_dir=data, output=out, method="lora", epochs=3, lr=0.003, limit=21, **FAST)
+    printed = run("train", "commonsense", *arguments).stdout
+    assert f"Try: pyreft eval {out} --suite commonsense --data-dir {data}" in printed.replace("\n", "")
+    row = evaluate(out, "commonsense", data, tasks=["boolq"])
+    assert (row["method"], row["tasks"]["boolq"]["score"], row["tasks"]["boolq"]["paper"]) == ("LoRA", 100, 68.9)
+    assert row["average"] is None
+    assert row["parameters"] == 7 * 32 * (192 + 192 + 2 * (192 + 192) + 2 * (192 + 512))
+    with pytest.raises(ReftError, match="this is one of the type 'LORA'"):
+        run("generate", "--adapter", out, "--prompt", "a")
+    with pytest.raises(ReftError, match=r"resume: .* was made with r = 32, now it is 4"):
+        run("train", "commonsense", *arguments, "--rank", 4, "--resume")
+
+
+def test_arithmetic_is_drawn_and_searched_or_greedy(data, tmp_path):
+    out = tmp_path / "direft"
+    arguments = options(data_dir=data, output=out, method="direft", epochs=1, lr=0.01, limit=8, **FAST)
+    run("train", "arithmetic", *arguments)
+    command = ("eval", out, "--suite", "arithmetic", "--data-dir", data, "--max-new-tokens", 8, "--json")
+    drawn = [json.loads(run(*command, "--seed", 1, "--output", tmp_path / "drawn").stdout) for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    assert [task["count"] for task in drawn[0]["tasks"].values()] == [1, 3, 3, 3]
+    assert (drawn[0]["method"], drawn[0]["paper"]["average"]) == ("DiReFT", 40.6)
+    run(*command, "--greedy", "--output", tmp_path / "greedy")
+    texts = [
+        [row["output"] for row in json.loads((tmp_path / kind / "gsm8k.json").read_text())]
+        for kind in ("drawn", "greedy")
+    ]
+    assert texts[0] != texts[1]
+
+
+def test_instructions_are_answered_as_a_judge_takes_them(data, tmp_path):
+    out = tmp_path / "instruct"
+    changes = FAST | {"layers": "1;3"}
+    run("train", "instruct", *options(data_dir=data, output=out, epochs=1, lr=0.01, **changes))
+    command = ("eval", out, "--suite", "instruct", "--data-dir", data, "--max-new-tokens", 8)
+    with pytest.raises(ReftError, match="output: the answers of instruct are for a judge to read; name a directory"):
+        run(*command)
+    row = json.loads(run(*command, "--output", tmp_path / "answers", "--json").stdout)
+    assert row["tasks"]["alpaca_eval"] == {"metric": "judge", "score": None, "metrics": {}, "count": 3, "paper": 85.6}
+    answers = json.loads((tmp_path / "answers" / "alpaca_eval.json").read_text())
+    assert [answer["instruction"] for answer in answers] == [q["prompt"] for q in pocket.emoji_questions()[:3]]
+    assert {(answer["generator"], answer["dataset"]) for answer in answers} == {("instruct", "pocket")}
+    assert all(set(answer) == {"instruction", "output", "generator", "dataset"} for answer in answers)
+
+
+# -- GLUE --------------------------------------------------------------------------------------------------------------
+
+TINY = {"max_length": 60, "batch_size": 8, "epochs": 12, "lr": 0.02, "dropout": 0}
+
+
+@pytest.mark.parametrize(
+    ("task", "method"), [("sst2", "loreft"), ("rte", "lora"), ("stsb", "direft"), ("cola", "direft")]
+)
+def test_a_task_of_glue(data, tmp_path, task, method):
+    """The label is told by the words; the edits, or LoRA, and the classifier find out how."""
+    out = tmp_path / task
+    arguments = options(model=data / "encoder", data_dir=data, output=out, task=task, method=method, **TINY)
+    trained = json.loads(run("train", "glue", *arguments, "--json").stdout)
+    assert (trained["examples"], trained["validation_examples"]) == (32, 4)
+    row = json.loads(run("eval", out, "--suite", "glue", "--data-dir", data, "--json").stdout)
+    assert list(row["tasks"]) == [task]
+    assert row["tasks"][task]["score"] >= 90
+    assert row["tasks"][task]["count"] == 4
+    assert row["parameters"] == trained["parameters"]
+    assert trained["parameters"] == (2 * (2 * 32 + 1) if method != "lora" else 2 * 2 * 8 * 64)
+
+
+def test_the_best_epoch_is_kept(data, tmp_path):
+    job = recipe_jobs("glue", {"task": "mnli", "model": str(data / "encoder"), "data_dir": data, **TINY, "epochs": 4})
+    job[0].output = str(tmp_path / "out")
+    prepared = prepare(job[0])
+    result = prepared.train()
+    scores = [entry["eval_accuracy"] for entry in history(tmp_path / "out")]
+    assert len(scores) == 4
+    assert result["best"] == max(scores)
+    adapted, tokenizer = load_adapted(tmp_path / "out", labels=3)
+    task = glue.TASKS["mnli"]
+    choosing, scored = glue.split_validation(glue.read(task, "validation", data), 42)
+    assert not {id(p) for p in choosing} & {id(p) for p in scored}
+    rows = encode_pairs(tokenizer, task, choosing, 60)
+    batch = tokenizer.pad([{k: v for k, v in r.items() if k != "labels"} for r in rows], return_tensors="pt")
+    found = adapted(**batch).logits.argmax(-1).tolist()
+    assert score(task, found, [pair.label for pair in choosing])["accuracy"] == result["best"]
+
+
+def history(out):
+    last = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    return [e for e in json.loads((last / "trainer_state.json").read_text())["log_history"] if "eval_loss" in e]
+
+
+def test_all_tasks_of_glue_one_after_the_other(data, tmp_path):
+    few = TINY | {"epochs": 1, "limit": 8}
+    command = ("train", "glue", *options(model=data / "encoder", data_dir=data, output=tmp_path / "all", **few))
+    results = json.loads(run(*command, "--json").stdout)
+    assert [result["output"] for result in results] == [str(tmp_path / "all" / task) for task in glue.TASKS]
+    row = evaluate(tmp_path / "all", "glue", data, output=tmp_path / "answers")
+    assert list(row["tasks"]) == list(glue.TASKS)
+    assert row["average"] == pytest.approx(sum(task["score"] for task in row["tasks"].values()) / 8)
+    assert len(json.loads((tmp_path / "answers" / "stsb.json").read_text())) == 4
+    some = evaluate(tmp_path / "all", "glue", data, tasks=["rte", "SST-2"])
+    assert list(some["tasks"]) == ["rte", "sst2"]
+    with pytest.raises(ReftError, match=r"rte: this directory already holds"):
+        run(*command, "--task", "rte", "--output", tmp_path / "all" / "rte")
+
+
+def test_data_of_all_tasks_is_checked_before_the_first_is_trained(data, tmp_path):
+    suite_data.glue(tmp_path / "part", ["mnli"])
+    arguments = options(model=data / "encoder", data_dir=tmp_path / "part", output=tmp_path / "all", **TINY)
+    with pytest.raises(ReftError, match=r"expected SST-2/train.tsv"):
+        run("train", "glue", *arguments)
+    assert not (tmp_path / "all").exists()
+
+
+# -- what is refused before the work starts ----------------------------------------------------------------------------
+
+
+def test_an_encoder_cannot_generate(data, tmp_path):
+    with pytest.raises(ReftError, match=r"expected a causal language model, .* holds a RobertaForMaskedLM"):
+        run("train", "commonsense", *options(model=data / "encoder", data_dir=data, output=tmp_path / "out", **FAST))
+
+
+def test_an_encoders_adapter_cannot_be_asked_to_generate(data, tmp_path):
+    few = TINY | {"epochs": 1, "limit": 8}
+    run("train", "glue", *options(model=data / "encoder", data_dir=data, output=tmp_path / "a", task="rte", **few))
+    with pytest.raises(ReftError, match=r"expected a causal language model, .* holds a RobertaForMaskedLM"):
+        evaluate(tmp_path / "a", "commonsense", data)
+    with pytest.raises(ReftError, match="is an adapter for rte, got stsb"):
+        evaluate(tmp_path / "a", "glue", data, tasks=["stsb"])
+    (tmp_path / "a" / "recipe.json").unlink()
+    with pytest.raises(ReftError, match=r"has no recipe.json that says for which task"):
+        evaluate(tmp_path / "a", "glue", data)
+    with pytest.raises(ReftError, match="its classifier was not trained for 3 outputs"):
+        evaluate(tmp_path / "a", "glue", data, tasks=["mnli"])
+
+
+def test_a_language_models_adapter_has_no_classifier(data, commonsense):
+    with pytest.raises(ReftError, match="expected an adapter with a trained classifier, this one has none"):
+        evaluate(commonsense[0], "glue", data, tasks=["rte"])
+
+
+def test_a_model_without_a_classifier_in_transformers(tmp_path):
+    AutoConfig.for_model("codegen").save_pretrained(tmp_path)
+    with pytest.raises(ReftError, match=r"transformers has none for .*, which is a codegen"):
+        check_classifier(str(tmp_path))
+
+
+def test_an_adapter_without_its_base(data, commonsense, tmp_path):
+    shutil.copytree(commonsense[0], tmp_path / "moved")
+    path = tmp_path / "moved" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for base, message in (("/gone/model", "is not there any more"), (None, "does not say what its base model is")):
+        path.write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        with pytest.raises(ReftError, match=message):
+            evaluate(tmp_path / "moved", "commonsense", data)
+    assert evaluate(tmp_path / "moved", "commonsense", data, model="pocket", tasks=["boolq"])["model"] == "pocket"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", ".", "--suite", "comonsense"), "suite: expected .*, got 'comonsense'. Did you mean 'commonsense'"),
+        (("eval", "no", "--suite", "commonsense", "--data-dir", "DATA"), "no: expected an adapter's directory"),
+        (
+            ("eval", "no", "--suite", "glue", "--data-dir", "DATA"),
+            "no: expected an adapter's directory, or one with an",
+        ),
+        (("train", "commonsense", "--data-dir", "no", "--output", "out"), "data_dir: no is not a directory"),
+        (("train", "commonsense", "--data-dir", "DATA", "--output", "out"), "max_length: expected 2 to 256"),
+        (("train", "glue", "--task", "rte", "--validation-split", 0.1, "--data-dir", "DATA"), "GLUE has its own"),
+        (
+            ("train", "--method", "dora", "--data", "a.jsonl", "--output", "out"),
+            "method: expected loreft, direft, lora",
+        ),
+    ],
+)
+def test_mistakes(data, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ReftError, match=message):
+        run(*(data if argument == "DATA" else argument for argument in arguments))
+    assert not list(tmp_path.iterdir())
+
+
+def test_prompts_that_leave_no_room_are_left_out_and_long_answers_cut(tmp_path):
+    rows = [
+        {"instruction": "a " * 60, "output": "b"},
+        {"instruction": "a", "output": "b " * 60},
+        {"instruction": "a", "output": "b"},
+    ]
+    suite_data.write_json(tmp_path / "math_10k.json", rows)
+    (job,) = recipe_jobs("arithmetic", {"data_dir": tmp_path, "output": tmp_path / "out", **FAST, "max_length": 90})
+    prepared = prepare(job)
+    assert (prepared.skipped, len(prepared.rows)) == (1, 2)
+    assert [len(row["input_ids"]) for row in prepared.rows] == [90, len(prepared.rows[1]["input_ids"])]
+    eos = prepared.tokenizer.eos_token_id
+    assert [row["input_ids"][-1] == eos for row in prepared.rows] == [False, True]
+    job.max_length = 30
+    with pytest.raises(ReftError, match="every prompt has 30 tokens or more"):
+        prepare(job)
