@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
@@ -275,3 +278,37 @@ def test_prompts_that_leave_no_room_are_left_out_and_long_answers_cut(tmp_path):
     job.max_length = 30
     with pytest.raises(ReftError, match="every prompt has 30 tokens or more"):
         prepare(job)
+
+
+# -- the script of the tables ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["commonsense", "glue"])
+def test_the_script_of_the_tables(data, tmp_path, suite):
+    changes = {"commonsense": FAST | {"epochs": 1, "limit": 8}, "glue": TINY | {"epochs": 1, "limit": 8}}[suite]
+    tasks = {"commonsense": ["boolq", "piqa"], "glue": ["rte", "stsb"]}[suite]
+    script = Path(__file__).parents[1] / "benchmarks" / "paper.py"
+    command = [sys.executable, script, suite, "--data-dir", data, "--work", tmp_path, "--record", tmp_path / "r.json"]
+    command += [
+        "--seeds",
+        "1",
+        "2",
+        "--tasks",
+        *tasks,
+        "--set",
+        *(f"{name}={value}" for name, value in changes.items()),
+    ]
+    command += ["--model", data / "encoder"] if suite == "glue" else []
+    for _ in range(2):  # the second time, everything is there
+        done = subprocess.run([*map(str, command)], text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        record = json.loads((tmp_path / "r.json").read_text())
+        assert [(row["method"], row["seed"]) for row in record["rows"]] == [
+            (method, seed) for method in ("LoReFT", "DiReFT", "LoRA") for seed in (1, 2)
+        ]
+        assert [(mean["method"], mean["task"]) for mean in record["means"]] == [
+            (method, task) for method in ("LoReFT", "DiReFT", "LoRA") for task in tasks
+        ]
+        assert tasks[0] in done.stdout
+    assert not any(row["trained"] for row in record["rows"])
