@@ -165,6 +165,24 @@ def test_the_best_epoch_is_kept(data, tmp_path):
     assert score(task, found, [pair.label for pair in choosing])["accuracy"] == result["best"]
 
 
+def test_a_task_that_was_cut_off_goes_on(data, tmp_path):
+    given = {"task": "sst2", "model": str(data / "encoder"), "data_dir": data, **TINY, "epochs": 3}
+    (whole,) = recipe_jobs("glue", given | {"output": tmp_path / "whole"})
+    (part,) = recipe_jobs("glue", given | {"output": tmp_path / "part"})
+    prepare(whole).train()
+
+    def interrupt(step, *_):
+        if step == 9:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(part).train(interrupt)
+    part.resume = True
+    assert prepare(part).train()["steps"] == 12
+    kept = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "part")]
+    assert kept[0] == kept[1]
+
+
 def history(out):
     last = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
     return [e for e in json.loads((last / "trainer_state.json").read_text())["log_history"] if "eval_loss" in e]

@@ -38,11 +38,12 @@ def test_arithmetic_reads_as_in_the_paper(tmp_path):
 
 
 def test_instructions_read_as_in_the_paper(tmp_path):
-    rows = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "Say a.", "output": "a"}]
+    rows = [{"instruction": "Add.", "input": "1 and 2", "output": "3"}, {"instruction": "Say nothing.", "output": ""}]
     suite_data.write_json(tmp_path / "ultrafeedback" / "train.json", rows)
     with_input, without = INSTRUCT.examples(tmp_path)
     assert "### Input:\n1 and 2\n" in with_input.prompt
     assert "### Input" not in without.prompt
+    assert without.completion == ""  # its end alone is learned
     suite_data.write_json(tmp_path / "alpaca_eval.json", [{"instruction": "Say b.", "dataset": "x"}])
     (question,) = INSTRUCT.questions("alpaca_eval", tmp_path)
     assert (question.answer, question.source) == ("", "x")

@@ -69,21 +69,11 @@ def evaluate(
         raise ReftError("output: the answers of instruct are for a judge to read; name a directory for them.")
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]]
     if suite == GLUE:
-        places = _glue_adapters(Path(adapter), tasks)
-        halves = {task: _scored(task, place, data_dir)[:limit] for task, place in places.items()}
-        total, done, results = sum(map(len, halves.values())), 0, {}
-        for task, place in places.items():
-            adapted, tokenizer = load_adapted(place, model, dtype or "auto", TASKS[task].outputs)
-            results[task] = _classify(adapted, tokenizer, TASKS[task], halves[task], place, batch_size)
-            done += len(halves[task])
-            if progress is not None:
-                progress(done, total)
+        place, adapted, results = _run_glue(Path(adapter), data_dir, tasks, model, dtype, batch_size, limit, progress)
     else:
-        chosen = GENERATED[suite]
+        chosen, place = GENERATED[suite], Path(adapter)
         questions = {task: chosen.questions(task, data_dir, limit) for task in tasks or chosen.tasks}
-        place = Path(adapter)
         adapted, tokenizer = load_adapted(place, model, dtype or read_record(place).get("dtype", "auto"))
         _check_room(adapted, tokenizer, questions)
         set_seed(seed)
@@ -91,13 +81,14 @@ def evaluate(
         texts = _texts(adapted, tokenizer, questions, wanted, batch_size, progress)
         results = {task: _judge(chosen, questions[task], texts[task], place.name) for task in questions}
     base, method = model or base_of(place), title(place)
+    size = count_saved(place)
     return {
         "suite": suite,
         "adapter": str(adapter),
         "model": base,
         "method": method,
-        "parameters": count_saved(place),
-        "percent": 100 * count_saved(place) / _base_parameters(adapted),
+        "parameters": size,
+        "percent": 100 * size / _base_parameters(adapted),
         "limit": limit,
         **_row(suite, results, base, method, output),
     }
@@ -213,6 +204,30 @@ def _scored(task: str, place: Path, data_dir: str | Path | None) -> list[Pair]:
     """The part of the validation set that the adapter's training did not look at."""
     _, scored = split_validation(read(TASKS[task], "validation", data_dir), read_record(place).get("seed", 42))
     return scored
+
+
+def _run_glue(
+    adapter: Path,
+    data_dir: str | Path | None,
+    tasks: Sequence[str],
+    model: str | None,
+    dtype: str | None,
+    batch_size: int,
+    limit: int | None,
+    progress: Progress | None,
+) -> tuple[Path, Any, dict[str, dict[str, Any]]]:
+    """The results of each task's adapter, with the last of the adapters and its directory."""
+    places = _glue_adapters(adapter, tasks)
+    halves = {task: _scored(task, place, data_dir)[:limit] for task, place in places.items()}
+    total, done = sum(map(len, halves.values())), 0
+    results: dict[str, dict[str, Any]] = {}
+    for task, place in places.items():
+        adapted, tokenizer = load_adapted(place, model, dtype or "auto", TASKS[task].outputs)
+        results[task] = _classify(adapted, tokenizer, TASKS[task], halves[task], place, batch_size)
+        done += len(halves[task])
+        if progress is not None:
+            progress(done, total)
+    return place, adapted, results
 
 
 def _classify(

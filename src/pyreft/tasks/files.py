@@ -96,14 +96,17 @@ def read_tsv(path: Path, fields: Sequence[str | int], *, ragged: bool = False) -
     return rows
 
 
-def text_of(row: Row, name: str) -> str:
+def text_of(row: Row, name: str, *, empty: bool = False) -> str:
     """A field that has to be text.
 
+    Args:
+        empty: it may be empty, as a few answers of the published training files are.
+
     Raises:
-        ReftError: it is something else, or empty.
+        ReftError: it is something else, or empty where it may not.
     """
     value = row.fields[name]
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (value.strip() or empty):
         shown = "an empty text" if isinstance(value, str) else type(value).__name__
         raise ReftError(f"{row.where}: the field {name!r} should be text, got {shown}.")
     return value

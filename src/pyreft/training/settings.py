@@ -106,6 +106,9 @@ def check_numbers(job: TrainingJob) -> None:
         raise ReftError(
             f"method: expected {', '.join(METHODS)}, got {job.method!r}.{did_you_mean(job.method, METHODS)}"
         )
+    for name in ("task", "data_dir", "limit"):
+        if job.suite is None and getattr(job, name) is not None:
+            raise ReftError(f"{name}: it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.")
     if job.validation and job.validation_split:
         raise ReftError("validation: give a file or validation_split, not both.")
     if job.format is not None and job.format not in FORMATS:
