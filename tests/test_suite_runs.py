@@ -125,6 +125,15 @@ def test_instructions_are_answered_as_a_judge_takes_them(data, tmp_path):
     assert all(set(answer) == {"instruction", "output", "generator", "dataset"} for answer in answers)
 
 
+def test_a_question_that_leaves_no_room_is_told(data, commonsense, tmp_path):
+    rows = [{"instruction": "a", "answer": "true"}, {"instruction": "a " * 300, "answer": "true"}]
+    suite_data.write_json(tmp_path / "boolq" / "test.json", rows)
+    with pytest.raises(ReftError, match=r"boolq/test.json, row 2: the prompt has \d+ tokens; 256 leave no room for"):
+        evaluate(commonsense[0], "commonsense", tmp_path, tasks=["boolq"])
+    with pytest.raises(ReftError, match=r"the prompt has \d+ tokens; 20 leave no room for an answer"):
+        evaluate(commonsense[0], "commonsense", data, tasks=["boolq"], decoding={"max_length": 20})
+
+
 # -- GLUE --------------------------------------------------------------------------------------------------------------
 
 TINY = {"max_length": 60, "batch_size": 8, "epochs": 12, "lr": 0.02, "dropout": 0}

@@ -75,9 +75,9 @@ def evaluate(
         chosen, place = GENERATED[suite], Path(adapter)
         questions = {task: chosen.questions(task, data_dir, limit) for task in tasks or chosen.tasks}
         adapted, tokenizer = load_adapted(place, model, dtype or read_record(place).get("dtype", "auto"))
-        _check_room(adapted, tokenizer, questions)
-        set_seed(seed)
         wanted = decoding_of(suite) if decoding is None else decoding
+        _check_room(adapted, tokenizer, questions, wanted)
+        set_seed(seed)
         texts = _texts(adapted, tokenizer, questions, wanted, batch_size, progress)
         results = {task: _judge(chosen, questions[task], texts[task], place.name) for task in questions}
     base, method = model or base_of(place), title(place)
@@ -122,11 +122,12 @@ def _row(
 # -- generation --------------------------------------------------------------------------------------------------------
 
 
-def _check_room(model: Any, tokenizer: Any, questions: dict[str, list[Question]]) -> None:
-    limit = context_length(model.get_base_model(), tokenizer)
+def _check_room(model: Any, tokenizer: Any, questions: dict[str, list[Question]], decoding: dict[str, Any]) -> None:
+    context = context_length(model.get_base_model(), tokenizer)
+    limit = min(context, decoding.get("max_length", context))
     for question in (q for asked in questions.values() for q in asked):
         if (length := len(token_ids(tokenizer, question.prompt))) >= limit:
-            raise ReftError(f"{question.where}: the prompt has {length} tokens, the model's context {limit}.")
+            raise ReftError(f"{question.where}: the prompt has {length} tokens; {limit} leave no room for an answer.")
 
 
 def _texts(
