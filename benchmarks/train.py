@@ -22,7 +22,7 @@ SHAPES: dict[str, Sizes] = {
     "wide": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 16, "vocab_size": 8000},
 }
 LENGTHS = {"main": [(112, 16), (248, 8)], "vocabulary": [(112, 16)], "wide": [(112, 16)]}
-RUNS = {"main": 5, "vocabulary": 3, "wide": 2}
+RUNS = {"main": 5, "vocabulary": 3, "wide": 1}
 POSITIONS = {"main": ["l1", "l8", "f7+l7"], "vocabulary": ["l1", "l8", "f7+l7"], "wide": ["l1"]}
 FROZEN = "whole rows, frozen"
 
