@@ -137,12 +137,9 @@ def main() -> None:
     parser.add_argument("--original", metavar="PYTHON", help="an interpreter with pyreft 0.1.0, to measure it beside")
     given = parser.parse_args()
     torch.set_num_threads(2)
-    rows = []
     for shape in [part for part in given.parts if part in SHAPES]:
-        for prompt, answer in LENGTHS[shape]:
-            rows += compare(shape, prompt, answer, given.original)
-    if rows:
-        report("train", rows)
+        rows = [row for lengths in LENGTHS[shape] for row in compare(shape, *lengths, given.original)]
+        report(f"train_{shape}", rows)
     if "growth" in given.parts:
         rows = growth()
         report("train_growth", rows)
