@@ -20,7 +20,7 @@ from transformers import (
     set_seed,
 )
 
-from ..base import load_base
+from ..base import check_language_model, load_base
 from ..checkpoint import is_adapter, read_config
 from ..config import ReftConfig
 from ..data.encode import context_length, default_format, encode
@@ -42,13 +42,16 @@ _SAME = (
 
 
 class PreparedJob:
-    """A job whose every part was checked: files, model, edits, tokens and directories."""
+    """A job whose every part was checked: files, model, edits, tokens and directories.
+
+    One without an output can be planned, not trained; it writes nothing.
+    """
 
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
         check_numbers(job)
         self.output = Path(job.output)
-        self.checkpoint = _check_output(job)
+        self.checkpoint = _check_output(job) if job.output else None
         examples = read_examples(job.data)
         held_out = read_examples(job.validation) if job.validation else []
         config = ReftConfig(
@@ -60,6 +63,7 @@ class PreparedJob:
             share_weights=job.share_weights,
             dropout=job.dropout,
         )
+        check_language_model(job.model)
         set_seed(job.seed)
         model, self.tokenizer = load_base(job.model, job.dtype)
         self.format = job.format or default_format(self.tokenizer, examples)
@@ -82,7 +86,9 @@ class PreparedJob:
         self.model: ReftModel = get_reft_model(model, config)
         self.reach: Reach | None = None
         if job.reach:
-            self.reach = Reach(self.model, memory=job.reach_memory, directory=job.reach_directory)
+            self.reach = Reach(
+                self.model, memory=job.reach_memory, directory=job.reach_directory if job.output else None
+            )
         if self.checkpoint:
             _check_same(read_config(self.checkpoint), config, self.checkpoint)
 
@@ -91,7 +97,12 @@ class PreparedJob:
 
         Args:
             progress: called after each step with the step, the number of steps and the loss.
+
+        Raises:
+            ReftError: the job has no output.
         """
+        if not self.job.output:
+            raise ReftError("output: expected the directory for the adapter, got none.")
         trainer = CheckpointingTrainer(
             model=self.model,
             processing_class=self.tokenizer,

@@ -15,7 +15,7 @@ class TrainingJob:
 
     Args:
         data: a file of examples, see `data.files.read_examples`.
-        output: the adapter's directory.
+        output: the adapter's directory; none for a job that is planned, not trained.
         model: the base model, see `base.load_base`.
         layers, positions, component, intervention, rank, share_weights, dropout: see `ReftConfig`.
         epochs, lr, batch_size, gradient_accumulation, warmup_ratio, weight_decay, seed: of the training.
@@ -31,7 +31,7 @@ class TrainingJob:
     """
 
     data: str
-    output: str
+    output: str = ""
     model: str | None = None
     layers: str = "all"
     positions: str = DEFAULT_POSITIONS
@@ -60,13 +60,15 @@ class TrainingJob:
     overwrite: bool = False
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any], where: str) -> "TrainingJob":
+    def from_settings(
+        cls, settings: dict[str, Any], where: str, needed: tuple[str, ...] = ("data", "output")
+    ) -> "TrainingJob":
         """Make a job of named settings, such as those of a YAML file; `where` they stand is for messages."""
         known = {f.name: f.type for f in fields(cls)}
         for name in settings:
             if name not in known:
                 raise ReftError(f"{where}: there is no setting {name!r}.{did_you_mean(name, known)}")
-        for name in ("data", "output"):
+        for name in needed:
             if not settings.get(name):
                 raise ReftError(f"{where}: the setting {name!r} is missing.")
         return cls(**{name: _read(value, known[name], f"{where}: {name}") for name, value in settings.items()})
