@@ -28,6 +28,7 @@ from .timing import Rates, measure_step
 
 RULES = ("l1", "l4", "l8", "l16", "f3+l3", "f7+l7", "prompt", "all")
 REFERENCE = RULES[0]
+_ANY = 1 << 62  # more bytes than there are
 
 
 @dataclass
@@ -220,8 +221,7 @@ def _add_times(plan: Plan, prepared: PreparedJob, locator: Locator, way: Behind 
     for cost in (fewest, largest):
         with following(locator, Positions.parse(cost.positions)):
             measured.append(measure_step(prepared.model, prepared.reach if way else None, collate(prepared, rows)))
-            held = Held(prepared.reach.store.budget if prepared.reach else 0)
-            counts.append(count_batches(way, [cut_rows(locator, rows)], held, *_layout(prepared)))
+            counts.append(count_batches(way, [cut_rows(locator, rows)], Held(_ANY), *_layout(prepared)))
     rates = Rates(measured[0], measured[1], (counts[0].computed, counts[1].computed), counts[0].frozen)
     on_cpu = prepared.model.get_device().type == "cpu"  # where what is held lies beside the model
     for cost in plan.costs:

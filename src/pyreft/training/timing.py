@@ -4,7 +4,8 @@ Knows a model and a batch, nothing of rules: what lies between the two is taken 
 """
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,18 +53,31 @@ def measure_step(model: ReftModel, reach: Reach | None, batch: dict[str, Any]) -
         if reach is not None:
             reach.store.clear()
 
-    forget()
-    step()  # whatever is set up once
-    firsts = []
-    for _ in range(2):
-        forget()
-        firsts.append(step())
-    later = min(step() for _ in range(_REPEATED))
     kept = _Kept(model)
-    with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
-        step()
-    forget()
+    with _holding_all(reach):
+        with torch.autograd.graph.saved_tensors_hooks(kept.add, lambda tensor: tensor):
+            step()  # also for whatever is set up once
+        firsts = []
+        for _ in range(2):
+            forget()
+            firsts.append(step())
+        later = min(step() for _ in range(_REPEATED))
+        forget()
     return Measured(min(firsts), later, kept.bytes)
+
+
+@contextmanager
+def _holding_all(reach: Reach | None) -> Iterator[None]:
+    """Hold all of a batch, even where the whole training would not fit."""
+    if reach is None:
+        yield
+        return
+    budget, reach.store.budget = reach.store.budget, 1 << 62
+    reach.store.clear()
+    try:
+        yield
+    finally:
+        reach.store.budget = budget
 
 
 class _Kept:
