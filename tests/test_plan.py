@@ -11,6 +11,7 @@ import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
 from pyreft.base import load_base
+from pyreft.reach.ways import Behind
 from pyreft.training.job import PreparedJob, TrainingJob
 from pyreft.training.plan import RULES, make_plan
 from pyreft.training.timing import Measured, Rates
@@ -58,40 +59,42 @@ def prepared(data, **settings):
     return PreparedJob(TrainingJob(data=str(data), **defaults | settings))
 
 
-def trained(data, output, part, epochs, **settings):
-    """Train, and count what runs: tokens times layers with and without gradients, after the probe."""
-    job = prepared(data, output=str(output), epochs=epochs, overwrite=True, **settings)
-    make_plan(job, timed=False)
-    ran = {True: 0, False: 0}
+def assert_counted(data, tmp_path, positions, part="mlp", **settings):
+    """Tokens, windows, layers and bytes are those of a training: after its first epoch, and after the second."""
+    settings = {"positions": positions, **settings}
+    plan = make_plan(prepared(data, **settings), [], timed=False)
+    cost = plan.cost_of(positions)
+    job = prepared(data, output=str(tmp_path / "out"), epochs=2, save_steps=1000, **settings)
+    make_plan(job, [], timed=False)  # so the probe is behind us
+    ran, seen = {True: 0, False: 0}, []
 
     def count(module, inputs, output):
         output = output[0] if isinstance(output, tuple) else output
         ran[torch.is_grad_enabled()] += output.shape[0] * output.shape[1]
 
+    def look(step, *_):
+        if step == plan.steps:
+            seen.append((ran[True], ran[False], *_tokens(job.reach)))
+
     for name, module in job.model.get_base_model().named_modules():
         if name.rpartition(".")[2] == part:
             module.register_forward_hook(count)
-    job.train()
-    return job.reach, ran
-
-
-def assert_counted(data, tmp_path, positions, part="mlp", **settings):
-    """Tokens, windows, layers and bytes are those of a training of one epoch, and of one more."""
-    settings = {"positions": positions, **settings}
-    plan = make_plan(prepared(data, **settings), [positions], timed=False)
-    cost, above = plan.cost_of(positions), plan.layers - plan.skipped
-    reach, ran = trained(data, tmp_path / "out", part, 1, **settings)
-    assert (cost.computed * above, cost.frozen_first) == (ran[True], ran[False])
-    if plan.computes == "windows":
-        assert (cost.tokens, cost.computed) == (reach._way.tokens, reach._way.computed)
-    reach, ran = trained(data, tmp_path / "out", part, 2, **settings)
+    job.train(look)
+    above = plan.layers - plan.skipped
+    tokens = (cost.tokens, cost.computed) if plan.computes == "windows" else ()
+    assert seen == [(cost.computed * above, cost.frozen_first, *tokens)]
     assert cost.frozen_first + cost.frozen_later == ran[False]
-    assert (cost.held_bytes, cost.full) == (reach.store.held, reach.store.full)
+    assert (cost.held_bytes, cost.full) == (job.reach.store.held, job.reach.store.full)
     return plan, cost
 
 
-@pytest.mark.parametrize("layers", ["all", "3", "6"])
-@pytest.mark.parametrize("positions", ["l1", "l8", "f3+l3", "all"])
+def _tokens(reach):
+    return (reach._way.tokens, reach._way.computed) if isinstance(reach._way, Behind) else ()
+
+
+@pytest.mark.parametrize(
+    ("positions", "layers"), [("l1", "all"), ("l8", "3"), ("f3+l3", "all"), ("f7+l7", "6"), ("all", "3")]
+)
 def test_counts_are_those_of_a_training(data, tmp_path, positions, layers):
     plan, cost = assert_counted(data, tmp_path, positions, layers=layers)
     assert (plan.computes, plan.why_not, cost.frozen_later) == ("windows", None, 0)
@@ -209,7 +212,7 @@ def test_a_rule_that_finds_no_token(data, tmp_path):
 
 def test_what_cannot_be_planned(data, tmp_path):
     BertForMaskedLM(BertConfig(vocab_size=99, **SIZES)).save_pretrained(tmp_path / "bert")
-    with pytest.raises(pyreft.ReftError, match="expected a causal language model, .* holds a BertForMaskedLM"):
+    with pytest.raises(pyreft.ReftError, match=r"expected a causal language model, .* holds a BertForMaskedLM"):
         prepared(data, model=str(tmp_path / "bert"))
     with pytest.raises(pyreft.ReftError, match=r"positions: expected f<n>, .* got 'last4'. Did you mean 'l4'\?"):
         make_plan(prepared(data), ["last4"])

@@ -51,12 +51,12 @@ def plan(
     settings.pop("output", None)
     hush()
     from pyreft.training.job import PreparedJob, TrainingJob
-    from pyreft.training.plan import RULES, make_plan
+    from pyreft.training.plan import make_plan
 
     job = TrainingJob.from_settings(settings, str(config or "plan"), needed=("data",))
     status: Any = nullcontext() if as_json else console.status("Counting tokens and measuring a few steps ...")
     with status:
-        made = make_plan(PreparedJob(job), (*RULES, job.positions))
+        made = make_plan(PreparedJob(job))
     if as_json:
         print_json(made.to_dict())
     else:
@@ -69,7 +69,7 @@ def cost_line(prepared: Any) -> str:
     from pyreft.training.plan import make_plan
 
     own = prepared.job.positions
-    made = make_plan(prepared, (*_CHEAPER, own), most=_SAMPLE, timed=False)
+    made = make_plan(prepared, _CHEAPER, most=_SAMPLE, timed=False)
     if made.computes != "windows":
         return _why_whole(made)
     share = made.cost_of(own).share

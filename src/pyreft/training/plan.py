@@ -118,8 +118,8 @@ def make_plan(
     """Return what a job's training would cost under each of some rules.
 
     Args:
-        prepared: the job; its own rule may be among them.
-        rules: position rules; `l1` is added, to compare with.
+        prepared: the job.
+        rules: position rules; `l1`, to compare with, and the job's own are added.
         most: look at so many rows, drawn at random, instead of all.
         timed: run a few steps on one batch, to say how long the training takes.
 
@@ -127,10 +127,7 @@ def make_plan(
         ReftError: a rule that is none, or the job's own rule edits no token in any row.
     """
     job, locator = prepared.job, cast(Locator, locator_of(prepared.model))
-    own = Positions.parse(job.positions)
-    names = {Positions.parse(rule): rule for rule in (REFERENCE, *rules)}
-    if own in names:
-        names[own] = job.positions
+    names = {Positions.parse(rule): rule for rule in (REFERENCE, *rules, job.positions)}
     rows = prepared.rows
     if most is not None and len(rows) > most:
         rows = random.Random(job.seed).sample(rows, most)
