@@ -1,5 +1,7 @@
 """Training steps to compare: edits, LoRA, the floor of each, and the original library in a process of its own."""
 
+import copy
+import functools
 import json
 import statistics
 import subprocess
@@ -22,13 +24,18 @@ MAIN: Sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers
 BATCH, RANK = 8, 8
 
 
-def llama(sizes: Sizes) -> LlamaForCausalLM:
+@functools.cache
+def _shared(**sizes: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            num_attention_heads=sizes["hidden_size"] // 64, max_position_embeddings=8192, eos_token_id=None, **sizes
-        )
-    )
+    heads = sizes["hidden_size"] // 64
+    config = LlamaConfig(num_attention_heads=heads, max_position_embeddings=8192, eos_token_id=None, **sizes)
+    return LlamaForCausalLM(config).requires_grad_(False)
+
+
+def llama(sizes: Sizes) -> LlamaForCausalLM:
+    """A random model whose weights all models of these sizes share; they are frozen."""
+    base = _shared(**sizes)
+    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
 def batch_of(vocabulary: int, prompt: int, answer: int) -> dict[str, Tensor]:
@@ -83,7 +90,7 @@ class Edited(Subject):
 def floor(sizes: Sizes, batch: dict[str, Tensor], skipped: int, start: int) -> Callable[[], None]:
     """The tokens from `start` to the last that predicts one, through the blocks from `skipped` on and the head where
     there are labels, forward and activation gradient: bare blocks behind ready keys and values, no edit code."""
-    base = llama(sizes).requires_grad_(False).train()
+    base = llama(sizes).train()
     ids, labels = batch["input_ids"], batch["labels"]
     stop = ids.shape[1] - 1
     with torch.no_grad():

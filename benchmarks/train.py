@@ -22,7 +22,7 @@ SHAPES: dict[str, Sizes] = {
     "wide": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 16, "vocab_size": 8000},
 }
 LENGTHS = {"main": [(112, 16), (248, 8)], "vocabulary": [(112, 16)], "wide": [(112, 16)]}
-RUNS = {"main": 5, "vocabulary": 3, "wide": 2}
+RUNS = {"main": 5, "vocabulary": 3, "wide": 1}
 POSITIONS = {"main": ["l1", "l8", "f7+l7"], "vocabulary": ["l1", "l8", "f7+l7"], "wide": ["l1"]}
 FROZEN = "whole rows, frozen"
 
@@ -137,12 +137,9 @@ def main() -> None:
     parser.add_argument("--original", metavar="PYTHON", help="an interpreter with pyreft 0.1.0, to measure it beside")
     given = parser.parse_args()
     torch.set_num_threads(2)
-    rows = []
     for shape in [part for part in given.parts if part in SHAPES]:
-        for prompt, answer in LENGTHS[shape]:
-            rows += compare(shape, prompt, answer, given.original)
-    if rows:
-        report("train", rows)
+        rows = [row for lengths in LENGTHS[shape] for row in compare(shape, *lengths, given.original)]
+        report(f"train_{shape}", rows)
     if "growth" in given.parts:
         rows = growth()
         report("train_growth", rows)

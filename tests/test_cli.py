@@ -166,5 +166,5 @@ def test_help_loads_nothing_heavy():
     code = "import sys, pyreft_cli.app; assert not {'torch', 'transformers', 'peft', 'pyreft'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     printed = run("--help").stdout
-    for name in ("demo", "train", "eval", "generate", "chat", "info", "inspect"):
+    for name in ("demo", "train", "plan", "eval", "generate", "chat", "info", "inspect"):
         assert f"  {name} " in printed

@@ -243,8 +243,8 @@ def _edit_columns(
 
 def _refuse_merge() -> NoReturn:
     raise ReftError(
-        "ReFT edits hidden states at chosen tokens, which no change of the weights can do: an adapter cannot be "
-        "merged. Keep it beside the model (it costs nothing while tokens are generated), or use unload()."
+        "ReFT edits hidden states at chosen tokens, and weights act on all of them: an adapter cannot be merged. Keep "
+        "it beside the model (one of the prompt alone costs nothing while tokens are generated), or use unload()."
     )
 
 

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from . import ask, demo, eval, info, inspect, train
+from . import ask, demo, eval, info, inspect, plan, train
 
 app = typer.Typer(
     name="pyreft",
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.command()(demo.demo)
 app.command()(train.train)
+app.command()(plan.plan)
 app.command("eval")(eval.evaluate)
 app.command()(ask.generate)
 app.command()(ask.chat)

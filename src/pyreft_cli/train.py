@@ -6,7 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from .config import read_config
 from .output import Json, Quiet, console, hush, print_json, progress_bar
+from .plan import cost_line
 
 Option = typer.Option
 
@@ -97,7 +99,7 @@ def train(
     table and a picture, and the last checkpoints.
     """
     given = {key: value for key, value in context.params.items() if key not in ("recipe", "config", "quiet", "as_json")}
-    settings = {**_read_config(config), **{key: value for key, value in given.items() if value is not None}}
+    settings = {**read_config(config), **{key: value for key, value in given.items() if value is not None}}
     hush()
     from pyreft.training.job import TrainingJob, check_files, prepare
     from pyreft.training.recipes import recipe_jobs
@@ -155,6 +157,8 @@ def _describe(prepared: Any) -> None:
         f"{len(prepared.rows)} examples, {len(prepared.validation)} to validate on; "
         f"{trained:,} of {total:,} parameters ({100 * trained / total:.3f} %)."
     )
+    if prepared.reach is not None:
+        console.print(cost_line(prepared), markup=False)
 
 
 def _tell(result: dict[str, Any], job: Any) -> None:
@@ -170,19 +174,3 @@ def _tell(result: dict[str, Any], job: Any) -> None:
         console.print(f"Try: pyreft eval {result['output']} --suite {job.suite}{data}", markup=False)
     elif job.method != "lora":
         console.print(f'Try: pyreft generate --adapter {result["output"]} --prompt "..."')
-
-
-def _read_config(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    import yaml
-
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise typer.BadParameter(f"{path} cannot be read: {error.strerror}.", param_hint="--config") from None
-    except yaml.YAMLError as error:
-        raise typer.BadParameter(f"{path} is not valid YAML: {error}", param_hint="--config") from None
-    if not isinstance(settings, dict):
-        raise typer.BadParameter(f"{path} should hold 'name: value' lines.", param_hint="--config")
-    return {str(name).replace("-", "_"): value for name, value in settings.items()}

@@ -141,7 +141,7 @@ class _Recorder:
             h, window = args[0].float(), layer.stream.windows(args[0])[key]
             assert window is not None  # a forward over whole rows: the tokens are listed
             edit = layer.stream.locator.strength(key[0]) * (edited.float() - h)
-            rows, tokens = window
+            rows, tokens = window[:2]
             self._kept[key[1]].append(tuple(t.cpu() for t in (rows + self.first_row, tokens, h, edit)))
 
         return keep

@@ -55,7 +55,16 @@ class Layout:
                     self._sizes.append(0)
                 self._places.append((group, self._sizes[group]))
                 self._sizes[group] += 1
+        self._kinds = list(groups)
         self.devices = [kind[-1] for kind in groups]
+
+    def size(self, length: int) -> int:
+        """How many bytes the pairs of a prefix of so many tokens take."""
+        total = 0
+        for count, (window, heads, width, dtype, _) in zip(self._sizes, self._kinds, strict=True):
+            kept = length if window is None else min(length, window - 1)
+            total += count * heads * kept * width * dtype.itemsize
+        return total
 
     def pack(self, pairs: Sequence[Pair]) -> list[Tensor]:
         """Copy pairs into a few tensors."""

@@ -93,6 +93,16 @@ class Reach:
         self.why_not = None
         return output
 
+    def find_way(self, **batch: Any) -> Behind | Above | None:
+        """How a batch would be computed, without computing it; none for whole rows, and `why_not` says why."""
+        try:
+            way = self._find_way(batch, self.model)
+        except NotExactError as reason:
+            self.why_not = str(reason)
+            return None
+        self.why_not = None
+        return way
+
     def new_epoch(self) -> None:
         """Tell that another pass over the data begins; the base model is looked at more closely then."""
         self.store.new_epoch()

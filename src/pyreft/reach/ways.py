@@ -34,8 +34,8 @@ class Behind:
 
     def __init__(self, parts: Parts, locator: Locator, kept: int, offsets: bool, key: bytes) -> None:
         self.parts, self.kept, self.tokens, self.computed = parts, kept, 0, 0
-        self._locator, self._offsets, self._key = locator, offsets, key
-        self._layout: Layout | None = None
+        self._locator, self.offsets, self._key = locator, offsets, key
+        self.layout: Layout | None = None
 
     def __call__(self, call: dict[str, Any], ordinary: Callable[..., Any], store: Store) -> CausalLMOutputWithPast:
         """Return the loss of a batch."""
@@ -84,7 +84,7 @@ class Behind:
         """The position of the first token of each row, `[batch]`, from which the others count on."""
         first, given = torch.tensor(rows.first, device=rows.device), call.get("position_ids")
         if given is None:
-            return first if self._offsets else torch.zeros_like(first)
+            return first if self.offsets else torch.zeros_like(first)
         if given.shape != call["input_ids"].shape:
             raise NotExactError("position_ids are not [batch, tokens]")
         begin = given.gather(1, first[:, None])
@@ -122,7 +122,7 @@ class Behind:
             keys: of the rows' prefixes, empty for a row without one.
             again: those which must be run even if they are held, for what happens below the kept blocks.
         """
-        packed = {key: store.get(key) if self._layout else None for key in dict.fromkeys(keys) if key}
+        packed = {key: store.get(key) if self.layout else None for key in dict.fromkeys(keys) if key}
         unknown = [key for key, held in packed.items() if held is None]
         wanted = [key for key in packed if key in again or packed[key] is None]
         whole: dict[bytes, list[Pair]] = {}
@@ -130,13 +130,13 @@ class Behind:
             which, blocks = [keys.index(key) for key in wanted], len(self.parts.blocks) if unknown else self.kept
             run = self.parts.prefixes(ids[which], rows.select(which), positions[which], blocks)
             whole = dict(zip(wanted, run, strict=True))
-            self._layout = self._layout or self.parts.layout(run[0], self.kept)
+            self.layout = self.layout or self.parts.layout(run[0], self.kept)
         above = {key: whole[key][self.kept :] for key in unknown}
         for key in unknown:
-            store.put(key, cast(Layout, self._layout).pack(above[key]))
+            store.put(key, cast(Layout, self.layout).pack(above[key]))
         for key, held in packed.items():
             if held is not None:
-                above[key] = cast(Layout, self._layout).unpack(held)
+                above[key] = cast(Layout, self.layout).unpack(held)
         return whole, above
 
     def _keys(self, ids: Tensor, rows: Rows, positions: Tensor) -> tuple[list[bytes], list[bytes]]:
@@ -159,7 +159,7 @@ class Above:
     """
 
     def __init__(self, parts: Parts, locator: Locator, kept: int, padding: bool, key: bytes) -> None:
-        self.parts, self.kept, self._padding = parts, kept, padding
+        self.parts, self.kept, self.padding = parts, kept, padding
         self._stream = next(iter(locator.streams.values()))
         self._key = key
 
@@ -170,7 +170,7 @@ class Above:
         if any(value.shape != ids.shape for value in inputs.values()):
             raise NotExactError("inputs are not [batch, tokens]")
         mask = inputs.get("attention_mask")
-        first, last = bounds(torch.ones_like(ids, dtype=torch.bool) if mask is None or self._padding else mask.bool())
+        first, last = bounds(torch.ones_like(ids, dtype=torch.bool) if mask is None or self.padding else mask.bool())
         spans = list(zip(first.tolist(), last.tolist(), strict=True))
         keys = self._keys(inputs, spans)
         states = {key: store.get(key) for key in dict.fromkeys(keys)}

@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from ..base import load_base
+from ..base import check_language_model, load_base
 from ..checkpoint import is_adapter
 from ..config import ReftConfig
 from ..data.encode import context_length, default_format, encode
@@ -47,6 +47,8 @@ CHECKPOINTS = "checkpoints"
 class PreparedJob:
     """A job whose every part was checked: files, model, edits, tokens and directories.
 
+    One without an output can be planned, not trained; it writes nothing.
+
     Attributes:
         rows, validation: the tokens to learn from and those to measure on.
         skipped: how many examples of a suite have a prompt that fills `max_length`, so that nothing is left to learn.
@@ -61,7 +63,7 @@ class PreparedJob:
         self.job = job
         check_numbers(job)
         self.output = Path(job.output)
-        self.checkpoint = _check_output(job)
+        self.checkpoint = _check_output(job) if job.output else None
         self.config: PeftConfig = make_config(job)
         self.skipped = 0
         self.rows: list[dict[str, Any]] = []
@@ -73,6 +75,7 @@ class PreparedJob:
         job = self.job
         held_out = read_examples(job.validation) if job.validation else []
         self.examples: list[Example] = self._examples()
+        check_language_model(job.model)
         set_seed(job.seed)
         model, self.tokenizer = load_base(job.model, job.dtype)
         # the paper's prompts stand as they are, whatever template a tokenizer has
@@ -122,8 +125,10 @@ class PreparedJob:
         set_seed(self.job.seed)
         self.model: Any = attach(model, self.config, self.job.model)
         self.reach: Reach | None = None
-        if self.job.reach and self.job.suite != GLUE and isinstance(self.model, ReftModel):
-            self.reach = Reach(self.model, memory=self.job.reach_memory, directory=self.job.reach_directory)
+        job = self.job
+        if job.reach and job.suite != GLUE and isinstance(self.model, ReftModel):
+            directory = job.reach_directory if job.output else None
+            self.reach = Reach(self.model, memory=job.reach_memory, directory=directory)
         if self.checkpoint:
             check_same(self.checkpoint, self.config)
 
@@ -132,7 +137,12 @@ class PreparedJob:
 
         Args:
             progress: called after each step with the step, the number of steps and the loss.
+
+        Raises:
+            ReftError: the job has no output.
         """
+        if not self.job.output:
+            raise ReftError("output: expected the directory for the adapter, got none.")
         trainer = self.trainer_class(
             model=self.model,
             processing_class=self.tokenizer,

@@ -18,7 +18,7 @@ class TrainingJob:
     """What to train, on what, and where the adapter goes.
 
     Args:
-        output: the adapter's directory.
+        output: the adapter's directory; none for a job that is planned, not trained.
         data: a file of examples, see `data.files.read_examples`; or a `suite` of the paper instead, see
             `training.recipes.recipe_jobs`.
         suite, task, data_dir: the suite, its task if it is GLUE, and the directory of its data; the hub if not given.
@@ -41,7 +41,7 @@ class TrainingJob:
         overwrite: replace the adapter that `output` holds.
     """
 
-    output: str
+    output: str = ""
     data: str | None = None
     suite: str | None = None
     task: str | None = None
@@ -78,13 +78,17 @@ class TrainingJob:
     overwrite: bool = False
 
     @classmethod
-    def from_settings(cls, settings: dict[str, Any], where: str) -> "TrainingJob":
+    def from_settings(
+        cls, settings: dict[str, Any], where: str, needed: tuple[str, ...] = ("data", "output")
+    ) -> "TrainingJob":
         """Make a job of named settings, such as those of a YAML file; `where` they stand is for messages."""
         known = {f.name: f.type for f in fields(cls)}
         for name in settings:
             if name not in known:
                 raise ReftError(f"{where}: there is no setting {name!r}.{did_you_mean(name, known)}")
-        for name in ("output",) if settings.get("suite") else ("data", "output"):
+        for name in needed:
+            if name == "data" and settings.get("suite"):
+                continue
             if not settings.get(name):
                 raise ReftError(f"{where}: the setting {name!r} is missing.")
         return cls(**{name: _read(value, known[name], f"{where}: {name}") for name, value in settings.items()})
