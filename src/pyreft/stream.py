@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .errors import ReftError
 from .interventions import Intervention, LowRankRotateLayer, orthonormalize
 from .located import Key, Located, Window, group_rows, mask_of, subspace_masks
+from .packed import Packed, find_packed
 from .positions import Positions, prompt_tokens
 
 if TYPE_CHECKING:
@@ -192,15 +193,23 @@ class Stream:
         elif self.name == "decoder":  # whose first input is the start token, and comes before the first label
             labels = nn.functional.pad(labels[:, :-1], (1, 0), value=-100)
         ids = inputs if inputs.dim() == 2 and not past else None
-        return self.resolve(mask.bool(), labels, ids)
+        packed = None if past or self.locator.generating else find_packed(inputs, kwargs)
+        return self.resolve(mask.bool(), labels, ids, packed)
 
-    def resolve(self, tokens: Tensor, labels: Tensor | None = None, input_ids: Tensor | None = None) -> Located:
+    def resolve(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        packed: Packed | None = None,
+    ) -> Located:
         """Return the located tokens of the active adapters, by what the call gave.
 
         Args:
             tokens: `[batch, tokens]`, false for padding.
             labels: `[batch, tokens]`, -100 where there is no loss; the prompt ends before the first label.
             input_ids: `[batch, tokens]`, where they are known.
+            packed: the examples of the rows, if they have several; rules hold for each of them.
         """
         locator = self.locator
         beams = self.name == "decoder" and locator.generating
@@ -210,7 +219,7 @@ class Stream:
         if LOCATIONS in locator.call:
             self._resolve_given(located, keys, tokens, locator.call[LOCATIONS])
         else:
-            self._resolve_rules(located, keys, tokens, labels, input_ids)
+            self._resolve_rules(located, keys, tokens, labels, input_ids, packed)
         if SUBSPACES in locator.call:
             ranks = {key: layer.rank(key) for layer in self.layers for key in keys if layer.has(key)}
             counts = {name: len(locator.rules[name]) for name in locator.active}
@@ -221,8 +230,18 @@ class Stream:
         return [index for index, place in enumerate(self.locator.places[name]) if place == self.name]
 
     def _resolve_rules(
-        self, located: Located, keys: list[Key], tokens: Tensor, labels: Tensor | None, input_ids: Tensor | None
+        self,
+        located: Located,
+        keys: list[Key],
+        tokens: Tensor,
+        labels: Tensor | None,
+        input_ids: Tensor | None,
+        packed: Packed | None,
     ) -> None:
+        if packed is not None:
+            tokens = packed.apart(tokens, False)
+            labels = None if labels is None else packed.labels_apart(labels)
+            input_ids = None if input_ids is None else packed.apart(input_ids, 0)
         lengths = self.locator.call.get(LENGTHS) if self.name != "decoder" else None
         if lengths is not None:
             lengths = _lengths(lengths, tokens)
@@ -236,7 +255,8 @@ class Stream:
             if rule is None:
                 continue
             if rule not in made:  # an answer is covered by `all` from the beginning
-                made[rule] = tokens if rule.whole == "all" else rule.locate(prompt, input_ids)
+                mask = tokens if rule.whole == "all" else rule.locate(prompt, input_ids)
+                made[rule] = mask if packed is None else packed.together(mask)
             located.add((name, index), made[rule], endless=rule.whole == "all")
 
     def _resolve_given(self, located: Located, keys: list[Key], tokens: Tensor, locations: Any) -> None:
