@@ -1,7 +1,7 @@
 """TRL's trainers take a `ReftConfig` as `peft_config`, and what they train gets better at unseen questions.
 
-Their defaults stay: bfloat16 and gradient checkpointing. The embedded model learns to answer in emojis, which it never
-does by itself; from examples, from preferences, or by a reward.
+Supervised training keeps TRL's defaults, bfloat16 and gradient checkpointing. The embedded model learns to answer in
+emojis, which it never does by itself; from examples, from preferences, or by a reward.
 """
 
 import peft
@@ -118,7 +118,7 @@ def test_dpo(tokenizer, tmp_path, preferences):
     trainer = trl.DPOTrainer(
         model=pocket.load()[0],
         processing_class=tokenizer,
-        args=trl.DPOConfig(**options(tmp_path, per_device_train_batch_size=10, max_steps=16)),
+        args=trl.DPOConfig(**options(tmp_path, per_device_train_batch_size=10, max_steps=16, bf16=False)),
         train_dataset=train,
         eval_dataset=held_out,
         peft_config=pyreft.ReftConfig(**CONFIG),
@@ -165,7 +165,7 @@ def test_kto(tokenizer, tmp_path, preferences):
     trainer = trl.KTOTrainer(
         model=pocket.load()[0],
         processing_class=tokenizer,
-        args=trl.KTOConfig(**options(tmp_path, per_device_train_batch_size=20, max_steps=16)),
+        args=trl.KTOConfig(**options(tmp_path, per_device_train_batch_size=20, max_steps=16, bf16=False)),
         train_dataset=unpaired(preferences[0]),
         eval_dataset=unpaired(preferences[1]),
         peft_config=pyreft.ReftConfig(**CONFIG),

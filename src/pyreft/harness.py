@@ -108,6 +108,14 @@ class ReftLM(HFLM):
         return [part.log_softmax(-1, dtype=self.softmax_dtype) for part in parts]
 
 
+def _manager(tasks: Sequence[str], include_path: str | os.PathLike | None) -> TaskManager:
+    """Tasks of one's own are found without reading the thousands that lm-eval brings."""
+    if include_path is None:
+        return TaskManager()
+    own = TaskManager(include_path=str(include_path), include_defaults=False)
+    return own if all(own.match_tasks([task]) for task in tasks) else TaskManager(include_path=str(include_path))
+
+
 def _score(logits: torch.Tensor, continuation: list[int]) -> tuple[float, bool]:
     tokens = torch.tensor(continuation, device=logits.device)
     chosen = logits.gather(1, tokens[:, None])
@@ -142,7 +150,7 @@ def evaluate(
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise ReftError(f"include_path: expected a directory of tasks, {include_path} is none.")
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    manager = _manager(tasks, include_path)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         raise ReftError(f"tasks: lm-eval has none of the name {unknown[0]!r}; `lm_eval ls tasks` lists all.")
     if isinstance(adapter, torch.nn.Module):
