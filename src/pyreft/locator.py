@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .continuous import Batches
 from .errors import ReftError, did_you_mean
 from .located import Located
 from .positions import Positions
@@ -51,6 +52,9 @@ class Locator:
             self.streams = {"": Stream(self, "", self._entries)}
         if hasattr(model, "generate"):
             self.model.generate = self.generate
+        self.batches = Batches(model)
+        if hasattr(model, "init_continuous_batching"):
+            self.model.init_continuous_batching = self.batches.init_continuous_batching
 
     @property
     def layers(self) -> list[Any]:
@@ -87,7 +91,8 @@ class Locator:
             stream.remove()
         for entry in self._entries:
             unhook(entry, self)
-        self.model.__dict__.pop("generate", None)
+        for name in ("generate", "init_continuous_batching"):
+            self.model.__dict__.pop(name, None)
 
     def recomputes(self) -> bool:
         """Whether the backward will compute the blocks, and so the edits inside them, once more."""

@@ -180,6 +180,8 @@ class Stream:
     # -- from rules to masks --------------------------------------------------------------------------------------
 
     def _locate(self, past: int, inputs: Tensor, kwargs: dict) -> Located:
+        if kwargs.get("cache") is not None and "read_index" in kwargs:
+            return self.locator.batches.locate(self, inputs, kwargs)
         call, cache = self.locator.call, _cache(kwargs)
         if past and cache in self._known and (self.locator.generating or not call.keys() & {LOCATIONS, LENGTHS}):
             return self._known[cache]
@@ -225,6 +227,10 @@ class Stream:
             counts = {name: len(locator.rules[name]) for name in locator.active}
             located.subspaces = subspace_masks(locator.call[SUBSPACES], ranks, counts, tokens)
         return located
+
+    def rules(self) -> list[Positions | None]:
+        """The rules of the active adapters here."""
+        return [self.locator.rules[name][index] for name in self.locator.active for index in self._indices(name)]
 
     def _indices(self, name: str) -> list[int]:
         return [index for index, place in enumerate(self.locator.places[name]) if place == self.name]
