@@ -51,7 +51,7 @@ class Stream:
         self._known: weakref.WeakKeyDictionary[Any, Located] = weakref.WeakKeyDictionary()
         self._passed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # tokens in recurrent states
         self._running: nn.Module | None = None  # the entry whose forward runs
-        self._hooked = False
+        self.hooked = True  # whether the layers have their hooks
         self._rotations: list[LowRankRotateLayer] = []
         self.stacks: dict[Any, Intervention] = {}  # those that rows with adapters of their own share; of one call
         self._entries = entries
@@ -89,7 +89,8 @@ class Stream:
         self._running = module
         inputs, cache = _inputs(module, args, kwargs), _cache(kwargs)
         if self._generated and inputs is not None and cache is not None:
-            self._hook(False)  # decoding after the last located token: nothing to compute
+            self._windows = {}  # decoding after the last located token: nothing to compute
+            self._hook(False)
             self._end += inputs.shape[1]
             return
         self._end = 0
@@ -104,7 +105,7 @@ class Stream:
         self._open(self._whole or self._locate(past, inputs, kwargs), past, *inputs.shape[:2])
         self._generated = self._whole is not None and self._whole.done(past + self.tokens)
         self._hook(bool(self._windows))
-        if self._windows and not self.stacks:
+        if self._windows and not self.stacks and not torch.compiler.is_compiling():
             self._rotations = [rotation for layer in self.layers for rotation in layer.rotations(self._windows)]
             orthonormalize(self._rotations)
 
@@ -120,6 +121,9 @@ class Stream:
         if cache is not None and self._end and not _counts(cache):
             self._passed[cache] = self._end
         if self._whole is not None:
+            if self._generated:
+                self._windows = {}
+                self._hook(False)
             return
         if cache is not None and self.located is not None:
             self._known[cache] = self.located
@@ -143,13 +147,13 @@ class Stream:
         for rotation in self._rotations:
             rotation.forget_graph()
         self._rotations, self._windows, self.located, self.stacks = [], {}, None, {}
-        self._hook(False)
+        self._hook(True)
 
     def _hook(self, wanted: bool) -> None:
-        if wanted is not self._hooked:
+        if wanted is not self.hooked and not torch.compiler.is_compiling():
             for layer in self.layers:
                 layer.set_hooked(wanted)
-            self._hooked = wanted
+            self.hooked = wanted
 
     def remove(self) -> None:
         """Take every hook off the model."""
