@@ -51,18 +51,6 @@ def test_weights_on_the_cpu_until_they_are_needed(tmp_path):
 
 
 def test_weights_on_the_disk_until_they_are_needed(tmp_path):
-    model = tiny_llama()
-    model.save_pretrained(tmp_path / "base")
-
-    def make():
-        places = {"lm_head": "cpu", "model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-        places |= {f"model.layers.{n}": "disk" if n == 2 else "cpu" for n in range(4)}
-        return type(model).from_pretrained(tmp_path / "base", device_map=places, offload_folder=tmp_path / "weights")
-
-    assert check(make, tmp_path) == check(tiny_llama, tmp_path / "plain")
-
-
-def test_edits_of_a_layer_on_the_disk(tmp_path):
     check(lambda: accelerate.disk_offload(tiny_llama(), tmp_path / "weights", execution_device="cpu"), tmp_path)
 
 
