@@ -23,7 +23,7 @@ def trainer(directory, **changes):
     settings = {
         "num_train_epochs": 4,
         "per_device_train_batch_size": 8,
-        "learning_rate": 0.02,
+        "learning_rate": 0.1,
         "eval_strategy": "epoch",
         "save_strategy": "epoch",
         "load_best_model_at_end": True,
@@ -41,11 +41,11 @@ def weights(run):
 
 
 def test_the_best_model_is_there_at_the_end(tmp_path):
-    """A rate that ruins the later epochs; the best checkpoint is another than the last."""
-    run = trainer(tmp_path, learning_rate=0.4, lr_scheduler_type="constant")
+    """At a rate that is too large for the later epochs; the best checkpoint is another than the last."""
+    run = trainer(tmp_path, learning_rate=0.1, num_train_epochs=6, lr_scheduler_type="constant")
     run.train()
     losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
-    assert len(losses) == 4
+    assert len(losses) == 6
     assert losses[-1] > min(losses)
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
@@ -66,10 +66,9 @@ def test_what_would_be_uploaded(tmp_path, monkeypatch):
     import huggingface_hub
 
     uploads = []
-    monkeypatch.setattr(
-        "transformers.trainer.create_repo", lambda name, **_: huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
-    )
-    monkeypatch.setattr("transformers.trainer.upload_folder", lambda **call: uploads.append(call))
+    repo = huggingface_hub.RepoUrl("https://huggingface.co/someone/adapter")
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda api, *_, **__: repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", lambda api, **call: uploads.append(call))
     run = trainer(tmp_path, hub_model_id="someone/adapter", num_train_epochs=1)
     run.model.peft_config["default"].base_model_name_or_path = "some/base"
     run.train()
