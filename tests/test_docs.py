@@ -29,10 +29,21 @@ def check_concepts(names):
     assert shown == f"{names['located'].int()}\n"
 
 
-CHECKS = {"concepts.md": check_concepts, "from-pyreft.md": check_migration, "steering.md": check_steering}
+def check_ecosystem(names):
+    assert len(names["outputs"]) == len(names["prompts"])
+    assert names["lm"].batch_size == 8
+
+
+CHECKS = {
+    "concepts.md": check_concepts,
+    "ecosystem.md": check_ecosystem,
+    "from-pyreft.md": check_migration,
+    "steering.md": check_steering,
+}
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+@pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing.* is deprecated:FutureWarning")  # TRL's
 @pytest.mark.parametrize("page", [page for page in PAGES if all_blocks(page)], ids=lambda page: page.name)
 def test_snippets_run_in_order(page, tmp_path, monkeypatch):
     """Those of every page; what they lead to, where a page has a check."""

@@ -220,7 +220,6 @@ def test_decoding_after_the_prompt_runs_no_hook_of_ours(model, rule, monkeypatch
     )
     adapted.generate(input_ids=torch.randint(3, 96, (1, 9)), **GREEDY)
     assert calls == [9] * 4  # the prefill of four layers
-    assert not any(block._forward_hooks for block in model.model.layers)
 
 
 def test_assisted_decoding_equals_plain(model):

@@ -21,8 +21,9 @@ class Grid(NamedTuple):
     valid: Tensor | None  # `[rows, n, 1]`, false for what fills up; none if nothing does
 
 
-# row and column of every token to edit, or a grid of them; none for every token there is
-Window = tuple[Tensor, Tensor] | Grid | None
+# row and column of every token to edit, or a grid of them; none for every token there is; in a compiled forward, whose
+# shapes must not depend on which tokens they are, a mask `[batch, tokens]`
+Window = tuple[Tensor, Tensor] | Grid | Tensor | None
 
 
 class Located:
@@ -86,9 +87,9 @@ class Located:
                 if self.adapters(key[0], rows):
                     seen[same] = _grid(part, only if only is None else only.repeat_interleave(times))
                 else:
-                    seen[same] = part.nonzero(as_tuple=True)  # type: ignore[assignment]
+                    seen[same] = part if torch.compiler.is_compiling() else part.nonzero(as_tuple=True)  # type: ignore
             at = seen[same]
-            if at is not None and at[1].numel():
+            if at is not None and (at.shape[1] if isinstance(at, Tensor) else at[1].numel()):
                 found[key] = at
         return found
 

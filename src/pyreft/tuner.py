@@ -48,6 +48,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         self.stream = stream
         self._module = (module,)  # in a tuple: the module is this one's parent, not its child
         stream.layers.append(self)
+        self.set_hooked(stream.hooked)
 
     @property
     def interventions(self) -> "ReftLayer":
@@ -134,6 +135,9 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
                 continue
             _check_device(intervention, name, h)
             at = windows[key]
+            if isinstance(at, Tensor):
+                h = self._edit_all(h, at, intervention, columns, strength, subspaces.get(key))
+                continue
             if at is None and not (intervention.by_row or subspaces):
                 flat = h.reshape(-1, h.shape[-1])
                 h = _edit_columns(intervention, flat, columns, strength).view_as(h)
@@ -188,8 +192,30 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             stacks[key] = made
         return made
 
+    @staticmethod
+    def _edit_all(
+        h: Tensor,
+        mask: Tensor,
+        intervention: Intervention,
+        columns: tuple[int, int] | None,
+        strength: float,
+        subspaces: Tensor | None,
+    ) -> Tensor:
+        """Edit every token and keep the edits of those in the mask: in a compiled forward, whose shapes are fixed."""
+        batch, tokens, width = h.shape
+        context = {}
+        if intervention.by_row:
+            context["rows"] = torch.arange(batch, device=h.device).repeat_interleave(tokens)
+        if subspaces is not None:
+            context["subspaces"] = subspaces.to(h.device).repeat_interleave(h.shape[0] * tokens // len(subspaces), 0)
+        edited = _edit_columns(intervention, h.reshape(-1, width), columns, strength, **context).view_as(h)
+        return torch.where(mask.to(h.device)[..., None], edited, h)
+
     def set_hooked(self, wanted: bool) -> None:
-        """Put the hook on the module, or take it off: where nothing is located, nothing is called."""
+        """Put the hook on the module, or take it off: where nothing is located, nothing is called.
+
+        It is there while no forward runs, since a forward that is compiled finds its hooks and puts none.
+        """
         module = self._module[0]
         hooks = module._forward_pre_hooks if self.side == "input" else module._forward_hooks
         for number in [n for n, hook in hooks.items() if getattr(hook, "__self__", None) is self]:

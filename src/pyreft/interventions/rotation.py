@@ -35,6 +35,8 @@ class LowRankRotateLayer(nn.Module):
     @property
     def weight(self) -> Tensor:
         """R as `[d, r]`, float32; in evaluation it is computed once and kept until the parameter changes."""
+        if torch.compiler.is_compiling():  # what is kept between forwards is no part of a graph
+            return orthonormal_columns(self.free)
         if self._ready is not None and self._made_from == self._state():
             return self._ready
         with _outliving_inference():

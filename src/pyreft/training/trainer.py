@@ -43,11 +43,15 @@ class ReftTrainer(Trainer):
         self.reach: Reach | None = None
         if isinstance(reach, Reach):
             self.reach = reach
-        elif reach and self.args.n_gpu <= 1 and isinstance(self.model, ReftModel):
+        elif reach and self._holds_all() and isinstance(self.model, ReftModel):
             self.reach = Reach(self.model)
         if self.reach is not None:
             self.add_callback(_TellEpochs(self.reach))
             self.add_callback(ReachPrinter(self.reach))
+
+    def _holds_all(self) -> bool:
+        """Whether the process has the whole model by itself, whose parts can then be called apart."""
+        return self.args.n_gpu <= 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -1,0 +1,71 @@
+"""Packed rows: several examples one after the other in a row, as padding-free training has them.
+
+Knows how a row is told to be packed, and lays its examples apart and together again. Rules and models are not known.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100  # where there is no loss
+
+
+class Packed:
+    """The examples of packed rows, as padded rows of their own.
+
+    Args:
+        starts: `[batch, tokens]`, true for the first token of each example.
+    """
+
+    def __init__(self, starts: Tensor) -> None:
+        batch, tokens = starts.shape
+        starts = starts.clone()
+        starts[:, 0] = True
+        self._row = starts.flatten().cumsum(0) - 1  # [batch * tokens]: the example of each token
+        lengths = torch.bincount(self._row)
+        ends = lengths.cumsum(0)
+        self._column = torch.arange(batch * tokens, device=starts.device) - (ends - lengths)[self._row]
+        self._apart = len(lengths), int(lengths.max())
+        self._together = batch, tokens
+
+    def apart(self, values: Tensor, fill: float) -> Tensor:
+        """Lay `[batch, tokens]` out as `[examples, longest]`, padded on the right."""
+        rows = values.new_full(self._apart, fill)
+        rows[self._row, self._column] = values.flatten()
+        return rows
+
+    def together(self, rows: Tensor) -> Tensor:
+        """Put `[examples, at least longest]` back into `[batch, tokens]`."""
+        return rows[self._row, self._column].view(self._together)
+
+    def labels_apart(self, labels: Tensor) -> Tensor:
+        """Lay labels apart, `[examples, longest]`.
+
+        In a packed row the first token of an example never has a loss: the example before it would be asked for it.
+        So a loss from the second token on means what one from the first token on means in a row of its own: a text
+        without a prompt.
+        """
+        rows = self.apart(labels, IGNORED)
+        return torch.cat((rows[:, 1:2], rows[:, 1:]), dim=1) if rows.shape[1] > 1 else rows
+
+
+def find_packed(inputs: Tensor, kwargs: dict[str, Any]) -> Packed | None:
+    """Return the examples of a call's rows; none if each row is one text.
+
+    As transformers has it: rows are packed if there is no attention mask, and either `position_ids` begin anew or
+    `cu_seq_lens_q` say where the examples of the only row begin.
+
+    Args:
+        inputs: ids or embeddings, `[batch, tokens, ...]`.
+        kwargs: of the call.
+    """
+    if kwargs.get("attention_mask") is not None:
+        return None
+    positions, bounds = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
+    starts = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+    if isinstance(bounds, Tensor) and len(inputs) == 1:
+        starts[0, bounds[:-1].to(inputs.device).long()] = True
+    elif isinstance(positions, Tensor) and positions.shape == inputs.shape[:2]:
+        starts = nn.functional.pad(positions.diff(dim=-1) != 1, (1, 0)).to(inputs.device)
+    return Packed(starts) if bool(starts[:, 1:].any()) else None

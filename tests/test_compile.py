@@ -1,0 +1,88 @@
+"""A compiled model computes, and trains, what the plain one does, as one graph."""
+
+import pytest
+import torch
+
+import pyreft
+from conftest import pad, shaken, tiny_llama
+
+
+@pytest.fixture(autouse=True)
+def afresh():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def batch(prompts):
+    ids, mask = pad(prompts, "right")
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :2] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
+
+
+@pytest.mark.parametrize(("rule", "side"), [("f1+l2", "output"), ("all", "input")])
+def test_one_graph_trains_the_same(prompts, rule, side):
+    config = pyreft.ReftConfig(positions=rule, low_rank_dimension=4, component=f"block_{side}", share_weights=False)
+    model = shaken(pyreft.get_reft_model(tiny_llama(), config))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for call in (model, compiled):
+        model.zero_grad()
+        output = call(**batch(prompts))
+        output.loss.backward()
+        results.append([output.logits, *(parameter.grad.clone() for parameter in model.get_trainable_parameters())])
+    for plain, other in zip(*results, strict=True):
+        torch.testing.assert_close(other, plain, atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    with model.disable_adapter():
+        assert not torch.allclose(model(**batch(prompts)).logits, results[0][0])
+
+
+def test_other_tokens_and_weights_need_no_other_graph(prompts):
+    """Which tokens are edited, and with what, are inputs of the graph."""
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4)))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    inputs = batch(prompts)
+    for ends in (2, 3, 4):
+        inputs["labels"][:, :ends] = -100
+        with torch.no_grad():
+            for parameter in model.get_trainable_parameters():
+                parameter.add_(0.1)
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_packed_rows_break_the_graph_and_are_right():
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4)))
+    inputs = {"input_ids": torch.randint(3, 96, (1, 9)), "use_cache": False}
+    inputs["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with torch.no_grad():
+        found = torch.compile(model, backend="aot_eager")(**inputs).logits
+        torch.testing.assert_close(found, model(**inputs).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow  # the C++ compiler
+def test_with_the_default_compiler(prompts):
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4)))
+    output = torch.compile(model, fullgraph=True)(**batch(prompts))
+    torch.testing.assert_close(output.logits, model(**batch(prompts)).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_one_step_of_decoding_is_the_base_models_graph():
+    """With a static cache: prefill is edited, and what is compiled for decoding has no edit in it."""
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4)))
+    ids = torch.randint(3, 96, (2, 7))
+    greedy = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(input_ids=ids, **greedy)
+    base, graphs = model.get_base_model(), []
+
+    def count(graph, example):
+        graphs.append(str(graph.code))
+        return graph
+
+    forward, compiled = base.forward, torch.compile(base.forward, backend=count)
+    base.forward = lambda *args, **kwargs: (compiled if kwargs["input_ids"].shape[1] == 1 else forward)(*args, **kwargs)
+    tokens = model.generate(input_ids=ids, cache_implementation="static", disable_compile=True, **greedy)
+    assert torch.equal(tokens, expected)
+    assert graphs
+    assert not any("linalg_qr" in code for code in graphs)

@@ -1,0 +1,94 @@
+"""Continuous batching generates what `generate` does for each prompt alone, and says no edited prompt's keys twice."""
+
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+import pyreft
+from conftest import shaken, tiny_llama
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+@pytest.fixture
+def many():
+    """Prompts of many lengths, some with the same beginning."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(3, 96, (n,), generator=generator).tolist() for n in (9, 3, 21, 1, 14)]
+    return [*rows, rows[2][:17] + [5, 6], rows[2]]
+
+
+def alone(model, prompts):
+    return [model.generate(input_ids=torch.tensor([row]), **GREEDY)[0, len(row) :].tolist() for row in prompts]
+
+
+def together(model, prompts, **settings):
+    """Small blocks, and rows so short that prompts come in chunks beside others that are being answered."""
+    config = ContinuousBatchingConfig(**{"page_size": 8, "num_blocks": 64, "max_batch_tokens": 11} | settings)
+    outputs = model.generate_batch(
+        inputs=prompts,
+        generation_config=GenerationConfig(**GREEDY, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=config,
+        warmup=False,
+    )
+    found = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+    return [found[tuple(row)] for row in prompts]
+
+
+@pytest.mark.parametrize("rule", ["f2+l2", "l1", "prompt", "all"])
+def test_it_generates_what_each_prompt_does_alone(many, rule):
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions=rule, low_rank_dimension=4)))
+    expected = alone(model, many)
+    with model.disable_adapter():
+        plain = alone(model, many)
+        assert together(model, many) == plain
+    assert expected != plain
+    assert together(model, many) == expected
+    assert together(model, many, max_batch_tokens=64) == expected
+
+
+def test_a_rule_of_ones_own_sees_the_whole_prompt(many):
+    def after_a_large_id(prompt, input_ids):
+        return prompt & (input_ids.roll(1, -1) > 48) & (prompt.cumsum(-1) > 1)
+
+    config = pyreft.ReftConfig(positions=after_a_large_id, low_rank_dimension=4)
+    model = shaken(pyreft.get_reft_model(tiny_llama(), config))
+    with model.disable_adapter():
+        plain = alone(model, many)
+    assert plain != together(model, many)
+    assert together(model, many) == alone(model, many)
+
+
+def test_another_adapter_finds_no_keys_of_the_first(many):
+    """The manager and its cache live on, and the adapter is another."""
+    model = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="f4", low_rank_dimension=4))
+    model.add_adapter("other", pyreft.ReftConfig(positions="l2", intervention="red"))
+    shaken(model)
+    results = []
+    settings = {"generation_config": GenerationConfig(**GREEDY, eos_token_id=-1, pad_token_id=0)}
+    for name in ("default", "other", "default"):
+        model.set_adapter(name)
+        outputs = model.generate_batch(
+            inputs=many,
+            continuous_batching_config=ContinuousBatchingConfig(page_size=8, num_blocks=64, max_batch_tokens=32),
+            persistent_manager=True,
+            warmup=False,
+            **settings,
+        )
+        found = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+        results.append([found[tuple(row)] for row in many])
+        assert results[-1] == alone(model, many)
+    assert results[0] == results[2] != results[1]
+    model.get_base_model().destroy_cached_continuous_batching_manager()
+
+
+def test_a_manager_from_before_the_adapter_is_refused(many):
+    base = tiny_llama()
+    config = ContinuousBatchingConfig(page_size=8, num_blocks=64, max_batch_tokens=32)
+    settings = {"generation_config": GenerationConfig(**GREEDY, eos_token_id=-1, pad_token_id=0), "warmup": False}
+    base.generate_batch(inputs=many, continuous_batching_config=config, persistent_manager=True, **settings)
+    model = pyreft.get_reft_model(base, pyreft.ReftConfig(positions="l1"))
+    with pytest.raises(pyreft.ReftError, match="keeps a manager from before it was adapted"):
+        model.generate_batch(inputs=many, continuous_batching_config=config, **settings)
+    base.destroy_cached_continuous_batching_manager()
+    assert config.allow_block_sharing

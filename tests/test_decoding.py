@@ -1,0 +1,77 @@
+"""Every way of transformers to generate gives, for an adapted model, what plain `generate` gives."""
+
+import threading
+
+import pytest
+import torch
+from transformers import TextIteratorStreamer, TextStreamer, pipeline
+
+import pyreft
+from conftest import shaken, tiny_llama
+from pyreft import pocket
+
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+QUESTIONS = [pocket.PROMPT_TEMPLATE % text for text in ("What is a whale?", "Where can I see an oak in the woods?")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    tokenizer = pocket.load()[1]
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+@pytest.fixture(params=["f1+l2", "all"])
+def adapted(request):
+    torch.manual_seed(0)
+    config = pyreft.ReftConfig(positions=request.param, low_rank_dimension=2, layers=[1, 3])
+    return shaken(pyreft.get_reft_model(pocket.load()[0], config))
+
+
+@pytest.fixture
+def batch(tokenizer):
+    return tokenizer(QUESTIONS, padding=True, return_tensors="pt")
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_caches(adapted, batch, cache):
+    plain = adapted.generate(**batch, **GREEDY)
+    with adapted.disable_adapter():
+        assert not torch.equal(adapted.generate(**batch, **GREEDY), plain)
+    options = {"disable_compile": True} if cache == "static" else {}
+    assert torch.equal(adapted.generate(**batch, **GREEDY, cache_implementation=cache, **options), plain)
+
+
+@pytest.mark.parametrize("assistant", ["the base", "a small model", "the prompt"])
+def test_assisted_decoding(adapted, tokenizer, assistant):
+    batch = tokenizer(QUESTIONS[0], return_tensors="pt")
+    plain = adapted.generate(**batch, **GREEDY)
+    small = {"vocab_size": adapted.config.vocab_size, "num_hidden_layers": 1, "bos_token_id": 2, "eos_token_id": 3}
+    options = {
+        "the base": lambda: {"assistant_model": pocket.load()[0]},
+        "a small model": lambda: {"assistant_model": tiny_llama(**small)},
+        "the prompt": lambda: {"prompt_lookup_num_tokens": 2},
+    }
+    assert torch.equal(adapted.generate(**batch, **GREEDY, **options[assistant]()), plain)
+
+
+def test_streaming(adapted, tokenizer, capsys):
+    batch = tokenizer(QUESTIONS[0], return_tensors="pt")
+    plain = adapted.generate(**batch, **GREEDY)[0, batch["input_ids"].shape[1] :]
+    text = tokenizer.decode(plain, skip_special_tokens=True)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    thread = threading.Thread(target=adapted.generate, kwargs={**batch, **GREEDY, "streamer": streamer})
+    thread.start()
+    assert "".join(streamer) == text
+    thread.join()
+    adapted.generate(**batch, **GREEDY, streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    assert capsys.readouterr().out.strip() == text.strip()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_pipelines(adapted, tokenizer, batch, batch_size):
+    plain = adapted.generate(**batch, **GREEDY)[:, batch["input_ids"].shape[1] :]
+    texts = tokenizer.batch_decode(plain, skip_special_tokens=True)
+    generator = pipeline("text-generation", model=adapted, tokenizer=tokenizer)
+    found = generator(QUESTIONS, **GREEDY, batch_size=batch_size, return_full_text=False)
+    assert [row[0]["generated_text"] for row in found] == texts

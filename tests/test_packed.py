@@ -1,0 +1,124 @@
+"""Several examples in one row are edited, and trained, as each in a row of its own."""
+
+import pytest
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+import pyreft
+from conftest import shaken, tiny_llama
+
+RULES = ["f7+l7", "f1", "l2", "f1+l1", "prompt", "all"]
+ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 13], [14, 15, 16, 17, 18], [19, 20, 21]]
+PROMPTS = [4, 2, 3, 0]  # the last is a text without a prompt
+
+
+def labels_of(row, prompt):
+    return [-100] * prompt + row[prompt:]
+
+
+def apart(labels=True):
+    """The rows padded."""
+    ids = pad_sequence([torch.tensor(row) for row in ROWS], batch_first=True)
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    if labels:
+        rows = [torch.tensor(labels_of(*pair)) for pair in zip(ROWS, PROMPTS, strict=True)]
+        batch["labels"] = pad_sequence(rows, batch_first=True, padding_value=-100)
+    return batch
+
+
+def together(told_by, labels=True, groups=((0, 1, 2, 3),)):
+    """The rows one after the other, packed in groups of the same length."""
+    batch = {
+        "input_ids": torch.tensor([[token for n in group for token in ROWS[n]] for group in groups]),
+        "use_cache": False,
+    }
+    positions = torch.tensor([[at for n in group for at in range(len(ROWS[n]))] for group in groups])
+    bounds = [0, *torch.tensor([len(ROWS[n]) for n in groups[0]]).cumsum(0).tolist()]
+    batch["position_ids"] = positions
+    if told_by == "cu_seq_lens_q":
+        batch["cu_seq_lens_q"] = torch.tensor(bounds, dtype=torch.int32)
+    if labels:
+        rows = [[label for n in group for label in labels_of(ROWS[n], PROMPTS[n])] for group in groups]
+        batch["labels"] = torch.where(positions == 0, -100, torch.tensor(rows))
+    return batch
+
+
+def adapted(rule, **changes):
+    config = pyreft.ReftConfig(positions=rule, low_rank_dimension=4, **changes)
+    return shaken(pyreft.get_reft_model(tiny_llama(), config))
+
+
+def edited(model, batch):
+    """Which tokens the first layer edits."""
+    layer = model.base_model.model.model.layers[0]
+    seen = []
+    with torch.no_grad():
+        hook = layer.register_forward_hook(lambda *call: seen.append(call[-1]))
+        model(**batch)
+        with model.disable_adapter():
+            model(**batch)
+        hook.remove()
+    return (seen[0] != seen[1]).any(-1)
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["labels", "no labels"])
+@pytest.mark.parametrize("told_by", ["position_ids", "cu_seq_lens_q"])
+@pytest.mark.parametrize("rule", RULES)
+def test_packed_examples_are_edited_as_rows_of_their_own(rule, told_by, labels):
+    model = adapted(rule)
+    batch = apart(labels)
+    expected = edited(model, batch)[batch["attention_mask"].bool()]
+    assert torch.equal(edited(model, together(told_by, labels))[0], expected)
+
+
+@pytest.mark.parametrize("rule", ["f2+l2", "all"])
+def test_packed_examples_have_the_logits_and_gradients_of_rows_of_their_own(rule):
+    model = adapted(rule)
+    results = []
+    for batch in (apart(), together("cu_seq_lens_q")):
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        labels = batch.pop("labels")
+        model.zero_grad()
+        logits = model(**batch, labels=labels).logits
+        asked = torch.where(mask, labels, -100)
+        asked[:, 0] = -100
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), asked[:, 1:].flatten()).backward()
+        results.append([logits[mask], *(p.grad.clone() for p in model.get_trainable_parameters())])
+    for alone, packed in zip(*results, strict=True):
+        torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
+
+
+def test_several_packed_rows():
+    """Each row of the batch holds other examples: 7 + 3 and 3 + 7 tokens."""
+    model = adapted("f1+l1", share_weights=False)
+    groups = ((0, 3), (1, 0))
+    found = edited(model, together("position_ids", groups=groups))
+    batch = apart()
+    expected = edited(model, batch)
+    for row, group in enumerate(groups):
+        wanted = torch.cat([expected[n, : len(ROWS[n])] for n in group])
+        assert torch.equal(found[row], wanted)
+
+
+def test_a_rule_of_ones_own_sees_one_example_in_a_row():
+    def second(prompt, input_ids):
+        assert input_ids.shape == prompt.shape == (4, 7)
+        return prompt & (prompt.cumsum(-1) == 2)
+
+    found = edited(adapted(second), together("position_ids"))
+    assert found[0].nonzero().flatten().tolist() == [1, 8, 11, 16]
+
+
+def test_prompt_lengths_are_those_of_the_examples():
+    model = adapted("l1")
+    found = edited(model, {**together("position_ids", labels=False), "prompt_lengths": [2, 1, 4, 3]})
+    assert found[0].nonzero().flatten().tolist() == [1, 7, 13, 17]
+    with pytest.raises(pyreft.ReftError, match="a number of prompt tokens for each of the 4 rows"):
+        model(**together("position_ids", labels=False), prompt_lengths=[2])
+
+
+def test_positions_that_count_on_are_one_text():
+    model = adapted("l1")
+    ids = torch.tensor([ROWS[0]])
+    found = edited(model, {"input_ids": ids, "position_ids": torch.arange(3, 3 + ids.shape[1])[None]})
+    assert found[0].nonzero().flatten().tolist() == [6]
