@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pyreft
 from conftest import shaken
@@ -13,7 +14,7 @@ from pyreft import pocket
 from pyreft.answers import generate_answers
 from pyreft.errors import ReftError
 from pyreft.harness import ReftLM, evaluate
-from pyreft_cli.harness import print_tasks
+from pyreft_cli.app import app
 
 lm_eval_instance = pytest.importorskip("lm_eval.api.instance")
 
@@ -204,10 +205,13 @@ def test_an_unknown_task_says_so(tokenizer, tasks):
         evaluate(adapted("l1"), ["emoji_chioce"], tokenizer=tokenizer, include_path=tasks)
 
 
-def test_the_commands_table(emoji_adapter, tasks, capsys):
-    """`pyreft eval --tasks`, without the command line."""
-    print_tasks(str(emoji_adapter), ["emoji_choice"], include_path=tasks, limit=4)
-    row = next(line for line in capsys.readouterr().out.splitlines() if "emoji_choice" in line)
+def test_the_command(emoji_adapter, tasks):
+    given = ["eval", str(emoji_adapter), "--tasks", "emoji_choice", "--include-path", str(tasks), "--limit", "4"]
+    shown = CliRunner().invoke(app, given)
+    row = next(line for line in shown.output.splitlines() if "emoji_choice" in line)
     assert {"acc", "1.0000"} <= set(row.replace("│", " ").split())
-    print_tasks(str(emoji_adapter), ["emoji_choice"], include_path=tasks, limit=4, as_json=True)
-    assert json.loads(capsys.readouterr().out)["emoji_choice"]["acc"] == 1
+    assert json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)["emoji_choice"]["acc"] == 1
+    for both_or_none in ([], ["--tasks", "piqa", "--suite", "glue"]):
+        result = CliRunner().invoke(app, ["eval", str(emoji_adapter), *both_or_none])
+        assert result.exit_code == 2
+        assert "expected one of the two" in result.output

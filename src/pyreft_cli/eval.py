@@ -1,10 +1,11 @@
-"""`pyreft eval`: an adapter's row of a table of the paper, beside the paper's own."""
+"""`pyreft eval`: an adapter's row of a table of the paper, beside the paper's own, or what lm-eval's tasks measure."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import harness
 from .output import Json, Quiet, console, hush, print_json, progress_bar
 
 Option = typer.Option
@@ -12,7 +13,9 @@ Option = typer.Option
 
 def evaluate(
     adapter: Annotated[str, typer.Argument(help="The adapter's directory; of GLUE perhaps one with all its adapters.")],
-    suite: Annotated[str, Option(help="commonsense, arithmetic, instruct or glue.")],
+    suite: Annotated[str | None, Option(help="commonsense, arithmetic, instruct or glue.")] = None,
+    tasks: Annotated[str | None, Option(help="Or tasks of lm-eval, as arc_easy,piqa; needs pyreft[eval].")] = None,
+    include_path: Annotated[Path | None, Option(help="A directory with lm-eval tasks of your own, as YAML.")] = None,
     data_dir: Annotated[str | None, Option(help="The directory of the suite's data.  [default: the hub]")] = None,
     task: Annotated[
         list[str] | None, Option(help="One of the tasks; may be given several times.  [default: all]")
@@ -34,7 +37,21 @@ def evaluate(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Score an adapter on a suite of the paper, and show the paper's row beside it."""
+    """Score an adapter on a suite of the paper and show the paper's row beside it, or on tasks of lm-eval."""
+    if (suite is None) == (tasks is None):
+        raise typer.BadParameter("expected one of the two.", param_hint="--suite / --tasks")
+    if tasks is not None:
+        harness.print_tasks(
+            adapter,
+            [name.strip() for name in tasks.split(",")],
+            model=model,
+            include_path=include_path,
+            batch_size=batch_size,
+            limit=limit,
+            as_json=as_json,
+        )
+        return
+    assert suite is not None
     hush()
     from pyreft.tasks.evaluate import columns
     from pyreft.tasks.evaluate import evaluate as score
