@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from . import ask, demo, info, inspect, train
+from . import ask, demo, info, inspect, study, train
 
 app = typer.Typer(
     name="pyreft",
@@ -21,6 +21,7 @@ app.command()(ask.generate)
 app.command()(ask.chat)
 app.command()(info.info)
 app.command()(inspect.inspect)
+app.command()(study.study)
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ class Setting:
             config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=["q_proj", "v_proj"])
             return get_peft_model(model, config)
         intervention = _INTERVENTIONS[self.method]
-        rank = {} if self.rank is None else {"low_rank_dimension": self.rank}
+        rank: dict[str, Any] = {} if self.rank is None else {"low_rank_dimension": self.rank}
         config = ReftConfig(layers=self.layers, positions=self.positions, intervention=intervention, **rank)
         return get_reft_model(model, config)
 
@@ -60,7 +60,8 @@ class Plan:
     Args:
         settings: the adapters of the short tasks; the long ones take those that compare position rules.
         seeds: how many seeds, each with its own initial values and order of examples.
-        lrs: the learning rates to choose from, for each adapter and short task, on its validation split with one more seed.
+        lrs: the learning rates to choose from, for each adapter and short task, by its validation split and one more
+            seed.
         marks: after how many steps the held-out score is taken; the last one ends the training.
         batch_size: examples of a step.
         heldout: how many held-out examples are asked.

@@ -89,7 +89,9 @@ class _Run:
             while len(order) < size:
                 order += torch.randperm(len(rows), generator=generator).tolist()
             chosen, order = [rows[number] for number in order[:size]], order[size:]
-            ids = self.tokenizer.pad({"input_ids": [p + a for p, a in chosen]}, return_tensors="pt", padding_side="right")
+            ids = self.tokenizer.pad(
+                {"input_ids": [p + a for p, a in chosen]}, return_tensors="pt", padding_side="right"
+            )
             labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, IGNORED)
             for label, (prompt, _) in zip(labels, chosen, strict=True):
                 label[: len(prompt)] = IGNORED
