@@ -96,6 +96,7 @@ FULL = Plan(
         *(Setting("LoRA", rank) for rank in (1, 2, 8)),
     )
 )
+"""What `pyreft study` does."""
 QUICK = Plan(
     settings=(Setting("LoReFT", 4, "l4"), Setting("LoReFT", 4, "f7+l7"), Setting("LoRA", 1)),
     seeds=1,
@@ -103,3 +104,4 @@ QUICK = Plan(
     marks=(4, 8),
     heldout=10,
 )
+"""What `pyreft study --quick` does: too little to say anything of the adapters."""

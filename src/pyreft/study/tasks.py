@@ -19,6 +19,7 @@ TASKS = {
     "emoji-long": "the same as emoji, behind a conversation of four turns",
     "middle-long": "the same as middle, behind a conversation of four turns",
 }
+"""What is learned in each task."""
 _LONG = "-long"
 
 
