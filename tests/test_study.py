@@ -22,6 +22,7 @@ from pyreft.study import (
     read_tasks,
     run_study,
     score_at,
+    training,
 )
 from pyreft_cli.app import app
 
@@ -29,7 +30,9 @@ from pyreft_cli.app import app
 def row(positions, scores, seconds, *, task="a", seed=0, method="LoReFT", rank=4):
     """A row of a study, made by hand."""
     setting = Setting(method, rank, positions)
-    curve = [{"step": n, "seconds": s, "score": score} for n, (s, score) in enumerate(zip(seconds, scores), 1)]
+    curve = [
+        {"step": n, "seconds": s, "score": score} for n, (s, score) in enumerate(zip(seconds, scores, strict=True), 1)
+    ]
     common = {"task": task, "name": setting.name, **dataclasses.asdict(setting)}
     return {**common, "parameters": 10 * rank, "lr": 0.01, "validation": {}, "seed": seed, "curve": curve}
 
@@ -161,15 +164,32 @@ def test_the_quick_study_from_end_to_end(tmp_path):
     assert "l4 against f7+l7" in printed
 
 
+def test_the_learning_rate_is_chosen_on_the_validation_split(monkeypatch):
+    asked = []
+    score = training._Run.score
+
+    def noted(run, pairs):
+        asked.append((run.optimizer.param_groups[0]["lr"], tuple(pairs)))
+        return score(run, pairs)
+
+    monkeypatch.setattr(training._Run, "score", noted)
+    plan = dataclasses.replace(QUICK, lrs=(1e-2, 1e-7), marks=(8,))
+    (found,) = training.run_cell(QUICK.settings[0], ["emoji-long"], plan)
+    data, short = load_task("emoji-long"), load_task("emoji")
+    assert asked == [(1e-7, short.validation), (1e-2, short.validation), (1e-2, data.heldout[:10])]
+    assert found["validation"]["1e-07"] == 0 < found["validation"]["0.01"]
+    assert found["lr"] == 1e-2
+
+
 def test_what_is_trained_does_not_depend_on_the_number_of_processes(tmp_path):
-    plan = dataclasses.replace(QUICK, settings=QUICK.settings[:2], lrs=(1e-3, 2e-2), marks=(2,))
-    alone, together = (run_study(tmp_path, plan=plan, tasks=["middle"], jobs=jobs)["rows"] for jobs in (1, 2))
-
-    def key(rows):
-        return sorted((r["name"], r["lr"], str(r["validation"]), r["seed"], r["curve"][0]["score"]) for r in rows)
-
-    assert key(alone) == key(together)
-    assert all(r["validation"].keys() == {"0.001", "0.02"} for r in alone)
+    plan = dataclasses.replace(QUICK, settings=QUICK.settings[:1], marks=(6,))
+    alone, together = (run_study(tmp_path, plan=plan, tasks="emoji", jobs=jobs) for jobs in (1, 2))
+    for found in (alone, together):
+        (mark,) = found["rows"][0]["curve"]
+        assert mark.pop("seconds") > 0
+    assert alone["rows"] == together["rows"]
+    assert alone["complete"]
+    assert together["complete"]
 
 
 def test_an_interrupted_study_leaves_what_is_done(tmp_path):
@@ -215,7 +235,7 @@ def test_bad_input_is_told_before_the_work(tmp_path, arguments, message):
 @pytest.mark.usefixtures("nothing_trained")
 def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(pyreft.ReftError, match="file cannot be written .*; name another directory"):
+    with pytest.raises(pyreft.ReftError, match=r"file cannot be written .*; name another directory"):
         run("--quick", "--jobs", 1, "--output", tmp_path / "file")
 
 

@@ -36,7 +36,7 @@ def plot_study(found: dict[str, Any]) -> Any:
         grid[0, column].set_title(task, loc="left", color=INK)
         if len({point["parameters"] for point in points}) > 1:
             _draw_points(grid[0, column], points, found["frontier"][task], "parameters")
-            grid[0, column].set_xscale("log")
+            _count_in_powers_of_two(grid[0, column], [point["parameters"] for point in points])
         else:
             grid[0, column].axis("off")
         _draw_points(grid[1, column], points, found["frontier"][task], "seconds")
@@ -81,6 +81,12 @@ def _draw_points(axes: Any, points: list[dict[str, Any]], on: dict[str, list[str
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelcolor=INK)
+
+
+def _count_in_powers_of_two(axes: Any, values: list[int]) -> None:
+    axes.set_xscale("log", base=2)
+    ticks = [2**power for power in range(min(values).bit_length() - 1, max(values).bit_length() + 1)]
+    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
 
 
 def _draw_growth(axes: Any, rows: list[dict[str, Any]], task: str) -> None:
