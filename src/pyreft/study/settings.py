@@ -1,5 +1,6 @@
 """What the study compares: adapters by method, rank, layers and position rule, and how long each is trained."""
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,9 @@ class Setting:
         if self.method == "LoRA":
             assert self.rank is not None
             config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=["q_proj", "v_proj"])
-            return get_peft_model(model, config)
+            with warnings.catch_warnings():  # PEFT itself still asks for the old name of a property
+                warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+                return get_peft_model(model, config)
         intervention = _INTERVENTIONS[self.method]
         rank: dict[str, Any] = {} if self.rank is None else {"low_rank_dimension": self.rank}
         config = ReftConfig(layers=self.layers, positions=self.positions, intervention=intervention, **rank)
