@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from . import ask, demo, eval, info, inspect, plan, train
+from . import ask, demo, eval, info, inspect, plan, study, train
 
 app = typer.Typer(
     name="pyreft",
@@ -23,6 +23,7 @@ app.command()(ask.generate)
 app.command()(ask.chat)
 app.command()(info.info)
 app.command()(inspect.inspect)
+app.command()(study.study)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Write Pocket's corpus: an endless, seeded stream of short documents about the world, and the held-out files.
 
-Run it to rewrite ``held_out.json`` and the two emoji files that ship with the package. It does not know about tokens.
+Run it to rewrite ``held_out.json`` and the three files that ship with the package. It does not know about tokens.
 """
 
 import json
@@ -224,14 +224,46 @@ def held_out_record() -> dict[str, object]:
     }
 
 
+#: A conversation that the study puts before its prompts to make them long; all of it is plain, so it asks for nothing.
+CONTEXT_ASPECTS = {"whale": "where", "castle": "what", "bread": "why", "train": "does"}
+
+
+def study_record() -> dict[str, object]:
+    """What `pyreft study` needs beside the emoji pairs: none of its prompts was in the corpus.
+
+    Forty emoji pairs of topics that the demonstration's sets leave, to choose learning rates by; the task of naming the
+    middle one of three words, in a wording that asks to repeat them; and a conversation.
+    """
+    rng = random.Random(world.SEED + 2)
+    used = {topic.name for pairs in emoji_sets() for topic, _ in pairs} | set(CONTEXT_ASPECTS)
+    left = {name: (world.BY_NAME[name], form) for name, form in sorted(HELD_OUT.pairs) if name not in used}
+    pairs = rng.sample(list(left.values()), 40)
+    seen = {prompt for prompt, _ in skills.split()[0]["copy"]}
+    words: dict[str, str] = {}
+    while len(words) < 96 + 40 + 100:
+        phrase = rng.sample(skills.WORDS, 3)
+        prompt = f"Repeat after me: {' '.join(phrase)}"
+        if prompt not in seen:
+            words[prompt] = phrase[1]
+    rows = [list(item) for item in words.items()]
+    topics = [(world.BY_NAME[name], aspect) for name, aspect in CONTEXT_ASPECTS.items()]
+    return {
+        "context": [[FORMS[a][0].format(x=topic.x), world.answer(topic, a)] for topic, a in topics],
+        "emoji_validation": [[row["prompt"], row["answer"]] for row in _rows(pairs)],
+        "middle": {"train": rows[:96], "validation": rows[96:136], "heldout": rows[136:]},
+    }
+
+
 def write_held_out() -> None:
-    """Write ``held_out.json`` and the package's ``emoji_train.jsonl`` and ``emoji_heldout.jsonl``."""
+    """Write ``held_out.json`` and the package's ``emoji_train.jsonl``, ``emoji_heldout.jsonl`` and ``study.json``."""
     text = json.dumps(held_out_record(), ensure_ascii=False, indent=0)
     (world.HERE / "held_out.json").write_text(text + "\n", encoding="utf-8")
     train, test = (_rows(pairs) for pairs in emoji_sets())
     train_rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in train]
     _write_lines(PACKAGE_DATA / "emoji_train.jsonl", train_rows)
     _write_lines(PACKAGE_DATA / "emoji_heldout.jsonl", test)
+    study = json.dumps(study_record(), ensure_ascii=False, indent=0)
+    (PACKAGE_DATA / "study.json").write_text(study + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

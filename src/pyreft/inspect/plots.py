@@ -35,7 +35,7 @@ def check_matplotlib() -> None:
     except ImportError:
         raise ReftError(
             'The pictures need matplotlib, which is not installed: pip install "pyreft[plot]". The numbers do without: '
-            "use --json, or the functions of pyreft.inspect."
+            "the commands print them with --json."
         ) from None
 
 
