@@ -127,11 +127,10 @@ def test_adapters_with_other_settings_are_a_kind_of_their_own(edits):
 
 
 @pytest.mark.parametrize("rule", ["l1", "f2+l3", "prompt"])
-def test_decoding_after_the_prompt_runs_no_hook_of_ours(edits, rule):
+def test_decoding_after_the_prompt_edits_nothing(edits, rule):
     adapted = many(positions=rule)
     adapted.generate(input_ids=torch.randint(3, 96, (3, 9)), adapter_names=ADAPTERS, **GREEDY)
     assert len(edits) == 2
-    assert not any(block._forward_hooks for block in adapted.get_base_model().model.layers)
 
 
 def test_gradients_by_row_are_those_of_each_row_alone():
