@@ -95,12 +95,12 @@ def growth() -> list[dict]:
     batch = batch_of(MAIN["vocab_size"], 112, 16)
     for edited in (1, 2, 3, 4, 6, 8, 12):
         steps = {"LoRA": LoRA(MAIN, batch).step, "last layers": Edited(MAIN, batch, top[-edited:], "l1").step}
-        rows.append(_growth_row("edited layers, the last ones", edited, steps, 3))
+        rows.append(_growth_row("edited layers, the last ones", edited, steps))
     return rows
 
 
-def _growth_row(what: str, number: int, steps: dict[str, Callable[[], object]], runs: int) -> dict:
-    times = in_turn(steps, runs)
+def _growth_row(what: str, number: int, steps: dict[str, Callable[[], object]]) -> dict:
+    times = in_turn(steps, 1 if number > 512 else 2)
     return {"grows": what, "to": number} | {f"{name} (ms)": 1e3 * statistics.median(times[name]) for name in steps}
 
 
@@ -119,8 +119,8 @@ def draw(rows: list[dict], path: Path) -> None:
         chosen = [row for row in rows if row["grows"] == kind]
         for name in [name for name in chosen[0] if name.endswith("(ms)")]:
             numbers = [row["to"] for row in chosen]
-            colour = colours.get(name, "tab:purple")
-            ax.plot(numbers, [row[name] for row in chosen], "o-", label=name.removesuffix(" (ms)"), color=colour)
+            times = [row.get(name, float("nan")) for row in chosen]
+            ax.plot(numbers, times, "o-", label=name.removesuffix(" (ms)"), color=colours.get(name, "tab:purple"))
         ax.set(xlabel=kind if "layers" in kind else f"tokens of the {kind}", yscale="log")
         if "layers" not in kind:
             ax.set_xscale("log", base=2)
