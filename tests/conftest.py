@@ -4,8 +4,11 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+settings.register_profile("seeded", derandomize=True, deadline=None)
+settings.load_profile("seeded")
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
 
