@@ -91,7 +91,7 @@ def growth() -> list[dict]:
             "one layer": Edited(MAIN, batch, middle, "l1").step,
             "all layers": Edited(MAIN, batch, top, "l1").step,
         }
-        rows.append(_growth_row(what, number, steps, 3 if prompt <= 512 else 1))
+        rows.append(_growth_row(what, number, steps))
     batch = batch_of(MAIN["vocab_size"], 112, 16)
     for edited in (1, 2, 3, 4, 6, 8, 12):
         steps = {"LoRA": LoRA(MAIN, batch).step, "last layers": Edited(MAIN, batch, top[-edited:], "l1").step}
