@@ -264,6 +264,13 @@ def test_an_adapter_without_its_base(data, commonsense, tmp_path):
     assert evaluate(tmp_path / "moved", "commonsense", data, model="pocket", tasks=["boolq"])["model"] == "pocket"
 
 
+def test_lora_cannot_be_planned(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "a.yaml").write_text(f"data: {tmp_path}/a.jsonl\nmethod: lora\n")
+    with pytest.raises(ReftError, match="method: a plan is of representation edits"):
+        run("plan", "--config", tmp_path / "a.yaml")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -24,6 +24,7 @@ from ..structure import hidden_width
 from ..tuner import locator_of
 from .count import Count, Held, count_batches, cut_rows
 from .job import PreparedJob
+from .settings import LORA
 from .timing import Rates, measure_step
 
 RULES = ("l1", "l4", "l8", "l16", "f3+l3", "f7+l7", "prompt", "all")
@@ -124,8 +125,12 @@ def make_plan(
         timed: run a few steps on one batch, to say how long the training takes.
 
     Raises:
-        ReftError: a rule that is none, or the job's own rule edits no token in any row.
+        ReftError: a rule that is none, or the job's own rule edits no token in any row; a job of LoRA.
     """
+    if prepared.job.method == LORA:
+        raise ReftError(
+            "method: a plan is of representation edits, which can leave tokens out; LoRA computes them all."
+        )
     job, locator = prepared.job, cast(Locator, locator_of(prepared.model))
     names = {Positions.parse(rule): rule for rule in (REFERENCE, *rules, job.positions)}
     rows = prepared.rows
