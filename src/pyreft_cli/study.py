@@ -54,14 +54,14 @@ def study(
 def _tell(found: dict[str, Any]) -> None:
     for task, on in found["frontier"].items():
         table = Table(title=f"{task}: held-out answers exactly right", title_justify="left")
-        for column in ("adapter", "parameters", "seconds", "right, %", "sd", "on the frontier of"):
-            table.add_column(column, justify="left" if column[0] in "ao" else "right")
+        for column in ("adapter", "parameters", "seconds", "right, %", "sd", "frontier"):
+            table.add_column(column, justify="left" if column in ("adapter", "frontier") else "right")
         points = [point for point in found["means"] if point["task"] == task]
         for point in sorted(points, key=lambda point: point["parameters"]):
-            best = ", ".join(cost for cost, names in on.items() if point["name"] in names)
+            best = [cost for cost, names in on.items() if point["name"] in names]
             sd = "" if point["sd"] is None else f"{100 * point['sd']:.0f}"
             figures = f"{point['parameters']:,}", f"{point['seconds']:.1f}", f"{100 * point['score']:.0f}", sd
-            table.add_row(point["name"], *figures, best)
+            table.add_row(point["name"], *figures, "both" if len(best) > 1 else "".join(best))
         console.print(table)
     rules = found["rules"]["against"]
     for rule, differences in rules.items():

@@ -11,6 +11,8 @@ from ..inspect.plots import COLOURS, INK, check_matplotlib
 _COLOUR = dict(zip(("LoReFT", "DiReFT", "RED", "LoRA"), (COLOURS[0], "#2a9d8f", "#e9a13b", COLOURS[1]), strict=True))
 _MARKER = {"LoReFT": "o", "DiReFT": "s", "RED": "^", "LoRA": "D"}
 _COST = {"parameters": "trained parameters", "seconds": "training, seconds of processor time"}
+_LINE = 0.04  # what a line of text takes on the axis of scores
+_MOST_NAMED = 8  # of more points in one picture, only those on the frontier are named
 
 
 def plot_study(found: dict[str, Any]) -> Any:
@@ -58,7 +60,7 @@ def write_plots(found: dict[str, Any], directory: Path) -> list[Path]:
     import matplotlib
 
     paths = [directory / "study.png", directory / "study.svg"]
-    with matplotlib.rc_context({"svg.hashsalt": "study"}):
+    with matplotlib.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none"}):
         figure.savefig(paths[0], dpi=110)
         figure.savefig(paths[1], metadata={"Date": None})
     return paths
@@ -74,13 +76,25 @@ def _draw_points(axes: Any, points: list[dict[str, Any]], on: dict[str, list[str
             across, up = [point[cost] for point in own], [point["score"] for point in own]
             axes.errorbar(across, up, [p["sd"] or 0 for p in own], fmt="none", ecolor=colour, alpha=0.35, zorder=2)
             axes.scatter(across, up, color=colour, marker=_MARKER[method], s=26, label=method, zorder=3)
-    for name, point in best.items():
-        axes.annotate(name, (point[cost], point["score"]), (4, 5), textcoords="offset points", fontsize=7, color=INK)
+    _name_points(axes, points if len(points) <= _MOST_NAMED else list(best.values()), cost)
     axes.set_xlabel(_COST[cost], color=INK)
     axes.set_ylim(-0.02, 1.08)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelcolor=INK)
+
+
+def _name_points(axes: Any, points: list[dict[str, Any]], cost: str) -> None:
+    """Write the names beside the points, on the left of those in the right half; on each side one below another."""
+    middle = (min(point[cost] for point in points) + max(point[cost] for point in points)) / 2
+    lowest = {"left": 2.0, "right": 2.0}
+    for point in sorted(points, key=lambda point: -point["score"]):
+        side = "right" if point[cost] > middle else "left"
+        lowest[side] = height = min(point["score"], lowest[side] - _LINE)
+        shift = -5 if side == "right" else 5
+        axes.annotate(
+            point["name"], (point[cost], height), (shift, 3), textcoords="offset points", ha=side, fontsize=7, color=INK
+        )
 
 
 def _count_in_powers_of_two(axes: Any, values: list[int]) -> None:
