@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .checkpoint import read_config
-from .tuner import ReftLayer
+from .layer import ReftLayer
 
 _PREFIX = "base_model.model."  # of the names in an adapter's file
 

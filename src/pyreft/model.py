@@ -19,9 +19,10 @@ from .config import ReftConfig, Representation
 from .errors import ReftError
 from .heads import add_heads, saved_heads, trained_heads
 from .interventions import Intervention, register
+from .layer import ReftLayer
 from .legacy import fill, find_legacy, read_interventions, read_legacy, read_model
 from .locator import GIVEN, LOCATIONS, SUBSPACES, Locator
-from .tuner import ReftLayer, detach, locator_of, reft_layers
+from .tuner import detach, locator_of, reft_layers
 
 
 class ReftModel(PeftModel):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReftError
+from ..layer import ReftLayer
 from ..positions import Positions
 from ..structure import has_stacks
-from ..tuner import ReftLayer, locator_of
+from ..tuner import locator_of
 from .texts import Row, batches, check_edited
 
 

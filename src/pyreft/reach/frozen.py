@@ -12,7 +12,7 @@ import xxhash
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..tuner import ReftLayer
+from ..layer import ReftLayer
 
 _ROPE_BY_LENGTH = ("dynamic", "longrope")  # whose angles change where a row exceeds the original context
 

@@ -16,8 +16,9 @@ import xxhash
 from torch import Tensor, nn
 
 from ..errors import ReftError
+from ..layer import ReftLayer
 from ..locator import GIVEN, LOCATIONS, Locator
-from ..tuner import ReftLayer, locator_of
+from ..tuner import locator_of
 from .frozen import fingerprint, longest_plain_row, outside_of_edits, sample_of, state_of, why_not_frozen
 from .parts import Parts
 from .store import Store, read_budget

@@ -79,7 +79,7 @@ class Store:
 
     def __init__(self, budget: int, directory: str | os.PathLike | None = None) -> None:
         self.budget = budget
-        self.held = self.found = self.missed = self.on_disk = 0
+        self.held = self.missed = self.on_disk = 0
         self.full = False
         self._entries: dict[bytes, _Entry] = {}
         self._epoch = 0
@@ -94,7 +94,6 @@ class Store:
         if entry is not None:
             entry.epoch = self._epoch
         tensors = entry.tensors if entry is not None else self._read(key)
-        self.found += tensors is not None
         self.missed += tensors is None
         return tensors
 

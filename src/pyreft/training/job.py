@@ -23,7 +23,7 @@ from transformers import (
     set_seed,
 )
 
-from ..base import check_language_model, load_base
+from ..base import load_base
 from ..checkpoint import is_adapter
 from ..config import ReftConfig
 from ..data.encode import context_length, default_format, encode
@@ -75,7 +75,6 @@ class PreparedJob:
         job = self.job
         held_out = read_examples(job.validation) if job.validation else []
         self.examples: list[Example] = self._examples()
-        check_language_model(job.model)
         set_seed(job.seed)
         model, self.tokenizer = load_base(job.model, job.dtype)
         # the paper's prompts stand as they are, whatever template a tokenizer has
