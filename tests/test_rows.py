@@ -18,7 +18,7 @@ ADAPTERS = ["a", "b", "c"]
 FORMULAS = list(INTERVENTIONS)
 
 
-class ShrinkIntervention(Intervention):
+class DampIntervention(Intervention):
     """A formula of one's own that nothing is said about."""
 
     def __init__(self, *, embed_dim, **settings):
@@ -29,7 +29,7 @@ class ShrinkIntervention(Intervention):
         return -self.amount * h
 
 
-class StackableShrinkIntervention(ShrinkIntervention):
+class StackableDampIntervention(DampIntervention):
     stackable = True
 
 
@@ -65,7 +65,7 @@ def edits(monkeypatch):
     return shapes
 
 
-@pytest.mark.parametrize("formula", [*FORMULAS, ShrinkIntervention, StackableShrinkIntervention])
+@pytest.mark.parametrize("formula", [*FORMULAS, DampIntervention, StackableDampIntervention])
 def test_every_formula_by_row_is_that_of_each_row_alone(formula):
     adapted = many(formula, positions="f1+l2")
     ids = torch.randint(3, 96, (5, 9))
@@ -79,7 +79,7 @@ def test_every_formula_by_row_is_that_of_each_row_alone(formula):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    formulas=st.lists(st.sampled_from(["loreft", "nodireft", "red", ShrinkIntervention]), min_size=3, max_size=3),
+    formulas=st.lists(st.sampled_from(["loreft", "nodireft", "red", DampIntervention]), min_size=3, max_size=3),
     rule=st.sampled_from(["f2", "l1", "f2+l3", "prompt", "all"]),
     names=st.lists(st.sampled_from([*ADAPTERS, "__base__"]), min_size=1, max_size=5),
     side=st.sampled_from(["left", "right"]),
@@ -110,7 +110,7 @@ def test_a_batch_generates_what_each_row_does_with_its_adapter(
 
 
 @pytest.mark.parametrize(
-    ("formula", "calls"), [("loreft", 2), (StackableShrinkIntervention, 2), (ShrinkIntervention, 6), ("reftr1", 6)]
+    ("formula", "calls"), [("loreft", 2), (StackableDampIntervention, 2), (DampIntervention, 6), ("reftr1", 6)]
 )
 def test_adapters_of_one_kind_are_edited_at_once(edits, formula, calls):
     adapted = many(formula, positions="f1+l2")
