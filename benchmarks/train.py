@@ -86,9 +86,11 @@ def growth() -> list[dict]:
     rows = []
     for what, prompt, answer, number in cases:
         batch = batch_of(MAIN["vocab_size"], prompt, answer)
-        steps = {"LoRA": LoRA(MAIN, batch).step}
+        # beyond that, what LoRA keeps for its gradient does not fit into 20 GB
+        steps: dict[str, Callable[[], object]] = {"LoRA": LoRA(MAIN, batch).step} if prompt <= 2048 else {}
         steps |= {
             "one layer": Edited(MAIN, batch, middle, "l1").step,
+            "its floor": floor(MAIN, batch, middle[0] + 1, prompt - 1),
             "all layers": Edited(MAIN, batch, top, "l1").step,
         }
         rows.append(_growth_row(what, number, steps))
@@ -100,8 +102,10 @@ def growth() -> list[dict]:
 
 
 def _growth_row(what: str, number: int, steps: dict[str, Callable[[], object]]) -> dict:
-    times = in_turn(steps, 1 if number > 512 else 2)
-    return {"grows": what, "to": number} | {f"{name} (ms)": 1e3 * statistics.median(times[name]) for name in steps}
+    times = in_turn(steps, 1 if number > 512 else 3)
+    row = {"grows": what, "to": number} | {f"{name} (ms)": 1e3 * statistics.median(times[name]) for name in steps}
+    print(row, flush=True)
+    return row
 
 
 def draw(rows: list[dict], path: Path) -> None:
@@ -114,13 +118,19 @@ def draw(rows: list[dict], path: Path) -> None:
 
     kinds = list(dict.fromkeys(row["grows"] for row in rows))
     figure, axes = plt.subplots(1, len(kinds), figsize=(12, 3.6), layout="constrained")
-    colours = {"LoRA (ms)": "tab:orange", "all layers (ms)": "tab:blue", "one layer (ms)": "tab:green"}
+    colours = {
+        "LoRA (ms)": "tab:orange",
+        "all layers (ms)": "tab:blue",
+        "one layer (ms)": "tab:green",
+        "its floor (ms)": "tab:gray",
+    }
     for ax, kind in zip(axes, kinds, strict=True):
         chosen = [row for row in rows if row["grows"] == kind]
         for name in [name for name in chosen[0] if name.endswith("(ms)")]:
             numbers = [row["to"] for row in chosen]
             times = [row.get(name, float("nan")) for row in chosen]
-            ax.plot(numbers, times, "o-", label=name.removesuffix(" (ms)"), color=colours.get(name, "tab:purple"))
+            style = "--" if "floor" in name else "o-"
+            ax.plot(numbers, times, style, label=name.removesuffix(" (ms)"), color=colours.get(name, "tab:purple"))
         ax.set(xlabel=kind if "layers" in kind else f"tokens of the {kind}", yscale="log")
         if "layers" not in kind:
             ax.set_xscale("log", base=2)
