@@ -115,7 +115,7 @@ class Representation:
         return {key: value for key, value in data.items() if value is not None}
 
 
-DEFAULT_POSITIONS = "f7+l7"  # the paper's choice
+DEFAULT_POSITIONS = "l16"  # by `pyreft study`; the paper's is f7+l7
 _SETTINGS = ("low_rank_dimension", "dropout", "act_fn", "add_bias")
 DEFAULT_RANK = 8
 # keys of the original's representations that say what is always so here
@@ -136,7 +136,7 @@ class ReftConfig(PeftConfig):
         layers: `"all"`, a number, a list of numbers, or text such as `"3;9;18"`.
         component: which states of a layer.
         positions: `f<n>`, `l<n>`, `f<n>+l<m>`, `prompt` or `all`, or a function (see
-            `pyreft.positions.register_rule`); `f7+l7` if nothing is said here and there are no representations.
+            `pyreft.positions.register_rule`); `l16` if nothing is said here and there are no representations.
         intervention: a name in `pyreft.interventions.INTERVENTIONS` such as `"loreft"`, or a class.
         low_rank_dimension: the rank of the edits, 8 if not given; for interventions that have one.
         share_weights: one intervention for prefix and suffix of `f<n>+l<m>` instead of one each.

@@ -24,7 +24,7 @@ def plan(
         str | None, Option(help="Base model: a hub id or a directory; by default the embedded one.")
     ] = None,
     layers: Annotated[str | None, Option(help="'all', or numbers such as '3;9;18'.  [default: all]")] = None,
-    positions: Annotated[str | None, Option(help="A rule to show beside the usual ones.  [default: f7+l7]")] = None,
+    positions: Annotated[str | None, Option(help="A rule to show beside the usual ones.  [default: l16]")] = None,
     rank: Annotated[int | None, Option(help="Rank of the edits.  [default: 8]")] = None,
     component: Annotated[str | None, Option(help="States to edit.  [default: block_output]")] = None,
     intervention: Annotated[str | None, Option(help="The formula.  [default: loreft]")] = None,

@@ -42,7 +42,7 @@ def train(
     limit: Annotated[int | None, Option(help="Of a recipe: train on the first so many examples.")] = None,
     layers: Annotated[str | None, Option(help="'all', or numbers such as '3;9;18'.  [default: all]")] = None,
     positions: Annotated[
-        str | None, Option(help="Tokens to edit: f<n>, l<n>, f<n>+l<m>, prompt or all.  [default: f7+l7]")
+        str | None, Option(help="Tokens to edit: f<n>, l<n>, f<n>+l<m>, prompt or all.  [default: l16]")
     ] = None,
     rank: Annotated[int | None, Option(help="Rank of the edits, or of LoRA.  [default: 8]")] = None,
     alpha: Annotated[float | None, Option(help="LoRA's scale.  [default: 16]")] = None,
