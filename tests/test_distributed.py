@@ -1,28 +1,53 @@
 """Two processes train the adapter that one process does."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from conftest import tiny_llama
+
 PROGRAM = Path(__file__).parent / "train_alone_or_together.py"
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def run(launcher, directory, batch_size):
-    command = [sys.executable, *launcher, str(PROGRAM), str(directory), str(batch_size)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+def run(launcher, *arguments):
+    """Return the adapter and the losses."""
+    command = [sys.executable, *launcher, str(PROGRAM), *map(str, arguments)]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
-    return load_file(directory / "adapter_model.safetensors")
+    directory = arguments[1]
+    return load_file(directory / "adapter_model.safetensors"), json.loads((directory / "losses.json").read_text())
 
 
-def test_two_processes_equal_one(tmp_path):
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    tiny_llama().save_pretrained(directory := tmp_path_factory.mktemp("base"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory):
+    launcher = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes=1")
+    return run(launcher, base, tmp_path_factory.mktemp("alone"), 8)
+
+
+@pytest.mark.parametrize("way", ["", "fsdp", "zero2", "zero3"])
+def test_two_processes_equal_one(base, alone, tmp_path, way):
     """To 1e-5: the same sums of float32 in another order, over eight steps."""
-    alone = run([], tmp_path / "alone", 8)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    together = run(torchrun, tmp_path / "together", 4)
-    assert alone.keys() == together.keys()
-    for name, value in alone.items():
-        torch.testing.assert_close(together[name], value, atol=1e-5, rtol=1e-5)
-    assert (tmp_path / "together" / "checkpoint-8" / "adapter_config.json").is_file()
+    if way.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    adapter, losses = run(TORCHRUN, base, tmp_path, 4, *filter(None, [way]))
+    expected, expected_losses = alone
+    assert len(losses) == 8
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert adapter.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(adapter[name], value, atol=1e-5, rtol=1e-5)
+    assert way == "fsdp" or (tmp_path / "checkpoint-8" / "adapter_config.json").is_file()

@@ -18,6 +18,7 @@ from .structure import (
     has_stacks,
     hidden_width,
     path_of,
+    shape_of,
     stack_module,
     states_width,
     widths_of,
@@ -303,7 +304,7 @@ def _width_at(model: nn.Module, path: str, module: nn.Module, side: Side) -> int
     if (widths := widths_of(module)) is not None:
         return widths[side == "output"]
     if (weight := dict(module.named_parameters(recurse=False)).get("weight")) is not None:  # a norm or embeddings
-        return weight.shape[-1]
+        return shape_of(weight)[-1]
     parent, _, name = path.rpartition(".")
     if re.fullmatch(_ACTIVATION, name.lower()):
         linears = [found for child in model.get_submodule(parent).children() if (found := widths_of(child))]

@@ -14,6 +14,11 @@ from .errors import ReftError
 Stack = Literal["", "encoder", "decoder"]
 
 
+def is_sharded(parameter: Any) -> bool:
+    """Whether a process has only a part of a parameter now: with FSDP or DeepSpeed, outside of its module's forward."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "placements") or hasattr(parameter, "_is_flat_param")
+
+
 def has_stacks(model: nn.Module) -> bool:
     """Whether a model has an encoder and a decoder, each with tokens of its own."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
@@ -87,11 +92,17 @@ def states_width(model: nn.Module, path: str) -> int:
     block = model.get_submodule(inside[0]) if inside else nn.Identity()
     weights = [dict(child.named_parameters(recurse=False)).get("weight") for child in block.children()]
     configs = (getattr(module, "config", None) for module in ancestors(model, path))
-    widths = [len(weight) for weight in weights if weight is not None and weight.dim() == 1]
+    shapes = [shape_of(weight) for weight in weights if weight is not None]
+    widths = [shape[0] for shape in shapes if len(shape) == 1]
     widths += [width for config in configs if isinstance(width := getattr(config, "hidden_size", None), int)]
     if not widths:
         raise ReftError(f"The width of the states at {path!r} is neither in a norm there nor in a config.hidden_size.")
     return widths[0]
+
+
+def shape_of(parameter: Any) -> tuple[int, ...]:
+    """The shape of a parameter when it is whole; DeepSpeed ZeRO-3 leaves an empty one in its place."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def ancestors(model: nn.Module, path: str) -> Iterator[nn.Module]:

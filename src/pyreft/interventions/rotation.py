@@ -7,6 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..structure import is_sharded
+
 
 def orthonormal_columns(free: Tensor) -> Tensor:
     """Map free matrices `[..., d, r]` to the matrices of the same shape with orthonormal columns, in float32.
@@ -82,9 +84,14 @@ class LowRankRotateLayer(nn.Module):
 
 
 def orthonormalize(rotations: Sequence[LowRankRotateLayer]) -> None:
-    """Compute the R of many layers, all of the same shape and device in one batched call, and keep them."""
+    """Compute the R of many layers, all of the same shape and device in one batched call, and keep them.
+
+    Those of sharded parameters are left to their layers, in whose forward they are whole.
+    """
     groups: dict[tuple, list[LowRankRotateLayer]] = {}
     for rotation in rotations:
+        if is_sharded(rotation.free):
+            continue
         if torch.is_grad_enabled() and rotation.free.requires_grad:
             rotation.forget()
         elif rotation._made_from == rotation._state():

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..layer import ReftLayer
+from ..structure import is_sharded
 
 _ROPE_BY_LENGTH = ("dynamic", "longrope")  # whose angles change where a row exceeds the original context
 
@@ -39,7 +40,8 @@ def _plain(tensor: Any) -> Iterator[Tensor]:
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from _plain(getattr(tensor, name))
+        if isinstance(part := getattr(tensor, name), Tensor):  # a sharded one has its mesh of devices, too
+            yield from _plain(part)
 
 
 def state_of(modules: list[nn.Module]) -> tuple:
@@ -89,7 +91,7 @@ def why_not_frozen(modules: list[nn.Module], config: Any) -> str | None:
             return f"parameters of the base model are trained (in {type(module).__name__})"
         if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             return "the base model has dropout in training; set it to 0 in its config"
-        if any(_is_sharded(parameter) for parameter in module._parameters.values()):
+        if any(is_sharded(parameter) for parameter in module._parameters.values()):
             return "the parameters of the base model are sharded"
     for name, value in _numbers(config):
         if modules[0].training and value > 0 and "drop" in name and not name.startswith(("classifier", "summary")):
@@ -97,10 +99,6 @@ def why_not_frozen(modules: list[nn.Module], config: Any) -> str | None:
         if name == "output_router_logits" and value:
             return "the loss has a term for the routing of every token to its experts (output_router_logits)"
     return None
-
-
-def _is_sharded(parameter: Any) -> bool:
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "placements") or hasattr(parameter, "_is_flat_param")
 
 
 def _numbers(config: Any) -> Iterator[tuple[str, float]]:

@@ -2,11 +2,13 @@
 
 import functools
 import inspect
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..locator import LENGTHS, LOCATIONS, SUBSPACES
 from ..model import ReftModel
@@ -47,11 +49,13 @@ class ReftTrainer(Trainer):
             self.reach = Reach(self.model)
         if self.reach is not None:
             self.add_callback(_TellEpochs(self.reach))
-            self.add_callback(ReachPrinter(self.reach))
+            self.add_callback(ReachPrinter(self.reach.describe))
+        elif reach and isinstance(self.model, ReftModel):
+            self.add_callback(ReachPrinter(lambda: "Whole rows are computed in each step: the model is distributed."))
 
     def _holds_all(self) -> bool:
         """Whether the process has the whole model by itself, whose parts can then be called apart."""
-        return self.args.n_gpu <= 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return self.args.n_gpu <= 1 and not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -108,14 +112,14 @@ class _TellEpochs(TrainerCallback):
 class ReachPrinter(TrainerCallback):
     """Prints once, after the first epoch, what is skipped and held, as `PrinterCallback` prints the losses."""
 
-    def __init__(self, reach: Reach) -> None:
-        self.reach = reach
+    def __init__(self, describe: Callable[[], str]) -> None:
+        self.describe = describe
         self.told = False
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero and not self.told:
             self.told = True
-            print(self.reach.describe())
+            print(self.describe())
 
 
 def _without_count(loss: Any) -> Any:
