@@ -72,18 +72,3 @@ def test_torchao_weights(tmp_path, bits):
         return model
 
     check(make, tmp_path)
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_bitsandbytes_weights(tmp_path, bits):
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path / "base")
-    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
-    check(
-        lambda: AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base", quantization_config=config, device_map="cpu", dtype=torch.float32
-        ),
-        tmp_path,
-    )

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pyreft
 from conftest import tiny_llama
@@ -178,6 +179,8 @@ def test_what_is_held_out_depends_on_the_seed_alone(data, tmp_path):
         ({"validation_split": 0.99}, "of 10 examples, 10 would be held out"),
         ({"validation": "x.jsonl", "validation_split": 0.1}, "validation: give a file or validation_split, not both"),
         ({"max_length": 12}, "the context 12; shorten"),
+        ({"report_to": "tensorbord"}, "Did you mean 'tensorboard'?"),
+        ({"report_to": "trackio"}, "report_to: trackio is not installed; `pip install trackio`"),
         ({"resume": True}, "there is no checkpoint to resume from"),
         ({"output": "/proc/nowhere/out"}, "nothing can be written there"),
     ],
@@ -187,6 +190,14 @@ def test_what_is_refused_before_the_training(data, tmp_path, changes, message):
         prepared(data, tmp_path, **changes)
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_losses_are_logged_where_asked(data, tmp_path):
+    result = prepared(data, tmp_path, report_to="tensorboard").train()
+    events = EventAccumulator(str(next((tmp_path / "out" / "checkpoints" / "runs").iterdir()))).Reload()
+    losses = events.Scalars("train/loss")
+    assert [loss.step for loss in losses] == [1, 2, 3, 4, 5, 6]
+    assert losses[-1].value == pytest.approx(result["loss"])
 
 
 def test_an_adapter_is_not_overwritten_by_accident(data, tmp_path):

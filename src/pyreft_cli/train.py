@@ -87,6 +87,9 @@ def train(
     save_steps: Annotated[
         int | None, Option(help="Steps between checkpoints.  [default: a tenth of the training]")
     ] = None,
+    report_to: Annotated[
+        str | None, Option(help="A logger that is installed: tensorboard, trackio, wandb, ...  [default: none]")
+    ] = None,
     resume: Annotated[bool | None, Option("--resume", help="Go on from the last checkpoint in the output.")] = None,
     overwrite: Annotated[bool | None, Option("--overwrite", help="Replace the adapter in the output.")] = None,
     config: Annotated[Path | None, Option(help="A YAML file with any of these options; those given here win.")] = None,

@@ -204,7 +204,7 @@ class PreparedJob:
             remove_unused_columns=False,
             disable_tqdm=True,
             dataloader_pin_memory=self.model.device.type == "cuda",
-            report_to="none",
+            report_to=job.report_to,
             **{"save_steps": job.save_steps or math.ceil(steps / 10), **self.options},
         )
 

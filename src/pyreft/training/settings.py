@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, get_args
 
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
 from ..config import DEFAULT_POSITIONS
 from ..data.files import FORMATS, Format
 from ..errors import ReftError, did_you_mean
@@ -37,6 +40,7 @@ class TrainingJob:
         reach: compute only what the edits can reach, see `pyreft.reach.Reach`.
         reach_memory, reach_directory: how much of the rest may be held, and where the remainder goes; see there.
         save_steps: how many steps lie between checkpoints; by default a tenth of the training.
+        report_to: a logger that `Trainer` knows and that is installed, such as `tensorboard`, `trackio` or `wandb`.
         resume: go on from the last checkpoint in `output`.
         overwrite: replace the adapter that `output` holds.
     """
@@ -74,6 +78,7 @@ class TrainingJob:
     reach_memory: str | None = None
     reach_directory: str | None = None
     save_steps: int | None = None
+    report_to: str = "none"
     resume: bool = False
     overwrite: bool = False
 
@@ -113,12 +118,24 @@ def check_numbers(job: TrainingJob) -> None:
     for name in ("task", "data_dir", "limit"):
         if job.suite is None and getattr(job, name) is not None:
             raise ReftError(f"{name}: it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.")
+    check_logger(job.report_to)
     if job.validation and job.validation_split:
         raise ReftError("validation: give a file or validation_split, not both.")
     if job.format is not None and job.format not in FORMATS:
         raise ReftError(
             f"format: expected {', '.join(FORMATS)}, got {job.format!r}.{did_you_mean(job.format, FORMATS)}"
         )
+
+
+def check_logger(name: str) -> None:
+    """Refuse a logger that `Trainer` does not know, or that is not installed."""
+    if name == "none":
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        known = ("none", *INTEGRATION_TO_CALLBACK)
+        raise ReftError(f"report_to: expected {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
+    if name not in get_available_reporting_integrations():
+        raise ReftError(f"report_to: {name} is not installed; `pip install {name}`, or leave it out.")
 
 
 def _read(value: Any, kind: Any, where: str) -> Any:
