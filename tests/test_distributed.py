@@ -16,11 +16,15 @@ PROGRAM = Path(__file__).parent / "train_alone_or_together.py"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
-def run(launcher, *arguments):
-    """Return the adapter and the losses."""
+def launch(launcher, *arguments):
     command = [sys.executable, *launcher, str(PROGRAM), *map(str, arguments)]
     environment = os.environ | {"DS_ACCELERATOR": "cpu"}
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+
+
+def run(launcher, *arguments):
+    """Return the adapter and the losses."""
+    result = launch(launcher, *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
     directory = arguments[1]
     return load_file(directory / "adapter_model.safetensors"), json.loads((directory / "losses.json").read_text())
@@ -51,3 +55,10 @@ def test_two_processes_equal_one(base, alone, tmp_path, way):
     for name, value in expected.items():
         torch.testing.assert_close(adapter[name], value, atol=1e-5, rtol=1e-5)
     assert way == "fsdp" or (tmp_path / "checkpoint-8" / "adapter_config.json").is_file()
+
+
+def test_processes_with_different_data_do_not_begin(base, tmp_path):
+    result = launch(TORCHRUN, base, tmp_path, 4, "different")
+    assert result.returncode != 0
+    assert "the processes have different data: 32 rows in process 0, 31 rows in process 1" in result.stderr
+    assert not (tmp_path / "losses.json").exists()

@@ -1,6 +1,6 @@
 """A short training, alone or as one of several processes; run by `test_distributed.py`.
 
-python train_alone_or_together.py BASE DIRECTORY BATCH_SIZE [fsdp | zero2 | zero3]
+python train_alone_or_together.py BASE DIRECTORY BATCH_SIZE [fsdp | zero2 | zero3 | different]
 
 Writes the adapter and, as `losses.json`, the loss of each step.
 """
@@ -73,6 +73,8 @@ def main(base: str, directory: str, batch_size: int, way: str = "") -> None:
     model = pyreft.get_reft_model(model, pyreft.ReftConfig(positions="l2", low_rank_dimension=4))
     ids = torch.randint(3, 96, (32, 10), generator=torch.Generator().manual_seed(2)).tolist()
     rows = [{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in ids]
+    if way == "different":
+        rows = rows[int(os.environ["RANK"]) :]
     trainer = pyreft.ReftTrainerForCausalLMDistributed(model=model, args=arguments, train_dataset=rows)
     if way == "fsdp":
         shard(trainer)

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -14,6 +15,7 @@ from ..locator import LENGTHS, LOCATIONS, SUBSPACES
 from ..model import ReftModel
 from ..reach import Reach
 from ..tuner import penalty
+from .same_data import check_same_data
 
 
 class ReftTrainer(Trainer):
@@ -67,6 +69,16 @@ class ReftTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns: list[str] = [*self._signature_columns, LOCATIONS, LENGTHS, SUBSPACES]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As `Trainer` makes it.
+
+        Raises:
+            ReftError: several processes have different data.
+        """
+        if self.args.world_size > 1:
+            check_same_data(self.train_dataset)
+        return super().get_train_dataloader()
 
     def compute_loss(
         self,
