@@ -182,6 +182,8 @@ from conftest import tiny_llama
 from reaching import *
 from pyreft.reach import Reach
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells take from what runs in the background
+
 def interrupted(tensors, path, metadata):
     with open(path, "wb") as file:
         file.write(b"the beginning")
