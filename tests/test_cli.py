@@ -75,6 +75,18 @@ def test_generate(demo, tmp_path):
     assert drawn[0] == drawn[1]
 
 
+@pytest.mark.parametrize("written", ["text", "chat"])
+def test_a_lora_to_compare_with_is_asked_as_it_was_trained(tmp_path, written):
+    pairs = pocket.emoji_pairs()
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    options = ("--method", "lora", "--format", written, "--epochs", 40, "--lr", 0.01)
+    printed = run("train", "--data", tmp_path / "data.jsonl", "--output", tmp_path / "lora", *options).stdout
+    assert "pyreft generate --adapter" in printed
+    prompts = [word for pair in pairs[:4] for word in ("--prompt", pair["prompt"])]
+    answers = json.loads(run("generate", "--adapter", tmp_path / "lora", *prompts, "--json").stdout)
+    assert [answer["answer"].strip() for answer in answers] == [pair["completion"].strip() for pair in pairs[:4]]
+
+
 def test_chat(demo):
     adapter, figures = demo
     asked = figures["answers"][0]

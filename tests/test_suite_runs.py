@@ -88,7 +88,7 @@ def test_lora_beside_it_on_the_same_data(data, tmp_path):
     assert row["average"] is None
     assert row["parameters"] == 7 * 32 * (192 + 192 + 2 * (192 + 192) + 2 * (192 + 512))
     with pytest.raises(ReftError, match="this is one of the type 'LORA'"):
-        run("generate", "--adapter", out, "--prompt", "a")
+        run("info", out)
     with pytest.raises(ReftError, match=r"resume: .* was made with r = 32, now it is 4"):
         run("train", "commonsense", *arguments, "--rank", 4, "--resume")
 

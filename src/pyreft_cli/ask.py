@@ -40,19 +40,19 @@ def generate(
 
     from pyreft.answers import generate_answers
     from pyreft.base import load_adapted
-    from pyreft.checkpoint import read_config
     from pyreft.data.encode import context_length, default_format, prompt_text, token_ids
     from pyreft.data.files import read_prompts
     from pyreft.errors import ReftError
+    from pyreft.training.record import read_format
 
     if output and not output.absolute().parent.is_dir():
         raise typer.BadParameter(f"{output.parent} is not a directory.", param_hint="--output")
     asked = [(text, "") for text in prompt or []] + (read_prompts(file) if file else [])
     if not asked:
         raise typer.BadParameter("give a --prompt or a --file of them.")
-    written = read_config(adapter).prompt_format
+    written = read_format(adapter)
     adapted, tokenizer = load_adapted(adapter, model)
-    form: Any = written or default_format(tokenizer)
+    form = written or default_format(tokenizer)
     texts = [prompt_text(tokenizer, text, form, given) for text, given in asked]
     limit = context_length(adapted.get_base_model(), tokenizer)
     for number, text in enumerate(texts, 1):
@@ -111,12 +111,12 @@ def chat(
     """Talk to an adapted model; the answers appear as they are made."""
     hush()
     from pyreft.base import load_adapted
-    from pyreft.checkpoint import read_config
     from pyreft.data.encode import default_format
+    from pyreft.training.record import read_format
 
-    written = read_config(adapter).prompt_format
+    written = read_format(adapter)
     adapted, tokenizer = load_adapted(adapter, model)
-    form: Any = written or default_format(tokenizer)
+    form = written or default_format(tokenizer)
     talk = _Conversation(adapted, tokenizer, form, {"max_new_tokens": max_new_tokens, "temperature": temperature})
     if not quiet:
         console.print(CHAT_HELP)

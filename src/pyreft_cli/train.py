@@ -175,5 +175,5 @@ def _tell(result: dict[str, Any], job: Any) -> None:
     if job.suite:
         data = f" --data-dir {job.data_dir}" if job.data_dir else ""
         console.print(f"Try: pyreft eval {result['output']} --suite {job.suite}{data}", markup=False)
-    elif job.method != "lora":
+    else:
         console.print(f'Try: pyreft generate --adapter {result["output"]} --prompt "..."')

@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from .adapters import attach, check_same, count, make_config, save
 from .checkpoints import CheckpointingTrainer, disk_full_as_os_error, last_complete
 from .losses import write_losses
 from .record import write_record
-from .settings import TrainingJob, check_numbers
+from .settings import LORA, TrainingJob, check_numbers
 from .trainer import ReachPrinter
 
 CHECKPOINTS = "checkpoints"
@@ -57,6 +58,7 @@ class PreparedJob:
     collator: Any
     trainer_class: type[Trainer] = CheckpointingTrainer
     compute_metrics: Callable[[Any], dict[str, float]] | None = None
+    format: Any = None  # how prompts are written
     options: dict[str, Any] = {}  # further arguments of the training
 
     def __init__(self, job: TrainingJob) -> None:
@@ -162,8 +164,8 @@ class PreparedJob:
         self.model.eval()
         with disk_full_as_os_error():
             save(self.model, self.output)
-            if self.job.suite:
-                write_record(self.output, self.job)
+            if self.job.suite or self.job.method == LORA:
+                write_record(self.output, replace(self.job, format=self.format))
             losses = write_losses(self.output, trainer.state.log_history)
         self.tokenizer.padding_side = "left"
         return {

@@ -1,4 +1,7 @@
-"""What an adapter of a suite was trained with, as `recipe.json` beside it: for evaluation, and to train it again."""
+"""What an adapter was trained with, as `recipe.json` beside it: for evaluation, and to train it again.
+
+Adapters of the suites have one, and those of LoRA, whose own config cannot say how prompts are written.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import read_config_data
 from ..errors import ReftError
 from .settings import TrainingJob
 
@@ -33,3 +37,8 @@ def read_record(directory: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:
         raise ReftError(f"{path}: the file is damaged, it is not JSON ({error}).") from None
     return record if isinstance(record, dict) else {}
+
+
+def read_format(directory: str | os.PathLike) -> Any:
+    """Return how prompts were written when an adapter was trained, none if it does not say."""
+    return read_config_data(directory).get("prompt_format") or read_record(directory).get("format")
