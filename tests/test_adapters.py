@@ -105,6 +105,28 @@ def test_a_weighted_adapter_is_refused_and_active_ones_are_weighted(ids):
     assert list(adapted.peft_config) == ["default", "second"]
 
 
+def test_a_model_of_transformers_deletes_an_adapter(ids):
+    model = tiny_llama()
+    plain = model(ids).logits
+    model.add_adapter(pyreft.ReftConfig(**PLACES), adapter_name="first")
+    shaken(model)
+    first = model(ids).logits
+    model.add_adapter(pyreft.ReftConfig(**PLACES | {"layers": [3]}), adapter_name="second")
+    shaken(model)
+    assert not torch.equal(model(ids).logits, first)
+    model.delete_adapter("second")
+    assert model.active_adapters() == ["first"]
+    model.set_adapter("first")
+    assert not any(".second." in name for name, _ in model.named_parameters())
+    model.delete_adapter(["first"])
+    assert torch.equal(model(ids).logits, plain)
+    with pytest.raises(ValueError, match="No adapter loaded"):
+        model.delete_adapter("first")
+    model.add_adapter(pyreft.ReftConfig(**PLACES), adapter_name="first")  # the name is free again
+    shaken(model)
+    assert not torch.equal(model(ids).logits, plain)
+
+
 def test_a_deleted_adapter_is_gone(ids):
     adapted = adapt()
     first = adapted(ids).logits

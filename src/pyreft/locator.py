@@ -52,6 +52,8 @@ class Locator:
             self.streams = {"": Stream(self, "", self._entries)}
         if hasattr(model, "generate"):
             self.model.generate = self.generate
+        if hasattr(model, "delete_adapter"):
+            self.model.delete_adapter = self.delete_adapter
         self.batches = Batches(model)
         if hasattr(model, "init_continuous_batching"):
             self.model.init_continuous_batching = self.batches.init_continuous_batching
@@ -84,6 +86,29 @@ class Locator:
                     f"{what}: expected adapters of this model {known}, got {name!r}.{did_you_mean(name, self.rules)}"
                 )
 
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """`delete_adapter` of the model, which takes our layers for parameters and passes them over."""
+        type(self.model).delete_adapter(self.model, adapter_names)
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.forget(name)
+
+    def forget(self, name: str) -> list[str]:
+        """Let go of an adapter: its interventions, rules and strength; return the adapters that are active then.
+
+        If it was the only active one, the first that is left becomes active.
+        """
+        self.rules.pop(name, None)
+        active = list(dict.fromkeys(other for layer in self.layers for other in layer.active_adapters))
+        left = [other for other in active if other != name] or list(self.rules)[:1]
+        for layer in self.layers:
+            if name in layer:
+                del layer[name], layer.indices[name], layer.columns[name]
+            if name in active:
+                layer.set_adapter(left)
+        for known in (self.places, self.kinds, self.strengths):
+            known.pop(name, None)
+        return left
+
     def remove(self) -> None:
         """Take every hook off the model."""
         self.removed = True
@@ -91,7 +116,7 @@ class Locator:
             stream.remove()
         for entry in self._entries:
             unhook(entry, self)
-        for name in ("generate", "init_continuous_batching"):
+        for name in ("generate", "delete_adapter", "init_continuous_batching"):
             self.model.__dict__.pop(name, None)
 
     def recomputes(self) -> bool:

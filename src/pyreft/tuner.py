@@ -71,18 +71,8 @@ class ReftTuner(BaseTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the only active one, the first that is left becomes active."""
-        active = list(self.active_adapters)
-        super().delete_adapter(adapter_name)  # which takes our layers for parameters of its own and leaves them
-        for layer in reft_layers(self.model):
-            if adapter_name in layer:
-                del layer[adapter_name], layer.indices[adapter_name], layer.columns[adapter_name]
-        left = [name for name in active if name != adapter_name] or list(self.peft_config)[:1]
-        if adapter_name in active:
-            self.set_adapter(left)
-        self.active_adapter = left
-        if (locator := locator_of(self.model)) is not None:
-            for known in (locator.rules, locator.places, locator.kinds, locator.strengths):
-                known.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)  # which takes our layers for parameters of its own and passes them over
+        self.active_adapter = self._locator.forget(adapter_name)
 
     def _unload_and_optionally_merge(
         self,
