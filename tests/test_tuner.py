@@ -311,19 +311,35 @@ def test_training_one_step_changes_the_edits_alone(model):
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
+def _checkpoint(base, reentrant):
+    new = hasattr(base, "activation_checkpointing_enable")  # its name since transformers 5.2x
+    (base.activation_checkpointing_enable if new else base.gradient_checkpointing_enable)({"use_reentrant": reentrant})
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("between", ["nothing", "a reference", "shorter rows", "a second loss"])
 @pytest.mark.parametrize("component", ["block_output", "block_input", "mlp_output", "attention_output"])
-def test_gradient_checkpointing_gives_the_same_gradients(component):
-    ids = torch.randint(3, 96, (2, 10))
+def test_gradient_checkpointing_gives_the_same_gradients(component, between, reentrant):
+    """Also where other forwards run before the backward: each block recomputes what it computed."""
+    ids = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(0))
+    labels, later = (ids.where(torch.arange(10) >= start, -100) for start in (4, 7))
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(3)
-        adapted = adapt(tiny_llama(), positions="l2", component=component).train()
+        adapted = shaken(adapt(tiny_llama(), positions="l2", component=component)).train()
         if checkpointing:
-            base = adapted.get_base_model()
-            new = hasattr(base, "activation_checkpointing_enable")  # its name since transformers 5.2x
-            (base.activation_checkpointing_enable if new else base.gradient_checkpointing_enable)()
-            assert base.model.layers[0].gradient_checkpointing
-        adapted(ids, labels=ids, use_cache=False).loss.backward()
+            _checkpoint(adapted.get_base_model(), reentrant)
+            assert adapted.get_base_model().model.layers[0].gradient_checkpointing
+        loss = adapted(ids, labels=labels, use_cache=False, strength=0.5).loss
+        if between == "a reference":
+            with torch.no_grad(), adapted.disable_adapter():
+                adapted(ids, use_cache=False)
+        elif between == "shorter rows":
+            with torch.no_grad():
+                adapted(ids[:1, :5], use_cache=False)
+        elif between == "a second loss":
+            loss = loss + adapted(ids.flip(1), labels=later, use_cache=False).loss
+        loss.backward()
         grads.append([p.grad for p in adapted.parameters() if p.requires_grad])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, checkpointed)

@@ -5,6 +5,8 @@ one `Stream` of tokens, or two if it has an encoder and a decoder; each turns th
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from .continuous import Batches
 from .errors import ReftError, did_you_mean
 from .located import Located
 from .positions import Positions
+from .recompute import Recomputation
 from .stream import GIVEN, LENGTHS, LOCATIONS, STRENGTH, SUBSPACES, Stream, unhook
 
 __all__ = ["GIVEN", "LENGTHS", "LOCATIONS", "STRENGTH", "SUBSPACES", "Locator", "Stream"]
@@ -38,7 +41,7 @@ class Locator:
         self.row_adapters: list[str] | None = None  # while each row of a batch has its own
         self.call: dict[str, Any] = {}  # what the running call gave
         self.generating = self.removed = False
-        self._may_recompute: list[Any] = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
+        self._recomputation = Recomputation(self, model)
         self.causal = hasattr(model, "can_generate") and model.can_generate()
         self._running: nn.Module | None = None
         backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
@@ -121,11 +124,25 @@ class Locator:
 
     def recomputes(self) -> bool:
         """Whether the backward will compute the blocks, and so the edits inside them, once more."""
-        return (
-            self.model.training
-            and torch.is_grad_enabled()
-            and any(module.gradient_checkpointing for module in self._may_recompute)
-        )
+        return self._recomputation.will_be(self.model)
+
+    def state(self) -> tuple:
+        """What the edits of the forward that runs depend on."""
+        return self.call, [stream.state() for stream in self.streams.values()]
+
+    @contextmanager
+    def recomputing(self, state: tuple, fresh: bool) -> Iterator[None]:
+        """Serve what an earlier forward found, its `state`, to a part of it that is computed once more.
+
+        Args:
+            fresh: compute each R anew instead of taking the one of that forward, whose graph is of all layers.
+        """
+        with ExitStack() as before:
+            before.callback(setattr, self, "call", self.call)
+            self.call = state[0]
+            for stream, of_stream in zip(self.streams.values(), state[1], strict=True):
+                before.enter_context(stream.recomputing(of_stream, fresh))
+            yield
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if self._running is not None:
@@ -134,12 +151,15 @@ class Locator:
         given = {name: value for name in GIVEN if (value := kwargs.pop(name, None)) is not None}
         if not self.generating:
             self._take(given, kwargs.get("labels"))
+            if self.active and self.recomputes() and not torch.compiler.is_compiling():
+                self._recomputation.begin()
         return (args, kwargs)
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         if module is self._running:
             self._running = None
-            if not self.generating and not self.recomputes():
+            self._recomputation.end()
+            if not self.generating:
                 self.call = {}
 
     def _take(self, given: dict[str, Any], labels: Any = None) -> None:

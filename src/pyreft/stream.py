@@ -94,7 +94,7 @@ class Stream:
             self._end += inputs.shape[1]
             return
         self._end = 0
-        if not self.locator.active:  # what the last edited forward saw stays for its backward
+        if not self.locator.active:
             return
         if inputs is None:
             self.located = self._windows = None
@@ -127,8 +127,7 @@ class Stream:
             return
         if cache is not None and self.located is not None:
             self._known[cache] = self.located
-        if not self.locator.recomputes():
-            self.forget()
+        self.forget()
 
     def _past_length(self, cache: Any) -> int:
         if cache is None:
@@ -148,6 +147,27 @@ class Stream:
             rotation.forget_graph()
         self._rotations, self._windows, self.located, self.stacks = [], {}, None, {}
         self._hook(True)
+
+    def state(self) -> tuple:
+        """What the edits of the forward that runs depend on; see `Locator.state`."""
+        kept = [(rotation, rotation.kept) for rotation in self._rotations]
+        return self.located, self.rows, self.tokens, self._windows, kept
+
+    @contextmanager
+    def recomputing(self, state: tuple, fresh: bool) -> Iterator[None]:
+        """Serve what an earlier forward found; see `Locator.recomputing`."""
+        before = self.located, self.rows, self.tokens, self._windows
+        *found, then = state
+        now = [(rotation, rotation.kept) for rotation, _ in then]
+        self.located, self.rows, self.tokens, self._windows = found
+        for rotation, kept in then:
+            rotation.kept = None if fresh else kept
+        try:
+            yield
+        finally:
+            self.located, self.rows, self.tokens, self._windows = before
+            for rotation, kept in now:
+                rotation.kept = kept
 
     def _hook(self, wanted: bool) -> None:
         if wanted is not self.hooked and not torch.compiler.is_compiling():

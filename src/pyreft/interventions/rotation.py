@@ -28,8 +28,7 @@ class LowRankRotateLayer(nn.Module):
         self.free = nn.Parameter(torch.empty(embed_dim, low_rank_dimension))
         if not self.free.is_meta:
             nn.init.orthogonal_(self.free)
-        self._ready: Tensor | None = None
-        self._made_from: tuple | None = None
+        self.kept: tuple[Tensor, tuple] | None = None  # R, and the state of the parameter that it was computed from
 
     def _state(self) -> tuple:
         return self.free._version, self.free.data_ptr(), self.free.device
@@ -39,8 +38,8 @@ class LowRankRotateLayer(nn.Module):
         """R as `[d, r]`, float32; in evaluation it is computed once and kept until the parameter changes."""
         if torch.compiler.is_compiling():  # what is kept between forwards is no part of a graph
             return orthonormal_columns(self.free)
-        if self._ready is not None and self._made_from == self._state():
-            return self._ready
+        if self.kept is not None and self.kept[1] == self._state():
+            return self.kept[0]
         with _outliving_inference():
             value = orthonormal_columns(self.free)
         if not value.requires_grad and not self.training:
@@ -49,15 +48,15 @@ class LowRankRotateLayer(nn.Module):
 
     def keep(self, value: Tensor) -> None:
         """Serve this R, computed from the parameter as it is now (see `orthonormalize`), until `forget`."""
-        self._ready, self._made_from = value, self._state()
+        self.kept = value, self._state()
 
     def forget(self) -> None:
         """Drop a kept R, so that the next use computes it anew."""
-        self._ready = self._made_from = None
+        self.kept = None
 
     def forget_graph(self) -> None:
         """Drop a kept R that belongs to the autograd graph of one step."""
-        if self._ready is not None and self._ready.requires_grad:
+        if self.kept is not None and self.kept[0].requires_grad:
             self.forget()
 
     def train(self, mode: bool = True) -> "LowRankRotateLayer":
@@ -65,7 +64,7 @@ class LowRankRotateLayer(nn.Module):
         return super().train(mode)
 
     def __getstate__(self) -> dict:  # a kept R belongs to one forward and its graph: copies and pickles go without
-        return {**self.__dict__, "_ready": None, "_made_from": None}
+        return {**self.__dict__, "kept": None}
 
     def stacked(self, rotations: "Sequence[LowRankRotateLayer]") -> "LowRankRotateLayer":
         """Return a layer whose `weight` has the R of each of these, `[rows, d, r]`."""
@@ -94,7 +93,7 @@ def orthonormalize(rotations: Sequence[LowRankRotateLayer]) -> None:
             continue
         if torch.is_grad_enabled() and rotation.free.requires_grad:
             rotation.forget()
-        elif rotation._made_from == rotation._state():
+        elif rotation.kept is not None and rotation.kept[1] == rotation._state():
             continue
         groups.setdefault((rotation.free.shape, rotation.free.device), []).append(rotation)
     for group in groups.values():
