@@ -1,5 +1,7 @@
 """Continuous batching generates what `generate` does for each prompt alone, and says no edited prompt's keys twice."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
@@ -18,13 +20,20 @@ def many():
     return [*rows, rows[2][:17] + [5, 6], rows[2]]
 
 
+def small_blocks(**settings):
+    """As many blocks as 512 tokens fill; their size has another name in earlier versions of transformers."""
+    names = {field.name for field in dataclasses.fields(ContinuousBatchingConfig)}
+    size = "page_size" if "page_size" in names else "block_size"
+    return ContinuousBatchingConfig(**{size: 8, "num_blocks": 64} | settings)
+
+
 def alone(model, prompts):
     return [model.generate(input_ids=torch.tensor([row]), **GREEDY)[0, len(row) :].tolist() for row in prompts]
 
 
 def together(model, prompts, **settings):
     """Small blocks, and rows so short that prompts come in chunks beside others that are being answered."""
-    config = ContinuousBatchingConfig(**{"page_size": 8, "num_blocks": 64, "max_batch_tokens": 11} | settings)
+    config = small_blocks(**{"max_batch_tokens": 11} | settings)
     outputs = model.generate_batch(
         inputs=prompts,
         generation_config=GenerationConfig(**GREEDY, eos_token_id=-1, pad_token_id=0),
@@ -70,7 +79,7 @@ def test_another_adapter_finds_no_keys_of_the_first(many):
         model.set_adapter(name)
         outputs = model.generate_batch(
             inputs=many,
-            continuous_batching_config=ContinuousBatchingConfig(page_size=8, num_blocks=64, max_batch_tokens=32),
+            continuous_batching_config=small_blocks(max_batch_tokens=32),
             persistent_manager=True,
             warmup=False,
             **settings,
@@ -84,7 +93,7 @@ def test_another_adapter_finds_no_keys_of_the_first(many):
 
 def test_a_manager_from_before_the_adapter_is_refused(many):
     base = tiny_llama()
-    config = ContinuousBatchingConfig(page_size=8, num_blocks=64, max_batch_tokens=32)
+    config = small_blocks(max_batch_tokens=32)
     settings = {"generation_config": GenerationConfig(**GREEDY, eos_token_id=-1, pad_token_id=0), "warmup": False}
     base.generate_batch(inputs=many, continuous_batching_config=config, persistent_manager=True, **settings)
     model = pyreft.get_reft_model(base, pyreft.ReftConfig(positions="l1"))

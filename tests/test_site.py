@@ -20,7 +20,7 @@ pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
 
 ROOT = Path(__file__).parents[1]
 # what a user has no reason to import: how edits are located, steps computed, and old files read
-INTERNAL = ("continuous", "heads", "legacy", "located", "locator", "packed", "stream")
+INTERNAL = ("continuous", "heads", "legacy", "located", "locator", "packed", "recompute", "stream")
 # the original's modules, whose names stand where they are defined
 DOORS = ("dataset", "reft_model", "reft_trainer", "utils")
 BUILD = """
