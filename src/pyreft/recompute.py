@@ -33,6 +33,7 @@ class Recomputation:
 
     def begin(self) -> None:
         """Before a forward: have the blocks called with what is located then."""
+        self.end()  # of one that did not come to its end
         for module in self._modules:
             if (plain := getattr(module, "_gradient_checkpointing_func", None)) is not None:
                 self._plain.append((module, plain))
