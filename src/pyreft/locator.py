@@ -93,7 +93,8 @@ class Locator:
         """`delete_adapter` of the model, which takes our layers for parameters and passes them over."""
         type(self.model).delete_adapter(self.model, adapter_names)
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            self.forget(name)
+            if name in self.rules:
+                self.forget(name)
 
     def forget(self, name: str) -> list[str]:
         """Let go of an adapter: its interventions, rules and strength; return the adapters that are active then.
