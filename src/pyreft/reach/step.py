@@ -65,7 +65,9 @@ class Reach:
         self._backbone = {id(module) for module in outside_of_edits(self._parts.backbone)}
         self._modules = list(outside_of_edits(self._base))
         self._limit = longest_plain_row(self._base.config)
-        self._base_print = "" if directory is None else fingerprint(self._modules, self._base.config)
+        self._spills = directory is not None
+        self._base_print = ""  # a digest of the base model, by which files tell it from others
+        self._printed: object = None  # the state of the base model that it was computed from
         self._sample = sample_of(self._modules)
         self._state: tuple | None = None
         self._way: Behind | Above | None = None  # the one that a probe has shown to be exact
@@ -109,7 +111,7 @@ class Reach:
         self.store.new_epoch()
         sample = sample_of(self._modules)
         if sample != self._sample:
-            self._sample, self._state = sample, None
+            self._sample, self._state, self._printed = sample, None, None
 
     def describe(self) -> str:
         """One line: what is skipped, what is held, and why not if not."""
@@ -160,6 +162,8 @@ class Reach:
         if state != self._state:
             self.store.clear()
             self._state = self._way = None
+            if self._spills and self._printed != changing:
+                self._base_print, self._printed = fingerprint(self._modules, self._base.config), changing
             key = xxhash.xxh3_128_digest(f"{self._base_print} {settings}".encode())
             self._way = self._probe(call, ordinary, kept, causal, key)
             self._state = state
