@@ -8,6 +8,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+import pyreft
+from conftest import tiny_llama
 from pyreft import pocket
 from pyreft.checkpoint import read_config
 from pyreft_cli.app import app
@@ -85,6 +87,10 @@ def test_a_lora_to_compare_with_is_asked_as_it_was_trained(tmp_path, written):
     prompts = [word for pair in pairs[:4] for word in ("--prompt", pair["prompt"])]
     answers = json.loads(run("generate", "--adapter", tmp_path / "lora", *prompts, "--json").stdout)
     assert [answer["answer"].strip() for answer in answers] == [pair["completion"].strip() for pair in pairs[:4]]
+    tiny_llama(vocab_size=256).save_pretrained(tmp_path / "other")
+    pocket.load()[1].save_pretrained(tmp_path / "other")
+    with pytest.raises(pyreft.ReftError, match="lora: the adapter does not fit the base model"):
+        run("generate", "--adapter", tmp_path / "lora", "--model", tmp_path / "other", "--prompt", "hi")
 
 
 def test_chat(demo):

@@ -165,6 +165,7 @@ def test_what_is_held_out_depends_on_the_seed_alone(data, tmp_path):
         ({"layers": "3;9"}, "layer: this model has the layers 0 to 6, got 9."),
         ({"layers": "some"}, "layers: expected 'all', a number"),
         ({"component": "mlp_out"}, "Did you mean 'mlp_output'?"),
+        ({"rank": 0}, "expected a rank from 1 to the width 192 of the edited states, got 0"),
         ({"rank": 500}, "expected a rank from 1 to the width 192 of the edited states, got 500"),
         ({"positions": "last4"}, "Did you mean 'l4'?"),
         ({"intervention": "lorefft"}, "Did you mean 'loreft'?"),

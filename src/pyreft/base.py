@@ -94,7 +94,11 @@ def load_adapted(
     model, tokenizer = load_base(name, dtype, labels)
     if kind.get("peft_type") == ReftPeftType.REFT.value:
         return ReftModel.from_pretrained(model, adapter), tokenizer
-    return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+    try:
+        return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+    except (RuntimeError, ValueError) as error:  # other sizes, or other modules
+        first = str(error).strip().splitlines()[0]
+        raise ReftError(f"{adapter}: the adapter does not fit the base model {name!r}: {first}") from None
 
 
 def base_of(adapter: str | os.PathLike) -> str:

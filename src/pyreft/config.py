@@ -90,6 +90,8 @@ class Representation:
             return self.intervention
         cls = intervention_class(self.intervention)
         settings = {name: getattr(self, name) for name in _SETTINGS if getattr(self, name)}
+        if self.low_rank_dimension is not None:  # 0 is refused, not left out
+            settings["low_rank_dimension"] = self.low_rank_dimension
         settings |= self.intervention_kwargs or {}
         taken = cls.setting_names()
         for name in settings:

@@ -171,7 +171,7 @@ def _tell(result: dict[str, Any], job: Any) -> None:
     console.print(f"Trained {result['steps']} steps in {result['seconds']:.1f} s{loss}.")
     console.print(result["computed"])
     console.print(f"The adapter is in {result['output']}, its loss in loss.csv", end="")
-    console.print(" and loss.png." if result["plot"] else "; for a picture of it, install pyreft[plot].")
+    console.print(" and loss.png." if result["plot"] else "; for a picture of it, install pyreft[plot].", markup=False)
     if job.suite:
         data = f" --data-dir {job.data_dir}" if job.data_dir else ""
         console.print(f"Try: pyreft eval {result['output']} --suite {job.suite}{data}", markup=False)

@@ -166,7 +166,9 @@ def _example(row: dict[str, Any], where: str) -> Example:
         if names[0] in row:
             for name in names:
                 if name not in row:
-                    raise ReftError(f"{where}: the field {name!r} is missing.{did_you_mean(name, row)}")
+                    raise ReftError(
+                        f"{where}: the field {name!r} is missing.{did_you_mean(name, row.keys() - {*names})}"
+                    )
     if "messages" in row:
         return Example(where, "chat", _turns(row["messages"], where))
     if "prompt" in row:
