@@ -1,5 +1,6 @@
 """A step that computes only what the edits can reach equals the ordinary one."""
 
+import accelerate
 import peft
 import pytest
 import torch
@@ -450,3 +451,28 @@ def test_a_model_without_a_cache():
 def test_only_a_reft_model():
     with pytest.raises(pyreft.ReftError, match="expected a ReftModel, as get_reft_model returns it, got Llama"):
         Reach(tiny_llama())
+
+
+def assert_whole(adapted, why):
+    """The step is the ordinary one, to the bit."""
+    reach, batch = Reach(adapted), batch_of(rows_of(*LENGTHS), "left")
+    found, expected = loss_and_gradients(reach, adapted, batch), loss_and_gradients(adapted, adapted, batch)
+    assert_same(found, expected, 0)
+    assert why in reach.why_not
+
+
+def test_a_loss_of_the_base_models_own_is_kept():
+    adapted = adapt(tiny_llama())
+    adapted.get_base_model().loss_function = lambda logits, labels, **_: logits[labels != -100].float().pow(2).mean()
+    assert_exact(Reach(adapted), adapted, batch_of(rows_of(*LENGTHS), "left"))
+
+
+def test_active_adapters_of_different_sizes():
+    adapted = adapt(tiny_llama(), layers=[1, 2], positions="l1")
+    adapted.add_adapter("other", pyreft.ReftConfig(layers=[2], positions="l3", low_rank_dimension=2))
+    adapted.base_model.set_adapter(["default", "other"])
+    assert_whole(adapted, "different numbers of interventions")
+
+
+def test_weights_that_are_offloaded():
+    assert_whole(adapt(accelerate.cpu_offload(tiny_llama(), execution_device="cpu")), "offloaded")

@@ -222,3 +222,21 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(storing, "safe_open", unreadable)
     with pytest.warns(UserWarning, match=r"Input/output error.*computed again"):
         assert_exact(reach, adapted, BATCH)
+
+
+def test_unfinished_files_of_others_stay(tmp_path):
+    foreign = tmp_path / "holiday.part"
+    foreign.write_bytes(b"x")
+    os.utime(foreign, (time.time() - 10_000,) * 2)
+    Reach(adapt(tiny_llama()), directory=tmp_path)
+    assert foreign.exists()
+
+
+def test_what_cannot_be_removed_is_computed_again(tmp_path):
+    adapted = adapt(tiny_llama())
+    assert_exact(Reach(adapted, memory=0, directory=tmp_path), adapted, BATCH)
+    for path in list(tmp_path.iterdir()):
+        path.unlink()
+        path.mkdir()
+    with pytest.warns(UserWarning, match="computed again"):
+        assert_exact(Reach(adapted, memory=0, directory=tmp_path), adapted, BATCH)

@@ -75,6 +75,17 @@ def test_training_in_part_is_training(tokenizer, tmp_path, settings, capsys):
         torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
 
 
+def test_a_compiled_training_is_training(tokenizer, tmp_path, capsys):
+    trainers = [trainer_of(tokenizer, tmp_path)]
+    trainers.append(trainer_of(tokenizer, tmp_path, torch_compile=True, torch_compile_backend="aot_eager"))
+    before = weights(trainers[0])
+    for trainer in trainers:
+        trainer.train()
+    assert "Whole rows are computed in each step: it is compiled as a whole." in capsys.readouterr().out
+    plain, compiled = map(weights, trainers)
+    assert (compiled - plain).norm() <= 1e-4 * (plain - before).norm()
+
+
 def test_the_second_epoch_runs_no_prefix(tokenizer, tmp_path):
     trainer = trainer_of(tokenizer, tmp_path)
     trainer.train()

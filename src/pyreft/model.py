@@ -68,7 +68,7 @@ class ReftModel(PeftModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_attached()
         if not _is_original_call(args, kwargs):
-            if self.reach is not None and not args:
+            if self.reach is not None and not args and not torch.compiler.is_compiling():
                 return self.reach.forward(super().forward, kwargs)
             return super().forward(*args, **kwargs)
         kwargs = self._translate(args, kwargs)

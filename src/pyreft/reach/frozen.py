@@ -27,7 +27,7 @@ def outside_of_edits(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def own_tensors(modules: list[nn.Module]) -> Iterator[Tensor]:
-    """The parameters and buffers of modules; of quantised ones what they are made of."""
+    """The parameters and buffers of modules that are here, not offloaded; of quantised ones what they are made of."""
     for module in modules:
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
@@ -37,7 +37,8 @@ def own_tensors(modules: list[nn.Module]) -> Iterator[Tensor]:
 
 def _plain(tensor: Any) -> Iterator[Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
-        yield tensor
+        if not tensor.is_meta:
+            yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
         if isinstance(part := getattr(tensor, name), Tensor):  # a sharded one has its mesh of devices, too
@@ -93,6 +94,8 @@ def why_not_frozen(modules: list[nn.Module], config: Any) -> str | None:
             return "the base model has dropout in training; set it to 0 in its config"
         if any(is_sharded(parameter) for parameter in module._parameters.values()):
             return "the parameters of the base model are sharded"
+        if any(parameter.is_meta for parameter in module._parameters.values() if parameter is not None):
+            return "parameters of the base model are offloaded"
     for name, value in _numbers(config):
         if modules[0].training and value > 0 and "drop" in name and not name.startswith(("classifier", "summary")):
             return f"the base model has dropout in training ({name} = {value}); set it to 0 in its config"

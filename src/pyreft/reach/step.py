@@ -144,6 +144,8 @@ class Reach:
             raise NotExactError("an encoder and a decoder have tokens of their own")
         if not self._active_layers() or self._locator.row_adapters is not None:
             raise NotExactError("no adapter is active, or each row has its own")
+        if len({len(self._locator.rules[name]) for name in self._locator.active}) > 1:
+            raise NotExactError("the active adapters have different numbers of interventions")
         if self._limit is not None and ids.shape[1] > self._limit:
             raise NotExactError(f"rotary angles depend on the length of rows of more than {self._limit} tokens")
         if self._locator.recomputes():
@@ -219,7 +221,7 @@ class Reach:
         last = max(rows.start[number] + _PROBED, first + 3)
         ids, where = call["input_ids"][number, first:last], edited[number, first:last]
         count = max(len(self._locator.rules[name]) for name in self._locator.active)
-        return all(_logits_agree(way, _padded(ids, where, count, left), ordinary) for left in (True, False))
+        return all(_agrees(way, _padded(ids, where, count, left), ordinary) for left in (True, False))
 
     def _is_exact_above(self, way: Above, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
         """Compare what the model returns for a few rows, padded on either side."""
@@ -265,13 +267,13 @@ def _two_padded(call: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in few.items() if value is not None}
 
 
-def _logits_agree(way: Behind, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
-    expected, store = ordinary(**call).logits, Store(1 << 62)
+def _agrees(way: Behind, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
+    expected, store = ordinary(**call), Store(1 << 62)
     for _ in range(2):  # computed, then held
         hidden, _, at = way.final(call, store)
-        if not _agree(way.parts.logits(hidden), expected[at]):
+        if not _agree(way.parts.logits(hidden), expected.logits[at]):
             return False
-    return True
+    return _agree(way(call, ordinary, store).loss, expected.loss)  # a model may have a loss of its own
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

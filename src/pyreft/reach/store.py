@@ -8,6 +8,7 @@ import os
 import re
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -23,6 +24,7 @@ from ..errors import ReftError
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNFINISHED = ".part"
+_OURS = "pyreft-"  # how the names of unfinished files begin
 _ABANDONED = 600  # seconds after which no running process writes such a file any more
 
 
@@ -138,7 +140,7 @@ class Store:
         named = {str(number): tensor.contiguous() for number, tensor in enumerate(tensors)}
         unfinished = None
         try:
-            with NamedTemporaryFile(dir=directory, suffix=_UNFINISHED, delete=False) as file:
+            with NamedTemporaryFile(dir=directory, prefix=_OURS, suffix=_UNFINISHED, delete=False) as file:
                 unfinished = Path(file.name)
             save_file(named, unfinished, {"key": key.hex(), "checksum": _checksum(tensors)})
             os.replace(unfinished, path)
@@ -169,7 +171,8 @@ class Store:
         except (OSError, SafetensorError) as error:
             problem = str(error)
         warnings.warn(f"{path}: damaged ({problem}); it is removed and computed again.", stacklevel=2)
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # of another user
+            path.unlink(missing_ok=True)
         return None
 
 
@@ -186,10 +189,11 @@ def _prepare(directory: Path) -> Path:
     """Make a directory, see that it can be written and read, and remove what an interrupted run left half done."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for unfinished in directory.glob(f"*{_UNFINISHED}"):
-            if time.time() - unfinished.stat().st_mtime > _ABANDONED:
-                unfinished.unlink()
-        with NamedTemporaryFile(dir=directory, suffix=_UNFINISHED) as file:
+        for unfinished in directory.glob(f"{_OURS}*{_UNFINISHED}"):
+            with suppress(FileNotFoundError):  # another process removes it, too
+                if time.time() - unfinished.stat().st_mtime > _ABANDONED:
+                    unfinished.unlink()
+        with NamedTemporaryFile(dir=directory, prefix=_OURS, suffix=_UNFINISHED) as file:
             file.write(b"x")
         next(directory.iterdir(), None)
     except OSError as error:

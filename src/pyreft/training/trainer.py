@@ -47,17 +47,19 @@ class ReftTrainer(Trainer):
         self.reach: Reach | None = None
         if isinstance(reach, Reach):
             self.reach = reach
-        elif reach and self._holds_all() and isinstance(self.model, ReftModel):
+        elif reach and isinstance(self.model, ReftModel) and self._why_whole() is None:
             self.reach = Reach(self.model)
         if self.reach is not None:
             self.add_callback(_TellEpochs(self.reach))
             self.add_callback(ReachPrinter(self.reach.describe))
         elif reach and isinstance(self.model, ReftModel):
-            self.add_callback(ReachPrinter(lambda: "Whole rows are computed in each step: the model is distributed."))
+            self.add_callback(ReachPrinter(lambda: f"Whole rows are computed in each step: {self._why_whole()}."))
 
-    def _holds_all(self) -> bool:
-        """Whether the process has the whole model by itself, whose parts can then be called apart."""
-        return self.args.n_gpu <= 1 and not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+    def _why_whole(self) -> str | None:
+        """Why the parts of the model cannot be called apart, if they cannot."""
+        if self.args.n_gpu > 1 or self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            return "the model is distributed"
+        return "it is compiled as a whole" if self.args.torch_compile else None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
