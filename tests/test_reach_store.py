@@ -153,6 +153,9 @@ def test_a_directory_that_is_a_file(tmp_path):
 def test_a_full_disk_ends_the_writing_and_not_the_training(tmp_path, monkeypatch):
     adapted = adapt(tiny_llama())
     reach = Reach(adapted, memory=0, directory=tmp_path)
+    before = batch_of(rows_of(5, 6), "left")
+    assert_exact(reach, adapted, before)
+    written = len(list(tmp_path.iterdir()))
 
     def full(tensors, path, metadata):
         Path(path).write_bytes(b"the beginning")
@@ -162,8 +165,11 @@ def test_a_full_disk_ends_the_writing_and_not_the_training(tmp_path, monkeypatch
     monkeypatch.setattr(storing, "save_file", full)
     with pytest.warns(UserWarning, match="nothing more is kept there: the disk is full. It is computed again"):
         assert_exact(reach, adapted, BATCH)
-    assert not list(tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == written
     assert reach.store.full
+    missed = reach.store.missed
+    assert_exact(reach, adapted, before)  # what was written is still read
+    assert reach.store.missed == missed
 
 
 def test_a_directory_that_vanishes(tmp_path):

@@ -4,6 +4,9 @@ Supervised training keeps TRL's defaults, bfloat16 and gradient checkpointing. T
 emojis, which it never does by itself; from examples, from preferences, or by a reward.
 """
 
+import contextlib
+import re
+
 import peft
 import pytest
 import torch
@@ -14,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import pyreft
 from pyreft import pocket
 from pyreft.answers import generate_answers
+from pyreft.reach import Reach
+from pyreft.reach.ways import Behind
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
@@ -155,13 +160,14 @@ def test_dpo_goes_on_from_an_adapter_and_holds_it_as_the_reference(tokenizer, tm
         assert not torch.equal(first, last)
 
 
-def test_kto(tokenizer, tmp_path, preferences):
-    def unpaired(pairs):
-        rows = [(row["prompt"], row[kind], kind == "chosen") for row in pairs for kind in ("chosen", "rejected")]
-        return Dataset.from_dict(
-            dict(zip(("prompt", "completion", "label"), map(list, zip(*rows, strict=True)), strict=True))
-        )
+def unpaired(pairs):
+    rows = [(row["prompt"], row[kind], kind == "chosen") for row in pairs for kind in ("chosen", "rejected")]
+    return Dataset.from_dict(
+        dict(zip(("prompt", "completion", "label"), map(list, zip(*rows, strict=True)), strict=True))
+    )
 
+
+def test_kto(tokenizer, tmp_path, preferences):
     trainer = trl.KTOTrainer(
         model=pocket.load()[0],
         processing_class=tokenizer,
@@ -217,3 +223,46 @@ def test_grpo(tokenizer, tmp_path):
     rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.15
     assert sum(brief(after)) / 50 > sum(brief(before)) / 50 + 0.15
+
+
+@pytest.mark.parametrize("kind", ["SFT", "DPO", "KTO", "GRPO"])
+def test_what_the_edits_can_reach_is_enough(kind, tokenizer, tmp_path, preferences):
+    """Losses and whatever else is logged, in evaluations, too, are those of whole rows, to rounding in float32."""
+    settings = {"per_device_train_batch_size": 4, "max_steps": 6, "bf16": False, "gradient_checkpointing": False}
+    settings |= {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
+    data = [rows.select(range(8)) for rows in preferences]
+    if kind == "SFT":
+        data = [rows.rename_column("chosen", "completion").remove_columns("rejected") for rows in data]
+    elif kind == "KTO":
+        data = [unpaired(rows) for rows in data]
+    elif kind == "GRPO":
+        settings |= {"num_generations": 2, "max_completion_length": 8, "learning_rate": 1e-3}
+    logs = []
+    for in_part in (False, True):
+        torch.manual_seed(0)
+        more = {"reward_funcs": lambda completions, **_: list(map(float, map(len, completions)))}
+        trainer = getattr(trl, f"{kind}Trainer")(
+            model=pocket.load()[0],
+            processing_class=tokenizer,
+            args=getattr(trl, f"{kind}Config")(**options(tmp_path, **settings)),
+            train_dataset=data[0],
+            eval_dataset=data[1],
+            peft_config=pyreft.ReftConfig(**CONFIG, task_type="CAUSAL_LM"),
+            **more if kind == "GRPO" else {},
+        )
+        with Reach(trainer.model) if in_part else contextlib.nullcontext() as reach:
+            trainer.train()
+        logs.append(trainer.state.log_history[:-1])  # but for how long it took
+    assert isinstance(reach._way, Behind)
+    assert reach._way.computed < 0.9 * reach._way.tokens
+    for whole, part in zip(*logs, strict=True):
+        timed = {name for name in whole if re.search("runtime|per_second|step_time", name)}
+        values = [{name: value for name, value in log.items() if name not in timed} for log in (whole, part)]
+        assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-4)
+    assert len(logs[0]) > 6
+
+
+def test_a_model_without_a_task_is_not_served():
+    model = peft.get_peft_model(pocket.load()[0], pyreft.ReftConfig(**CONFIG))
+    with pytest.raises(pyreft.ReftError, match="Give task_type='CAUSAL_LM' to the ReftConfig"):
+        Reach(model)

@@ -61,16 +61,13 @@ class ReftModel(PeftModel):
             if inner is not None:
                 base.peft_config = inner
         self._locator: Locator = self.base_model._locator
-        self.reach: Any = None  # while steps compute only what the edits can reach, the `Reach` that does
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_attached()
         if not _is_original_call(args, kwargs):
-            if self.reach is not None and not args and not torch.compiler.is_compiling():
-                return self.reach.forward(super().forward, kwargs)
-            return super().forward(*args, **kwargs)
+            return self.base_model.compute(super().forward, args, kwargs)
         kwargs = self._translate(args, kwargs)
         original = kwargs.pop("output_original_output", False)
         base = None

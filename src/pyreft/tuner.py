@@ -5,7 +5,7 @@ the `Locator` of the model says.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -31,6 +31,16 @@ class ReftTuner(BaseTuner):
     prefix = "reft_"
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
+    reach: Any = None  # while steps compute only what the edits can reach, the `Reach` that does
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compute(super().forward, args, kwargs)
+
+    def compute(self, ordinary: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A call of the model, `ordinary(*args, **kwargs)`, in part while a `Reach` is at it."""
+        if self.reach is None or args or torch.compiler.is_compiling():
+            return ordinary(*args, **kwargs)
+        return self.reach.forward(ordinary, kwargs)
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
@@ -121,6 +131,12 @@ class ReftTuner(BaseTuner):
 def reft_layers(model: nn.Module) -> list[ReftLayer]:
     """The edited places of a model."""
     return [module for module in model.modules() if isinstance(module, ReftLayer)]
+
+
+def tuner_of(model: nn.Module) -> ReftTuner | None:
+    """The tuner of a PEFT model with representation edits; none of any other model."""
+    tuner = getattr(model, "base_model", None)
+    return tuner if isinstance(tuner, ReftTuner) else None
 
 
 def penalty(model: nn.Module) -> Tensor | None:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..located import Located
 from ..locator import Locator
 from .blocks import Blocks, replaced
 from .cache import Layout, Pair, is_ordinary, pairs_of, prefix_cache, sliding_window
-from .window import NotExactError, Rows
+from .window import IGNORED, NotExactError, Rows
 
 
 @dataclass
@@ -105,10 +105,18 @@ class Parts:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The head: from final states `[n, d]` to logits `[n, vocabulary]`."""
+        return self._head(hidden).logits[0]
+
+    def scored(self, hidden: Tensor, targets: Tensor, **given: Any) -> Any:
+        """What the model returns for final states `[n, d]` of one row whose labels are `targets`, `[n]`."""
+        labels = nn.functional.pad(targets, (1, 0), value=IGNORED)[None]
+        return self._head(nn.functional.pad(hidden, (0, 0, 0, 1)), labels=labels, **given)
+
+    def _head(self, hidden: Tensor, **given: Any) -> Any:
         output = _Final(last_hidden_state=hidden[None])
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         with self._stream.serving(Located()), replaced({self.base.get_decoder(): lambda *_, **__: output}):
-            return self.base.forward(input_ids=ids, use_cache=False).logits[0]
+            return self.base.forward(input_ids=ids, use_cache=False, **given)
 
     def _run(
         self,

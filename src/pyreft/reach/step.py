@@ -9,23 +9,25 @@ where none is, the ordinary step is taken.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 import xxhash
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..errors import ReftError
 from ..layer import ReftLayer
 from ..locator import GIVEN, LOCATIONS, Locator
-from ..tuner import locator_of
-from .frozen import fingerprint, longest_plain_row, outside_of_edits, sample_of, state_of, why_not_frozen
+from ..tuner import tuner_of
+from .frozen import fingerprint, longest_plain_row, outside_of_edits, state_of, sums_of, why_not_frozen
 from .parts import Parts
 from .store import Store, read_budget
-from .ways import BY_TOKEN, Above, Behind
+from .ways import BY_TOKEN, COUNT, FUSED, Above, Behind, LabelOutput
 from .window import IGNORED, NotExactError, Rows
 
-_TAKEN = {*BY_TOKEN, *GIVEN, "labels", "num_items_in_batch", "return_dict"}
+_TAKEN = {*BY_TOKEN, *GIVEN, "labels", COUNT, FUSED, "return_dict"}
+_MORE = {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}  # asked for if true
 _ATTENTIONS = {"full_attention", "sliding_attention"}  # which see a token's own past, wherever its row begins
 _PROBED = 6  # tokens before and after the beginning of a window
 
@@ -39,10 +41,14 @@ class Reach:
         loss = reach(**batch).loss
 
     The loss equals the model's, and so do the gradients of the edits; of a causal model, the output has nothing else.
-    Where that would not be exact, the model is called as it is, and `why_not` says why.
+    Where that would not be exact, the model is called as it is, and `why_not` says why. A trainer that is not ours is
+    served while the model is:
+
+        with Reach(trainer.model):
+            trainer.train()
 
     Args:
-        model: with edits, the rest of it frozen.
+        model: a PEFT model with edits, the rest of it frozen.
         memory: how much may be held of prefixes and states, in bytes or as `"4GB"`; half of the free memory if not
             given. What does not fit is computed again in each step.
         directory: where to put what does not fit into memory. It stays there for later runs.
@@ -54,13 +60,22 @@ class Reach:
     def __init__(
         self, model: Any, *, memory: int | str | None = None, directory: str | os.PathLike | None = None
     ) -> None:
-        if not hasattr(model, "reach"):
-            raise ReftError(f"reach: expected a ReftModel, as get_reft_model returns it, got {type(model).__name__}.")
+        tuner = tuner_of(model)
+        if tuner is None:
+            raise ReftError(
+                "reach: expected a model with representation edits, as get_reft_model or peft.get_peft_model returns "
+                f"it, got {type(model).__name__}."
+            )
+        if type(model).forward is PeftModel.forward:
+            raise ReftError(
+                "reach: expected a ReftModel, or a PEFT model for a task. Give task_type='CAUSAL_LM' to the ReftConfig."
+            )
         self.model = model
+        self._tuner = tuner
         self.store = Store(read_budget(memory), directory)
         self.why_not: str | None = None
         self._base: Any = model.get_base_model()
-        self._locator = cast(Locator, locator_of(self._base))
+        self._locator: Locator = tuner._locator
         self._parts = Parts(self._base, self._locator)
         self._backbone = {id(module) for module in outside_of_edits(self._parts.backbone)}
         self._modules = list(outside_of_edits(self._base))
@@ -68,9 +83,10 @@ class Reach:
         self._spills = directory is not None
         self._base_print = ""  # a digest of the base model, by which files tell it from others
         self._printed: object = None  # the state of the base model that it was computed from
-        self._sample = sample_of(self._modules)
-        self._state: tuple | None = None
-        self._way: Behind | Above | None = None  # the one that a probe has shown to be exact
+        self._sums = sums_of(self._modules)
+        self._tensors: object = None  # the state of the base model for which these ways are exact
+        self._ways: dict[tuple, Behind | Above | None] = {}  # by the settings with which a probe has shown it
+        self._way: Behind | Above | None = None  # the last one
         self._no_way = f"parts of {type(self._base).__name__} computed apart differ from the whole"
 
     def __call__(self, **batch: Any) -> Any:
@@ -78,12 +94,23 @@ class Reach:
         with self:
             return self.model(**batch)
 
+    def log_probs(self, **batch: Any) -> Tensor:
+        """The log-probability of each label of a batch, `[batch, tokens - 1]`, zero where there is none.
+
+        What preference losses such as DPO's are made of. Of a causal model, and with its gradients.
+        """
+        output = self(**batch)
+        if isinstance(output, LabelOutput):
+            return output.log_probs
+        logits = output.logits[:, :-1].float().transpose(1, 2)
+        return -nn.functional.cross_entropy(logits, batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none")
+
     def __enter__(self) -> "Reach":
-        self.model.reach = self
+        self._tuner.reach = self
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.model.reach = None
+        self._tuner.reach = None
 
     def forward(self, ordinary: Callable[..., Any], call: dict[str, Any]) -> Any:
         """Compute a call of the model: in part if that is exact, by `ordinary` if not."""
@@ -109,9 +136,10 @@ class Reach:
     def new_epoch(self) -> None:
         """Tell that another pass over the data begins; the base model is looked at more closely then."""
         self.store.new_epoch()
-        sample = sample_of(self._modules)
-        if sample != self._sample:
-            self._sample, self._state, self._printed = sample, None, None
+        sums = sums_of(self._modules)
+        if sums != self._sums:
+            self._sums = sums
+            self._tensors = self._printed = None
 
     def describe(self) -> str:
         """One line: what is skipped, what is held, and why not if not."""
@@ -135,7 +163,8 @@ class Reach:
         Raises:
             NotExactError: there is none.
         """
-        if odd := sorted(name for name, value in call.items() if name not in _TAKEN and value is not None):
+        given = {name for name, value in call.items() if value is not None and not (name in _MORE and value is False)}
+        if odd := sorted(given - _TAKEN):
             raise NotExactError(f"the call has {', '.join(odd)}")
         ids = call.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or call.get("labels") is None:
@@ -159,16 +188,19 @@ class Reach:
             if not kept or why_not_frozen(self._modules, self._base.config):
                 raise NotExactError(reason)
         autocast = torch.is_autocast_enabled(ids.device.type) and torch.get_autocast_dtype(ids.device.type)
-        changing, *settings = *state_of(self._modules), kept, autocast, self._base.config._attn_implementation
-        state = changing, *settings, causal, tuple(self._locator.active)
-        if state != self._state:
+        tensors, *settings = *state_of(self._modules), kept, autocast, self._base.config._attn_implementation
+        if tensors != self._tensors:
             self.store.clear()
-            self._state = self._way = None
-            if self._spills and self._printed != changing:
-                self._base_print, self._printed = fingerprint(self._modules, self._base.config), changing
+            self._ways.clear()
+            self._tensors = tensors
+            if self._spills and self._printed != tensors:
+                self._base_print, self._printed = fingerprint(self._modules, self._base.config), tensors
+        state = *settings, causal, bool(call.get(FUSED)), tuple(self._locator.active)
+        self._way = None
+        if state not in self._ways:
             key = xxhash.xxh3_128_digest(f"{self._base_print} {settings}".encode())
-            self._way = self._probe(call, ordinary, kept, causal, key)
-            self._state = state
+            self._ways[state] = self._probe(call, ordinary, kept, causal, key)
+        self._way = self._ways[state]
         if self._way is None:
             raise NotExactError(self._no_way)
         return self._way
@@ -221,7 +253,8 @@ class Reach:
         last = max(rows.start[number] + _PROBED, first + 3)
         ids, where = call["input_ids"][number, first:last], edited[number, first:last]
         count = max(len(self._locator.rules[name]) for name in self._locator.active)
-        return all(_agrees(way, _padded(ids, where, count, left), ordinary) for left in (True, False))
+        fused = bool(call.get(FUSED))
+        return all(_agrees(way, _padded(ids, where, count, left), ordinary, fused) for left in (True, False))
 
     def _is_exact_above(self, way: Above, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
         """Compare what the model returns for a few rows, padded on either side."""
@@ -267,18 +300,24 @@ def _two_padded(call: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in few.items() if value is not None}
 
 
-def _agrees(way: Behind, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
+def _agrees(way: Behind, call: dict[str, Any], ordinary: Callable[..., Any], fused: bool) -> bool:
     expected, store = ordinary(**call), Store(1 << 62)
     for _ in range(2):  # computed, then held
         hidden, _, at = way.final(call, store)
         if not _agree(way.parts.logits(hidden), expected.logits[at]):
             return False
-    return _agree(way(call, ordinary, store).loss, expected.loss)  # a model may have a loss of its own
+    dtype = expected.logits.dtype
+    if not fused:  # a model may have a loss of its own
+        return _agree(way(call, ordinary, store).loss, expected.loss, dtype)
+    call = call | {FUSED: True}
+    found = way(call, ordinary, store)
+    values = {name: value for name, value in ordinary(**call).items() if value.is_floating_point()}
+    return all(_agree(found[name], value, dtype) for name, value in values.items())
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether two tensors are equal but for rounding: structural differences are far larger."""
-    tolerance = max(8 * torch.finfo(expected.dtype).eps, 1e-4)
+def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Whether two tensors are equal but for rounding in a type: structural differences are far larger."""
+    tolerance = max(8 * torch.finfo(dtype or expected.dtype).eps, 1e-4)
     return bool((found.float() - expected.float()).norm() <= tolerance * expected.float().norm())
 
 

@@ -86,6 +86,7 @@ class Store:
         self._entries: dict[bytes, _Entry] = {}
         self._epoch = 0
         self._directory = None if directory is None else _prepare(Path(directory))
+        self._writes = directory is not None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -109,7 +110,7 @@ class Store:
         if self.held + entry.size <= self.budget:
             self._entries[key] = entry
             self.held += entry.size
-        elif self._directory is not None:
+        elif self._directory is not None and self._writes:
             self._write(self._directory, key, entry.tensors)
         else:
             self.full = True
@@ -146,7 +147,7 @@ class Store:
             os.replace(unfinished, path)
             self.on_disk += 1
         except (OSError, SafetensorError) as error:
-            self.full, self._directory = True, None
+            self.full, self._writes = True, False
             full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
             what = "the disk is full" if full else error
             warnings.warn(f"{directory}: nothing more is kept there: {what}. It is computed again.", stacklevel=2)

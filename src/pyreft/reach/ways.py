@@ -2,23 +2,33 @@
 store and put into it what they had to run. Whether a way is exact for a model, `step` finds out."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import xxhash
 from torch import Tensor, nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from ..located import Located
 from ..locator import GIVEN, LENGTHS, STRENGTH, Locator
 from .blocks import Blocks
 from .cache import Layout, Pair
-from .loss import label_loss
+from .loss import log_probs
 from .parts import Parts
 from .store import Store
 from .window import IGNORED, NotExactError, Rows, bounds, cut
 
 BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")  # beside the labels
+COUNT = "num_items_in_batch"
+FUSED = "fused_lm_head"  # TRL's: the call returns values of the labels alone, zero for tokens without one
+
+
+@dataclass
+class LabelOutput(CausalLMOutputWithPast):
+    """The loss, and the log-probability of each label, `[batch, tokens - 1]`, zero where there is none."""
+
+    log_probs: Any = None
 
 
 class Behind:
@@ -37,12 +47,22 @@ class Behind:
         self._locator, self.offsets, self._key = locator, offsets, key
         self.layout: Layout | None = None
 
-    def __call__(self, call: dict[str, Any], ordinary: Callable[..., Any], store: Store) -> CausalLMOutputWithPast:
-        """Return the loss of a batch."""
-        hidden, targets, _ = self.final(call, store)
-        vocabulary = self.parts.base.config.get_text_config().vocab_size
-        loss = label_loss(hidden, targets, self.parts.logits, vocabulary, call.get("num_items_in_batch"))
-        return CausalLMOutputWithPast(loss=loss)
+    def __call__(self, call: dict[str, Any], ordinary: Callable[..., Any], store: Store) -> ModelOutput:
+        """Return what the labels of a batch get."""
+        hidden, targets, (rows, columns) = self.final(call, store)
+        count = call.get(COUNT)
+
+        def spread(values: Tensor) -> Tensor:
+            ids = call["input_ids"]
+            return values.new_zeros(len(ids), ids.shape[1] - 1).index_put((rows, columns), values)
+
+        if call.get(FUSED):
+            output = self.parts.scored(hidden, targets, **{FUSED: True, COUNT: count})
+            by_token = {name: value for name, value in output.items() if value.shape == (1, len(targets))}
+            return type(output)(**output | {name: spread(value[0]) for name, value in by_token.items()})
+        found = log_probs(hidden, targets, self.parts.logits, self.parts.base.config.get_text_config().vocab_size)
+        total = len(found) if count is None else torch.as_tensor(count, device=found.device)
+        return LabelOutput(loss=-found.sum() / total, log_probs=spread(found))
 
     def final(self, call: dict[str, Any], store: Store) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
         """Return final states `[n, d]` where there are labels, these labels `[n]`, and the rows and columns.

@@ -12,9 +12,8 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..locator import LENGTHS, LOCATIONS, SUBSPACES
-from ..model import ReftModel
 from ..reach import Reach
-from ..tuner import penalty
+from ..tuner import penalty, tuner_of
 from .same_data import check_same_data
 
 
@@ -47,12 +46,12 @@ class ReftTrainer(Trainer):
         self.reach: Reach | None = None
         if isinstance(reach, Reach):
             self.reach = reach
-        elif reach and isinstance(self.model, ReftModel) and self._why_whole() is None:
+        elif reach and tuner_of(self.model) is not None and self._why_whole() is None:
             self.reach = Reach(self.model)
         if self.reach is not None:
             self.add_callback(_TellEpochs(self.reach))
             self.add_callback(ReachPrinter(self.reach.describe))
-        elif reach and isinstance(self.model, ReftModel):
+        elif reach and tuner_of(self.model) is not None:
             self.add_callback(ReachPrinter(lambda: f"Whole rows are computed in each step: {self._why_whole()}."))
 
     def _why_whole(self) -> str | None:
