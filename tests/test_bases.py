@@ -3,6 +3,7 @@
 import accelerate
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import pyreft
 from conftest import tiny_llama
@@ -52,6 +53,30 @@ def test_weights_on_the_cpu_until_they_are_needed(tmp_path):
 
 def test_weights_on_the_disk_until_they_are_needed(tmp_path):
     check(lambda: accelerate.disk_offload(tiny_llama(), tmp_path / "weights", execution_device="cpu"), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_a_trainer_of_a_model_by_a_device_map(tmp_path):
+    """Its last block is read from the disk in each step; the blocks below the edit are run once."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    places = dict.fromkeys(("embed_tokens", "layers.0", "layers.1", "layers.2", "norm", "rotary_emb"), "cpu")
+    devices = {f"model.{name}": place for name, place in (places | {"layers.3": "disk"}).items()} | {"lm_head": "cpu"}
+    offloaded = {"device_map": devices, "offload_folder": tmp_path / "weights"}
+    losses = []
+    for options in ({}, offloaded):
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", **options)
+        assert base.model.layers[3].mlp.up_proj.weight.is_meta == bool(options)
+        torch.manual_seed(0)
+        ids = torch.randint(3, 96, (8, 9)).tolist()
+        trainer = pyreft.ReftTrainer(
+            model=pyreft.get_reft_model(base, pyreft.ReftConfig(layers=[1], **CONFIG)),
+            args=TrainingArguments(tmp_path, num_train_epochs=4, logging_steps=1, report_to="none", disable_tqdm=True),
+            train_dataset=[{"input_ids": row, "labels": [-100] * 7 + row[7:]} for row in ids],
+        )
+        trainer.train()
+        assert trainer.reach.describe().startswith("Each step leaves out ")
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -409,6 +409,23 @@ def test_positions_that_are_given():
     assert "position_ids do not count on" in reach.why_not
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"prompt_lengths": torch.tensor([5, 2, 6])},
+        {"strength": 0.5},
+        {"strength": {"default": 2.0}},
+        {"subspaces": [[[0]], [[1]], [[0, 1]]]},
+    ],
+    ids=lambda given: "-".join(given),
+)
+def test_what_a_call_may_say_of_its_edits(given):
+    adapted = adapt(tiny_llama(), share_weights=True, layers=[2])
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    assert_exact(Reach(adapted), adapted, batch | given)
+    assert loss_and_gradients(adapted, adapted, batch | given)[0] != loss_and_gradients(adapted, adapted, batch)[0]
+
+
 @pytest.mark.parametrize("vocabulary_bytes", [1, 96 * 4 * 3, 1 << 30])
 def test_log_probabilities_in_chunks(vocabulary_bytes, monkeypatch):
     monkeypatch.setattr("pyreft.reach.loss.CHUNK_BYTES", vocabulary_bytes)

@@ -104,6 +104,17 @@ def test_evaluation_of_the_loss_alone_is_in_part(tokenizer, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(found, rel=1e-5)
 
 
+def test_predictions_and_metrics_have_their_logits(tokenizer, tmp_path):
+    trainer = trainer_of(tokenizer, tmp_path, eval_strategy="epoch")
+    trainer.compute_metrics = lambda found: {"width": found.predictions.shape[-1]}
+    trainer.train()
+    assert trainer.reach.describe().startswith("Each step leaves out ")
+    assert [log["eval_width"] for log in trainer.state.log_history if "eval_width" in log] == [96] * 3
+    predictions = trainer.predict(trainer.eval_dataset).predictions
+    width = max(map(len, trainer.eval_dataset["input_ids"]))
+    assert predictions.shape == (5, width, 96)
+
+
 class WithLogits(pyreft.ReftTrainerForCausalLM):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         output = model(**inputs)
