@@ -74,7 +74,15 @@ def test_where_the_prompt_ends():
 
 @pytest.mark.parametrize(
     ("rule", "near"),
-    [("last", "l1"), ("last3", "l3"), ("first2", "f2"), ("l2+f1", "f1+l2"), ("promt", "prompt")],
+    [
+        ("last", "l1"),
+        ("last3", "l3"),
+        ("first2", "f2"),
+        ("l2+f1", "f1+l2"),
+        ("16", "l16"),
+        ("4", "l4"),
+        ("promt", "prompt"),
+    ],
 )
 def test_unknown_rule(rule, near):
     with pytest.raises(ReftError) as caught:
@@ -83,7 +91,7 @@ def test_unknown_rule(rule, near):
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("rule", ["", "f", "f0", "l0", "f0+l0", "x3", None])
+@pytest.mark.parametrize("rule", ["", "f", "f0", "l0", "f0+l0", "0", "x3", None])
 def test_rules_that_name_nothing(rule):
     with pytest.raises(ReftError, match="positions: expected"):
         Positions.parse(rule)

@@ -143,6 +143,8 @@ def _nearest(text: str) -> str:
         return f" Did you mean 'l{digits[0] if digits else 1}'?"
     if text.startswith("first"):
         return f" Did you mean 'f{digits[0] if digits else 1}'?"
+    if re.fullmatch(r"0*[1-9]\d*", text):
+        return f" Did you mean 'l{int(text)}'?"
     swapped = re.fullmatch(r"l(\d+)\+f(\d+)", text)
     if swapped:
         return f" Did you mean 'f{swapped[2]}+l{swapped[1]}'?"
