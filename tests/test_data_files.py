@@ -84,6 +84,8 @@ def test_mistakes_have_their_place(tmp_path, name, content, message):
 def test_a_file_that_is_not_there_or_not_text(tmp_path):
     with pytest.raises(ReftError, match="there is no such file"):
         read_examples(tmp_path / "none.jsonl")
+    with pytest.raises(ReftError, match=r"this is a directory; expected a file in it, ending in .jsonl, .json, .csv."):
+        read_examples(tmp_path)
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ReftError, match="is not UTF-8 text"):
         read_examples(tmp_path / "a.jsonl")

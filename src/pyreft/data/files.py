@@ -123,6 +123,8 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ReftError: as `read_examples`, but for the fields.
     """
     kind = path.suffix.lower()
+    if path.is_dir():
+        raise ReftError(f"{path}: this is a directory; expected a file in it, ending in {', '.join(ENDINGS)}.")
     if kind not in ENDINGS:
         raise ReftError(f"{path}: expected a file ending in {', '.join(ENDINGS)}, got {path.suffix or 'no ending'!r}.")
     text = read_text(path)
