@@ -66,6 +66,7 @@ READY = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2)
         ({"layers": [1, 1]}, "a layer stands twice in [1, 1]"),
         ({"layers": [1], "representations": {"layer": 1}}, "layers: each of the representations names its own layer"),
         ({"positions": "lats"}, "positions: expected f<n>"),
+        ({"low_rank_dimension": "4"}, "low_rank_dimension: expected a whole number, got '4'."),
         ({"intervention": "loreff"}, "Did you mean 'loreft'?"),
         ({"representations": []}, "expected at least one edited place"),
         ({"representations": {"layers": 1}}, "got 'layers'. Did you mean 'layer'?"),

@@ -149,7 +149,7 @@ class ReftConfig(PeftConfig):
         base_model_shape: type and sizes of the base model, filled in; an adapter fits no other.
 
     Raises:
-        ReftError: an unknown rule, intervention or key of a representation.
+        ReftError: an unknown rule, intervention or key of a representation, or a rank that is no whole number.
 
     Example:
         >>> ReftConfig(layers="all", positions="l1", low_rank_dimension=4).positions
@@ -181,6 +181,8 @@ class ReftConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = ReftPeftType.REFT
         self.layers = _read_layers(self.layers)
+        if not isinstance(self.low_rank_dimension, int | None):
+            raise ReftError(f"low_rank_dimension: expected a whole number, got {self.low_rank_dimension!r}.")
         if self.representations is not None:
             if self.layers != "all":
                 raise ReftError("layers: each of the representations names its own layer; give one or the other.")
