@@ -151,6 +151,15 @@ def test_other_settings_cannot_go_on_from_a_checkpoint(data, tmp_path, changes, 
         prepared(data, tmp_path, resume=True, **changes)
 
 
+def test_another_base_model_cannot_go_on_from_a_checkpoint(data, tmp_path):
+    prepared(data, tmp_path, epochs=1).train()
+    _, tokenizer = load_base()
+    tiny_llama(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    with pytest.raises(pyreft.ReftError, match=r"this one has hidden_size 32 instead of 192, num_hidden_layers 4 inst"):
+        prepared(data, tmp_path, resume=True, model=str(tmp_path / "base"))
+
+
 def test_what_is_held_out_depends_on_the_seed_alone(data, tmp_path):
     jobs = [prepared(data, tmp_path, validation_split=0.3, seed=seed) for seed in (1, 1, 2)]
     assert jobs[0].validation == jobs[1].validation != jobs[2].validation

@@ -281,6 +281,16 @@ def _read_layers(layers: Any) -> Any:
     return list(layers)
 
 
+def shape_differences(expected: dict[str, Any] | None, found: dict[str, Any] | None) -> str:
+    """What differs between two `base_model_shape`s, in words; an empty text if nothing does."""
+    expected, found = expected or {}, found or {}
+    return ", ".join(
+        f"{name} {found.get(name)!r} instead of {expected.get(name)!r}"
+        for name in expected | found
+        if found.get(name) != expected.get(name)
+    )
+
+
 def register_with_peft(tuner: type) -> None:
     """Make PEFT know this method: its four mappings are plain dicts and take a key of our own."""
     PEFT_TYPE_TO_CONFIG_MAPPING[ReftPeftType.REFT] = ReftConfig

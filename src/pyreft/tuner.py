@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .components import Site, find_site, hidden_width, number_of_layers, stack_module
-from .config import ReftConfig, Representation
+from .config import ReftConfig, Representation, shape_differences
 from .errors import ReftError
 from .interventions import Intervention, intervention_class
 from .layer import ReftLayer, refuse_merge
@@ -171,8 +171,8 @@ Places = dict[str, list[tuple[Site, int, Intervention]]]
 def _plan(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], list[Site], Places]:
     """Check a config against a model and make its interventions; nothing is changed if anything does not fit."""
     shape = _shape(model)
-    if config.base_model_shape not in (None, shape):
-        raise ReftError(f"The adapter was made for a base model of {config.base_model_shape}, this one is {shape}.")
+    if config.base_model_shape is not None and (other := shape_differences(config.base_model_shape, shape)):
+        raise ReftError(f"The adapter was made for another base model: this one has {other}.")
     layers = number_of_layers(model, config.component) if config.representations is None else 0
     representations = config.expand(layers)
     sites = [find_site(model, entry.component, entry.layer, entry.head) for entry in representations]

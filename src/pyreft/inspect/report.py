@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..base import base_of, check_language_model, load_adapted, load_tokenizer
 from ..checkpoint import read_config, read_shapes
+from ..config import shape_differences
 from ..data.encode import context_length
 from ..data.files import Format
 from ..errors import ReftError
@@ -186,8 +187,8 @@ def _record_other(adapted: Any, directory: str | os.PathLike, rows: Sequence[Row
 def _check_alike(adapter: str | os.PathLike, other: str | os.PathLike) -> None:
     ours, theirs = read_config(adapter).base_model_shape, read_config(other).base_model_shape
     read_shapes(other)
-    if ours != theirs:
-        raise ReftError(f"{other}: expected an adapter for the same base model, {ours}; it was made for {theirs}.")
+    if differences := shape_differences(ours, theirs):
+        raise ReftError(f"{other}: expected an adapter for the same base model; its base model has {differences}.")
 
 
 def _check_lengths(rows: Sequence[Row], limit: int, new: int) -> None:

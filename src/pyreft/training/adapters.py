@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..checkpoint import read_config, read_config_data, read_shapes, write_beside
-from ..config import ReftConfig, ReftPeftType
+from ..config import ReftConfig, ReftPeftType, shape_differences
 from ..errors import ReftError
 from ..model import ReftModel, get_reft_model
 from .settings import LORA, METHODS, TrainingJob
@@ -122,9 +122,11 @@ def check_same(checkpoint: str, now: PeftConfig) -> None:
     for name in _SAME_REFT if isinstance(now, ReftConfig) else _SAME_LORA:
         old, new = getattr(before, name, None), getattr(now, name)
         if old != new:
+            what = f"with {name} = {old!r}, now it is {new!r}"
+            if name == "base_model_shape":
+                what = f"for another base model: this one has {shape_differences(old, new)}"
             raise ReftError(
-                f"resume: {checkpoint} was made with {name} = {old!r}, now it is {new!r}; resume with the same "
-                "settings, or train to another output."
+                f"resume: {checkpoint} was made {what}; resume with the same settings, or train to another output."
             )
 
 
