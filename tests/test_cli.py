@@ -142,6 +142,19 @@ def test_train_with_a_config_file(tmp_path):
     assert result["steps"] == 2
 
 
+def test_one_is_not_told_as_many(tmp_path):
+    (tmp_path / "data.jsonl").write_text(json.dumps(pocket.emoji_pairs()[0]) + "\n")
+    arguments = ("--data", tmp_path / "data.jsonl", "--epochs", 1)
+    printed = run("train", *arguments, "--output", tmp_path / "out").stdout
+    assert "\n1 example, 0 to validate on" in printed
+    assert "Trained 1 step in" in printed
+    planned = run("plan", *arguments).stdout
+    assert planned.startswith("1 row, ")
+    assert "1 step in 1 epoch; edits in all layers." in planned
+    assert "edits in layer 3." in run("plan", *arguments, "--layers", "3").stdout
+    assert "edits in layers 2;3." in run("plan", *arguments, "--layers", "2;3").stdout
+
+
 @pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt(), 130), (OSError(errno.ENOSPC, "full"), 2)])
 def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, error, status):
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pocket.emoji_pairs()))

@@ -186,7 +186,7 @@ def test_what_is_held_out_depends_on_the_seed_alone(data, tmp_path):
         ({"seed": -1}, "seed: expected a number from 0 to 2**32 - 1, got -1"),
         ({"weight_decay": -1.0}, "weight_decay: expected 0 or more, got -1.0"),
         ({"dropout": 1.5}, "dropout: expected a share from 0 to below 1, got 1.5"),
-        ({"validation_split": 0.99}, "of 10 examples, 10 would be held out"),
+        ({"validation_split": 0.99}, "10 of 10 would be held out"),
         ({"validation": "x.jsonl", "validation_split": 0.1}, "validation: give a file or validation_split, not both"),
         ({"max_length": 12}, "the context 12; shorten"),
         ({"report_to": "tensorbord"}, "Did you mean 'tensorboard'?"),

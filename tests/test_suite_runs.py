@@ -70,7 +70,7 @@ def test_commonsense_fills_its_row(data, commonsense):
 def test_the_row_reads_well(data, commonsense, tmp_path):
     arguments = ("--suite", "commonsense", "--data-dir", data, "--task", "boolq", "--task", "piqa", "--limit", 2)
     printed = run("eval", commonsense[0], *arguments, "--output", tmp_path / "out").stdout
-    for words in ("BoolQ", "100.0", "69.3", "HellaSwag", "LLaMA-7B, LoReFT", "Only the first 2 questions", "80.2"):
+    for words in ("BoolQ", "100.0", "69.3", "HellaSwag", "LLaMA-7B, LoReFT", "only the first 2 questions", "80.2"):
         assert words in printed
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["boolq.json", "piqa.json"]
     first, second = json.loads((tmp_path / "out" / "boolq.json").read_text())

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from . import harness
-from .output import Json, Quiet, console, hush, print_json, progress_bar
+from .output import Json, Quiet, console, counted, hush, print_json, progress_bar
 
 Option = typer.Option
 
@@ -117,4 +117,4 @@ def _show(result: dict[str, Any], titles: dict[str, str]) -> None:
     table.add_row("parameters, %", "", f"{result['percent']:.4g}", share)
     console.print(table)
     if result["limit"]:
-        console.print(f"Only the first {result['limit']} questions of each task were asked.")
+        console.print(f"Asked: only the first {counted(result['limit'], 'question')} of each task.")

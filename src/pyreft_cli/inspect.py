@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import Json, Quiet, console, hush, print_json
+from .output import Json, Quiet, console, counted, hush, print_json
 
 Option = typer.Option
 
@@ -90,7 +90,7 @@ def _tell(found: Any, paths: list[Path]) -> None:
         console.print(f"loss on {curve.answers}: lowest, {best[0]:.3f}, at strength {best[1]:g}", markup=False)
     if found.comparison is not None:
         _tell_comparison(found)
-    console.print(f"The page is {paths[0]}, with {len(paths) - 1} pictures beside it.", markup=False)
+    console.print(f"The page is {paths[0]}, with {counted(len(paths) - 1, 'picture')} beside it.", markup=False)
 
 
 def _tell_comparison(found: Any) -> None:

@@ -33,6 +33,11 @@ def hush() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def print_json(data: Any) -> None:
     """Print JSON on standard output."""
     print(json.dumps(data, ensure_ascii=False, indent=1))

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 
 from .config import read_config
-from .output import Json, console, hush, print_json
+from .output import Json, console, counted, hush, print_json
 
 Option = typer.Option
 
@@ -107,9 +107,11 @@ def _why_whole(made: Any) -> str:
 
 def _tell(made: Any, job: Any) -> None:
     own = made.cost_of(job.positions)
+    epochs = "1 epoch" if made.epochs == 1 else f"each of {made.epochs:g} epochs"
+    layers = "all layers" if job.layers == "all" else f"layer{'' if job.layers.isdigit() else 's'} {job.layers}"
     console.print(
-        f"{made.rows:,} rows, {own.tokens:,} tokens with padding, {made.steps:,} steps in each of {made.epochs:g} "
-        f"epochs; edits in layers {job.layers}.",
+        f"{counted(made.rows, 'row')}, {counted(own.tokens, 'token')} with padding, {counted(made.steps, 'step')} in "
+        f"{epochs}; edits in {layers}.",
         markup=False,
     )
     again = any(cost.frozen_later for cost in made.costs)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .config import read_config
-from .output import Json, Quiet, console, hush, print_json, progress_bar
+from .output import Json, Quiet, console, counted, hush, print_json, progress_bar
 from .plan import cost_line
 
 Option = typer.Option
@@ -155,9 +155,9 @@ def _describe(prepared: Any) -> None:
     total = prepared.model.get_base_model().num_parameters()
     trained = count(prepared.model)
     if prepared.skipped:
-        console.print(f"{prepared.skipped} examples are left out: their prompts fill --max-length.")
+        console.print(f"Left out, as the prompt fills --max-length: {counted(prepared.skipped, 'example')}.")
     console.print(
-        f"{len(prepared.rows)} examples, {len(prepared.validation)} to validate on; "
+        f"{counted(len(prepared.rows), 'example')}, {len(prepared.validation)} to validate on; "
         f"{trained:,} of {total:,} parameters ({100 * trained / total:.3f} %)."
     )
     if prepared.reach is not None:
@@ -168,7 +168,7 @@ def _tell(result: dict[str, Any], job: Any) -> None:
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     if result["validation_loss"] is not None:
         loss += f", validation loss {result['validation_loss']:.4f}"
-    console.print(f"Trained {result['steps']} steps in {result['seconds']:.1f} s{loss}.")
+    console.print(f"Trained {counted(result['steps'], 'step')} in {result['seconds']:.1f} s{loss}.")
     console.print(result["computed"])
     console.print(f"The adapter is in {result['output']}, its loss in loss.csv", end="")
     console.print(" and loss.png." if result["plot"] else "; for a picture of it, install pyreft[plot].", markup=False)

@@ -117,7 +117,7 @@ class PreparedJob:
     def _hold_out(self) -> None:
         count = max(1, round(len(self.rows) * self.job.validation_split))
         if count >= len(self.rows):
-            raise ReftError(f"validation_split: of {len(self.rows)} examples, {count} would be held out; none is left.")
+            raise ReftError(f"validation_split: {count} of {len(self.rows)} would be held out; no example is left.")
         chosen = set(random.Random(self.job.seed).sample(range(len(self.rows)), count))
         self.validation = [self.rows[number] for number in sorted(chosen)]
         self.rows = [row for number, row in enumerate(self.rows) if number not in chosen]
