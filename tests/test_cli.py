@@ -122,11 +122,14 @@ def test_info(demo):
     assert facts["parameters"] == demo[1]["parameters"]
     assert facts["base_model"] == pocket.path()
     assert [place["intervention"] for place in facts["places"]] == ["loreft"]
-    (rule, tokens), *_ = facts["tokens"].items()
+    (rule, tokens), *_ = facts["tokens"]["What is a cat?"].items()
     assert rule == facts["places"][0]["positions"]
     assert tokens[-1] == {"token": "<|assistant|>", "edited": True}
     assert not tokens[0]["edited"]
-    assert "[<|assistant|>]" in run("info", demo[0], "--text", "What is a cat?").stdout
+    texts = [("--text", "What is a cat?"), ("--text", "Where is a whale?")]
+    first, second, both = (run("info", demo[0], *given).stdout for given in (*texts, sum(texts, ())))
+    assert "[<|assistant|>]" in first
+    assert both == first + second[second.index("\nTokens") :]
 
 
 def test_train_with_a_config_file(tmp_path):

@@ -9,7 +9,10 @@ from .output import Json, console, hush, print_json
 
 def info(
     adapter: Annotated[str, typer.Argument(help="The adapter's directory.")],
-    text: Annotated[str | None, typer.Option(help="Show which tokens of this prompt are edited.")] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="Show which tokens of this prompt are edited; may be given several times."),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Base model for --text, by default the one the adapter was made for.")
     ] = None,
@@ -20,8 +23,8 @@ def info(
     from pyreft.describe import describe, located_tokens
 
     facts: dict[str, Any] = describe(adapter)
-    if text is not None:
-        facts["tokens"] = located_tokens(adapter, text, model)
+    if text:
+        facts["tokens"] = {each: located_tokens(adapter, each, model) for each in text}
     if as_json:
         print_json(facts)
         return
@@ -29,10 +32,12 @@ def info(
     console.print(f"Parameters   {facts['parameters']:,}")
     for place in facts["places"]:
         console.print(
-            f"Edits        {place['intervention']} of rank {place['rank']}, {place['component']} of layers "
-            f"{', '.join(map(str, place['layers']))}, tokens {place['positions']}",
+            f"Edits        {place['intervention']} of rank {place['rank']}, {place['component']} of "
+            f"layer{'' if len(place['layers']) == 1 else 's'} {', '.join(map(str, place['layers']))}, "
+            f"tokens {place['positions']}",
             markup=False,
         )
-    for rule, tokens in facts.get("tokens", {}).items():
-        console.print(f"\nTokens of the rule {rule}, the edited ones in brackets:", markup=False)
-        console.print(" ".join(f"[{t['token']}]" if t["edited"] else t["token"] for t in tokens), markup=False)
+    for rules in facts.get("tokens", {}).values():
+        for rule, tokens in rules.items():
+            console.print(f"\nTokens of the rule {rule}, the edited ones in brackets:", markup=False)
+            console.print(" ".join(f"[{t['token']}]" if t["edited"] else t["token"] for t in tokens), markup=False)
