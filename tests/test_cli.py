@@ -196,9 +196,14 @@ def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
+def test_the_version():
+    assert run("--version").stdout.strip() == pyreft.__version__
+
+
 def test_help_loads_nothing_heavy():
     code = "import sys, pyreft_cli.app; assert not {'torch', 'transformers', 'peft', 'pyreft'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
     printed = run("--help").stdout
+    assert "Representation finetuning (ReFT): adapt a frozen" in printed
     for name in ("demo", "train", "plan", "eval", "generate", "chat", "info", "inspect"):
         assert f"  {name} " in printed

@@ -2,6 +2,8 @@
 
 import errno
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 
@@ -15,6 +17,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and end, if it is asked for."""
+    if asked:
+        typer.echo(version("pyreft"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    _: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """The options that stand before a command; what the app is for, it says above."""
+
+
 app.command()(demo.demo)
 app.command()(train.train)
 app.command()(plan.plan)
