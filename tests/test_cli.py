@@ -2,16 +2,19 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
 from pyreft.checkpoint import read_config
+from pyreft.interventions import INTERVENTIONS
 from pyreft_cli.app import app
 
 
@@ -194,6 +197,14 @@ def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_the_help_names_every_formula():
+    (option,) = (o for o in typer.main.get_command(app).commands["train"].params if o.name == "intervention")
+    named = re.match(r"The formula of the edit: (.*)\.  \[default", option.help)[1]
+    assert re.split(", | or ", named) == [
+        name for name, cls in INTERVENTIONS.items() if cls.__module__.startswith("pyreft.")
+    ]
 
 
 def test_the_version():

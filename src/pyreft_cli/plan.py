@@ -27,7 +27,7 @@ def plan(
     positions: Annotated[str | None, Option(help="A rule to show beside the usual ones.  [default: l16]")] = None,
     rank: Annotated[int | None, Option(help="Rank of the edits.  [default: 8]")] = None,
     component: Annotated[str | None, Option(help="States to edit.  [default: block_output]")] = None,
-    intervention: Annotated[str | None, Option(help="The formula.  [default: loreft]")] = None,
+    intervention: Annotated[str | None, Option(help="The formula, as of `pyreft train`.  [default: loreft]")] = None,
     epochs: Annotated[float | None, Option(help="Passes over the data.  [default: 10]")] = None,
     batch_size: Annotated[int | None, Option(help="Examples in a batch.  [default: 8]")] = None,
     gradient_accumulation: Annotated[int | None, Option(help="Batches in a step.  [default: 1]")] = None,

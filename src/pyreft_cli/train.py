@@ -51,7 +51,11 @@ def train(
     ] = None,
     component: Annotated[str | None, Option(help="States to edit.  [default: block_output]")] = None,
     intervention: Annotated[
-        str | None, Option(help="loreft, noreft, consreft, lobireft, direft or nodireft.  [default: loreft]")
+        str | None,
+        Option(
+            help="The formula of the edit: loreft, noreft, consreft, lobireft, direft, nodireft, red, bias, reftr1, "
+            "road, lofit or jola.  [default: loreft]"
+        ),
     ] = None,
     share_weights: Annotated[
         bool | None,
