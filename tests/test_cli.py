@@ -15,7 +15,9 @@ from conftest import tiny_llama
 from pyreft import pocket
 from pyreft.checkpoint import read_config
 from pyreft.interventions import INTERVENTIONS
+from pyreft.positions import Positions
 from pyreft_cli.app import app
+from pyreft_cli.config import check_positions
 
 
 def run(*arguments, text=None, status=0):
@@ -197,6 +199,56 @@ def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "f7",
+        "l16",
+        "F2 + L3",
+        "f7+l7",
+        "prompt",
+        "All",
+        None,
+        "16",
+        "4",
+        "last",
+        "last3",
+        "first2",
+        "l2+f1",
+        "promt",
+        "f",
+    ],
+)
+def test_a_wrong_rule_is_told_as_the_library_does(rule):
+    """The command has a check of its own, which must refuse what the library refuses, and nothing else."""
+    said = []
+    for check in (lambda: check_positions(rule), lambda: Positions.parse(rule or "l1")):
+        try:
+            said.append(check() and "")
+        except (typer.BadParameter, pyreft.ReftError) as error:
+            said.append(str(error).removeprefix("positions: ").partition(" got ")[0])
+    assert said[0] == (said[1] or None)
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_a_wrong_rule_is_told_before_anything_is_loaded(tmp_path, command):
+    (tmp_path / "a.yaml").write_text("positions: 16\n")
+    code = f"""
+import sys
+from pyreft_cli.app import app
+for given in (["--positions", "16"], ["--config", {str(tmp_path / "a.yaml")!r}]):
+    try:
+        app([{command!r}, "--data", "a.jsonl", *given])
+    except SystemExit:
+        assert not {{"torch", "transformers", "peft", "pyreft"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    words = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stderr).split())
+    message = "--positions: expected f<n>, l<n>, f<n>+l<m>, prompt or all, got '16'. Did you mean 'l16'?"
+    assert words.count(message) == 2
 
 
 def test_the_help_names_every_formula():

@@ -1,5 +1,6 @@
 """Settings from a YAML file, as the options of a command would give them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +22,14 @@ def read_config(path: Path | None) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise typer.BadParameter(f"{path} should hold 'name: value' lines.", param_hint="--config")
     return {str(name).replace("-", "_"): value for name, value in settings.items()}
+
+
+def check_positions(rule: Any) -> None:
+    """Refuse at once what cannot be a position rule; the library, which would say the same, takes seconds to load."""
+    text = str(rule).replace(" ", "").lower()
+    if rule is None or re.fullmatch(r"f\d+(\+l\d+)?|l\d+|prompt|all", text):
+        return
+    number = re.search(r"\d+", text)
+    hint = f" Did you mean '{'f' if text.startswith('f') else 'l'}{number[0]}'?" if number else ""
+    expected = "expected f<n>, l<n>, f<n>+l<m>, prompt or all"
+    raise typer.BadParameter(f"{expected}, got {str(rule)!r}.{hint}", param_hint="--positions")

@@ -8,7 +8,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .config import read_config
+from .config import check_positions, read_config
 from .output import Json, console, counted, hush, print_json
 
 Option = typer.Option
@@ -48,6 +48,7 @@ def plan(
     """
     given = {key: value for key, value in context.params.items() if key not in ("config", "as_json")}
     settings = {**read_config(config), **{key: value for key, value in given.items() if value is not None}}
+    check_positions(settings.get("positions"))
     settings.pop("output", None)
     hush()
     from pyreft.training.job import PreparedJob, TrainingJob

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .config import read_config
+from .config import check_positions, read_config
 from .output import Json, Quiet, console, counted, hush, print_json, progress_bar
 from .plan import cost_line
 
@@ -107,6 +107,7 @@ def train(
     """
     given = {key: value for key, value in context.params.items() if key not in ("recipe", "config", "quiet", "as_json")}
     settings = {**read_config(config), **{key: value for key, value in given.items() if value is not None}}
+    check_positions(settings.get("positions"))
     hush()
     from pyreft.training.job import TrainingJob, check_files, prepare
     from pyreft.training.recipes import recipe_jobs
