@@ -185,6 +185,10 @@ def test_the_command_prints_json_and_nothing_else(saved, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["two.txt"]
     with pytest.raises(pyreft.ReftError, match=r'matplotlib, which is not installed: pip install "pyreft\[plot\]"'):
         run(saved[0], "--text", "a")
+    with pytest.raises(pyreft.ReftError, match="found no adapter_config"):  # what else is wrong goes first
+        run(tmp_path, "--text", "a")
+    with pytest.raises(pyreft.ReftError, match=r"none.txt: there is no such file"):
+        run(saved[0], "--data", "none.txt")
 
 
 @pytest.mark.parametrize(

@@ -244,3 +244,5 @@ def test_a_missing_matplotlib_is_told_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(pyreft.ReftError, match="matplotlib, which is not installed"):
         run("--quick", "--jobs", 1, "--output", tmp_path)
+    with pytest.raises(pyreft.ReftError, match="Did you mean 'emoji'"):  # what else is wrong goes first
+        run("--quick", "--tasks", "emojis", "--output", tmp_path)

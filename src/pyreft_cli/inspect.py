@@ -35,7 +35,8 @@ def inspect(
 ) -> None:
     """Look at an adapter: how large its edits are, which tokens they point to, and what their strength does.
 
-    With --json, the numbers are printed and no files are written.
+    The pictures need matplotlib: pip install "pyreft[plot]". With --json, the numbers are printed and no files are
+    written.
     """
     tried = _read_strengths(strengths)
     if not text and data is None:
@@ -47,10 +48,15 @@ def inspect(
     from pyreft.inspect import inspect_adapter
     from pyreft.inspect.plots import check_matplotlib
 
-    if not as_json:
-        check_matplotlib()
     shown = not (quiet or as_json)
     status: Any = console.status("Reading the adapter ...") if shown else nullcontext()
+
+    def begin(part: str) -> None:  # the first part begins when all that was given is checked
+        if not as_json:
+            check_matplotlib()
+        if shown:
+            status.update(f"{part} ...")
+
     with status:
         found = inspect_adapter(
             adapter,
@@ -61,7 +67,7 @@ def inspect(
             strengths=tried,
             most=limit,
             max_new_tokens=max_new_tokens,
-            progress=(lambda part: status.update(f"{part} ...")) if shown else None,
+            progress=begin,
         )
         if as_json:
             print_json(found.to_dict())

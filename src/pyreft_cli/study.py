@@ -26,20 +26,24 @@ def study(
 ) -> None:
     """Compare LoReFT, DiReFT, RED and LoRA on the embedded model: score against parameters and training time.
 
-    Minutes on two cores. Interrupted, it leaves what is done in study.json. With --json, the numbers are printed and
-    no pictures are drawn.
+    Minutes on two cores. Interrupted, it leaves what is done in study.json. The pictures need matplotlib: pip install
+    "pyreft[plot]". With --json, the numbers are printed and no pictures are drawn.
     """
     hush()
     from pyreft.inspect.plots import check_matplotlib
     from pyreft.study import FULL, QUICK, run_study
 
-    if not as_json:
-        check_matplotlib()
     plan = QUICK if quick else FULL
     plan = plan if seeds is None else replace(plan, seeds=seeds)
     shown = not (quiet or as_json)
     with progress_bar("Training adapters", shown=shown, unit="adapters") as move:
-        found = run_study(output, plan=plan, tasks=tasks, jobs=jobs, progress=move)
+
+        def progress(done: int, total: int) -> None:  # told for the first time when all that was given is checked
+            if not as_json:
+                check_matplotlib()
+            move(done, total)
+
+        found = run_study(output, plan=plan, tasks=tasks, jobs=jobs, progress=progress)
     if as_json:
         print_json(found)
         return
