@@ -176,6 +176,9 @@ def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, 
     assert "interrupted" in result.stderr if status == 130 else "the disk is full" in result.stderr
     assert f"The last checkpoint is {tmp_path / 'out' / 'checkpoints' / 'checkpoint-2'}; go on with" in result.stderr
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+    monkeypatch.undo()
+    printed = run("train", *arguments, "--output", tmp_path / "out", "--epochs", 2, "--resume").stdout
+    assert re.search(r"Trained 2 steps in [\d.]+ s after 2 of an earlier run, loss", printed)
 
 
 @pytest.mark.parametrize(

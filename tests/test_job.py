@@ -101,6 +101,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
     monkeypatch.setattr(pyreft.ReftModel, "save", save)
     pyreft.ReftModel.load(job.last_checkpoint(), load_base()[0])
     assert not (tmp_path / "out" / "adapter_config.json").exists()
+    result = prepared(data, tmp_path, save_steps=2, resume=True).train()  # nothing is left but to save it
+    assert (result["earlier_steps"], result["steps"]) == (6, 6)
+    assert load_file(tmp_path / "out" / "adapter_model.safetensors").keys()
 
 
 @pytest.mark.parametrize(
@@ -149,6 +152,33 @@ def test_other_settings_cannot_go_on_from_a_checkpoint(data, tmp_path, changes, 
     prepared(data, tmp_path, epochs=1).train()
     with pytest.raises(pyreft.ReftError, match=message):
         prepared(data, tmp_path, resume=True, **changes)
+
+
+@pytest.mark.parametrize("change", ["fewer", "another", "held out"])
+def test_other_data_cannot_go_on_from_a_checkpoint(data, tmp_path, change):
+    prepared(data, tmp_path, epochs=1).train()
+    lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
+    if change != "held out":
+        lines = lines[:9] if change == "fewer" else [*lines[:9], lines[9].replace("?", "!")]
+    data.write_text("".join(lines), encoding="utf-8")
+    split = 0.1 if change == "held out" else 0.0
+    count = 10 if change == "another" else 9
+    message = rf"resume: .*checkpoint-2 was trained on other data \(10 rows, now {count}\); resume with the same data"
+    with pytest.raises(pyreft.ReftError, match=message):
+        prepared(data, tmp_path, resume=True, validation_split=split)
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(2, 4), (1, 2)])
+def test_nothing_is_left_to_resume(data, tmp_path, epochs, steps):
+    prepared(data, tmp_path, epochs=2).train()
+    message = f"resume: nothing is left to train: 4 steps are done, and the job has {steps}; give more epochs"
+    with pytest.raises(pyreft.ReftError, match=message):
+        prepared(data, tmp_path, epochs=epochs, resume=True)
+    (tmp_path / "out" / "loss.csv").unlink()  # as where it was cut off while it wrote
+    assert prepared(data, tmp_path, epochs=epochs, resume=True).train()["earlier_steps"] == 4
+    assert (tmp_path / "out" / "loss.csv").exists()
+    result = prepared(data, tmp_path, epochs=3, resume=True).train()
+    assert (result["earlier_steps"], result["steps"]) == (4, 6)
 
 
 def test_another_base_model_cannot_go_on_from_a_checkpoint(data, tmp_path):

@@ -173,8 +173,12 @@ def _tell(result: dict[str, Any], job: Any) -> None:
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     if result["validation_loss"] is not None:
         loss += f", validation loss {result['validation_loss']:.4f}"
-    console.print(f"Trained {counted(result['steps'], 'step')} in {result['seconds']:.1f} s{loss}.")
-    console.print(result["computed"])
+    earlier = result["earlier_steps"]
+    own = counted(result["steps"] - earlier, "step")
+    after = f" after {earlier:,} of an earlier run" if earlier else ""
+    console.print(f"Trained {own} in {result['seconds']:.1f} s{after}{loss}.")
+    if result["steps"] > earlier:
+        console.print(result["computed"])
     console.print(f"The adapter is in {result['output']}, its loss in loss.csv", end="")
     console.print(" and loss.png." if result["plot"] else "; for a picture of it, install pyreft[plot].", markup=False)
     if job.suite:

@@ -1,19 +1,24 @@
 """Checkpoints of a training job: complete or absent, whatever interrupts the writing of one."""
 
 import errno
+import hashlib
+import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..errors import ReftError
 from .trainer import ReftTrainerForCausalLM, ReftTrainerForSequenceClassification
 
 LAST_FILE = "trainer_state.json"  # what the Trainer writes last: a checkpoint with this file is complete
+DATA_FILE = "data.json"  # how many rows it was trained on, and their hash
 
 
 def last_complete(directory: Path) -> str | None:
@@ -26,13 +31,50 @@ def last_complete(directory: Path) -> str | None:
     return max(found)[1] if found else None
 
 
+def steps_done(checkpoint: str) -> int:
+    """How many steps a checkpoint was made after."""
+    return int(checkpoint.rpartition("-")[2])
+
+
+def check_same_rows(checkpoint: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse to go on from a checkpoint that was trained on other rows; one that does not say it is taken.
+
+    Raises:
+        ReftError: with the numbers of rows.
+    """
+    path = Path(checkpoint) / DATA_FILE
+    if not path.is_file():
+        return
+    before, now = json.loads(path.read_text("utf-8")), _facts(rows)
+    if before != now:
+        raise ReftError(
+            f"resume: {checkpoint} was trained on other data ({before['rows']:,} rows, now {now['rows']:,}); resume "
+            "with the same data, or train to another output."
+        )
+
+
+def _facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(repr((row["input_ids"], row["labels"])).encode())
+    return {"rows": len(rows), "sha256": digest.hexdigest()}
+
+
 class Checkpointing(Trainer):
-    """A trainer that takes back a checkpoint it could not complete."""
+    """A trainer that takes back a checkpoint it could not complete, and says in each what it was trained on."""
+
+    @cached_property
+    def _data(self) -> str:
+        rows: Any = self.train_dataset
+        return json.dumps(_facts(rows))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         target = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with disk_full_as_os_error():
+                if self.args.should_save:
+                    target.mkdir(parents=True, exist_ok=True)
+                    (target / DATA_FILE).write_text(self._data, "utf-8")
                 super()._save_checkpoint(model, trial)
         except BaseException:
             if not (target / LAST_FILE).is_file():

@@ -36,7 +36,14 @@ from ..reach import Reach
 from ..tasks.glue import find_task, read
 from ..tasks.suites import GENERATED, GLUE, check_suite
 from .adapters import attach, check_same, count, make_config, save
-from .checkpoints import CheckpointingTrainer, disk_full_as_os_error, last_complete
+from .checkpoints import (
+    LAST_FILE,
+    CheckpointingTrainer,
+    check_same_rows,
+    disk_full_as_os_error,
+    last_complete,
+    steps_done,
+)
 from .losses import write_losses
 from .record import write_record
 from .settings import LORA, TrainingJob, check_numbers
@@ -132,6 +139,24 @@ class PreparedJob:
             self.reach = Reach(self.model, memory=job.reach_memory, directory=directory)
         if self.checkpoint:
             check_same(self.checkpoint, self.config)
+            check_same_rows(self.checkpoint, self.rows)
+            self._check_steps(self.checkpoint)
+
+    def _check_steps(self, checkpoint: str) -> None:
+        """Refuse to resume where nothing is left to train or, where a training was cut off at its end, to write."""
+        done, steps = steps_done(checkpoint), math.ceil(self._steps())
+        losses, last = self.output / "loss.csv", Path(checkpoint) / LAST_FILE  # each is written last
+        complete = is_adapter(self.output) and losses.is_file() and losses.stat().st_mtime >= last.stat().st_mtime
+        if done >= steps and complete:
+            raise ReftError(
+                f"resume: nothing is left to train: {done} steps are done, and the job has {steps}; give more epochs, "
+                "or another output."
+            )
+
+    def _steps(self) -> float:
+        """How many steps the training has."""
+        job = self.job
+        return math.ceil(len(self.rows) / (job.batch_size * job.gradient_accumulation)) * job.epochs
 
     def train(self, progress: Callable[[int, int, float | None], None] | None = None) -> dict[str, Any]:
         """Train and save; return the figures.
@@ -173,6 +198,7 @@ class PreparedJob:
             "examples": len(self.rows),
             "validation_examples": len(self.validation),
             "steps": trainer.state.global_step,
+            "earlier_steps": steps_done(self.checkpoint) if self.checkpoint else 0,  # not in the seconds
             "seconds": outcome.metrics["train_runtime"],
             "loss": losses["loss"][-1][1] if losses["loss"] else None,
             "validation_loss": losses["validation_loss"][-1][1] if losses["validation_loss"] else None,
@@ -189,7 +215,7 @@ class PreparedJob:
 
     def _arguments(self) -> TrainingArguments:
         job = self.job
-        steps = math.ceil(len(self.rows) / (job.batch_size * job.gradient_accumulation)) * job.epochs
+        steps = self._steps()
         return TrainingArguments(
             output_dir=str(self.output / CHECKPOINTS),
             num_train_epochs=job.epochs,
