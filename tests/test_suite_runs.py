@@ -1,6 +1,7 @@
 """The suites from data to row: trained by a recipe, scored, and shown beside the paper's figures."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -8,8 +9,10 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
 import suite_data
+from conftest import tiny_llama
 from pyreft import pocket
 from pyreft.base import check_classifier, load_adapted
 from pyreft.errors import ReftError
@@ -18,6 +21,7 @@ from pyreft.tasks.evaluate import evaluate
 from pyreft.training.classify import encode_pairs, score
 from pyreft.training.job import prepare
 from pyreft.training.recipes import recipe_jobs
+from pyreft_cli.app import app
 from test_cli import run
 
 FAST = {
@@ -251,6 +255,28 @@ def test_a_model_without_a_classifier_in_transformers(tmp_path):
     AutoConfig.for_model("codegen").save_pretrained(tmp_path)
     with pytest.raises(ReftError, match=r"transformers has none for .*, which is a codegen"):
         check_classifier(str(tmp_path))
+
+
+@pytest.mark.parametrize("suite", ["commonsense", "glue"])
+def test_an_adapter_is_checked_before_the_data(data, commonsense, tmp_path, suite):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(commonsense[0], adapter)
+    (adapter / "recipe.json").write_text('{"task": "rte"}')
+    tiny_llama(vocab_size=len(pocket.load()[1])).save_pretrained(tmp_path / "base")
+    with pytest.raises(ReftError, match=r"does not fit .*base', which has .*hidden_size 32 instead of 192"):
+        evaluate(adapter, suite, "none", model=str(tmp_path / "base"))
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ReftError, match="the file is damaged or was cut short"):
+        evaluate(adapter, suite, "none")
+
+
+def test_the_bar_waits_for_the_checks(data, commonsense):
+    arguments = ("eval", commonsense[0], "--suite", "commonsense", "--task", "boolq", "--limit", 1, "--data-dir")
+    result = CliRunner().invoke(app, [*map(str, arguments), "none"])
+    assert isinstance(result.exception, ReftError)
+    assert "Answering" not in result.stderr
+    assert re.search("Answering .* 1/1 questions", run(*arguments, data).stderr)
 
 
 def test_an_adapter_without_its_base(data, commonsense, tmp_path):

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -21,10 +22,11 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from . import pocket
-from .checkpoint import read_config_data, read_shapes
-from .config import ReftPeftType
+from .checkpoint import read_config, read_config_data, read_shapes
+from .config import ReftPeftType, shape_differences
 from .errors import ReftError
 from .model import ReftModel
+from .tuner import base_model_shape
 
 EMBEDDED = "pocket"  # the name of the model that ships with the package
 
@@ -99,6 +101,34 @@ def load_adapted(
     except (RuntimeError, ValueError) as error:  # other sizes, or other modules
         first = str(error).strip().splitlines()[0]
         raise ReftError(f"{adapter}: the adapter does not fit the base model {name!r}: {first}") from None
+
+
+def check_adapter(adapter: str | os.PathLike, name: str | None = None) -> None:
+    """Refuse an adapter that is damaged or does not fit its base model, before any weights are loaded.
+
+    Of an adapter of another method, such as LoRA, only the files are checked.
+
+    Args:
+        name: the base model, if not the one that the adapter remembers.
+
+    Raises:
+        ReftError: what is wrong.
+    """
+    name = name or base_of(adapter)
+    read_shapes(adapter)
+    config = read_model_config(name)
+    if read_config_data(adapter).get("peft_type") != ReftPeftType.REFT.value:
+        return
+    kinds: list[Any] = [AutoModel]
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # of some models for pictures, the language model alone
+        kinds.insert(0, AutoModelForCausalLM)
+    with _explained(name), torch.device("meta"):
+        models = [kind.from_config(config) for kind in kinds]
+    expected, found = read_config(adapter).base_model_shape, [base_model_shape(model) for model in models]
+    if expected is not None and expected not in found:
+        raise ReftError(
+            f"{adapter}: the adapter does not fit {name!r}, which has {shape_differences(expected, found[0])}."
+        )
 
 
 def base_of(adapter: str | os.PathLike) -> str:

@@ -170,7 +170,7 @@ Places = dict[str, list[tuple[Site, int, Intervention]]]
 
 def _plan(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], list[Site], Places]:
     """Check a config against a model and make its interventions; nothing is changed if anything does not fit."""
-    shape = _shape(model)
+    shape = base_model_shape(model)
     if config.base_model_shape is not None and (other := shape_differences(config.base_model_shape, shape)):
         raise ReftError(f"The adapter was made for another base model: this one has {other}.")
     layers = number_of_layers(model, config.component) if config.representations is None else 0
@@ -192,7 +192,7 @@ def _stacks(model: nn.Module) -> dict[str, nn.Module]:
     return {name: stack_module(model, name) for name in ("encoder", "decoder")}
 
 
-def _shape(model: nn.Module) -> dict[str, Any]:
+def base_model_shape(model: nn.Module) -> dict[str, Any]:
     """What tells base models apart that an adapter cannot be moved between."""
     return {
         "model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),

@@ -64,6 +64,7 @@ def generate(
         answers = []
         shown = not (quiet or as_json) and len(texts) > batch_size
         with progress_bar(title, shown=shown, unit="prompts") as move:
+            move(0, len(texts))
             for answer in generate_answers(
                 adapted,
                 tokenizer,

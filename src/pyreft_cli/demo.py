@@ -30,6 +30,7 @@ def demo(
     run = EmojiDemo(output, overwrite=overwrite or output == OUTPUT)
     before = run.ask()
     with progress_bar("Training on 10 examples", shown=shown) as move:
+        move(0, None)
         run.train(move)
     result = run.measure(before)
     result["total_seconds"] = time.perf_counter() - begin

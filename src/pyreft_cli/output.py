@@ -45,7 +45,7 @@ def print_json(data: Any) -> None:
 
 @contextmanager
 def progress_bar(title: str, *, shown: bool, unit: str = "steps") -> Iterator[Any]:
-    """Yield a function `(done, total, loss or none)` that moves a bar on standard error."""
+    """Yield a function `(done, total, loss or none)` that moves a bar on standard error; its first call shows it."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -54,10 +54,15 @@ def progress_bar(title: str, *, shown: bool, unit: str = "steps") -> Iterator[An
         TextColumn("{task.fields[loss]}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task(title, total=None, loss="")
+    bar = Progress(*columns, console=Console(stderr=True), disable=not shown)
 
-        def move(done: int, total: int, loss: float | None = None) -> None:
-            bar.update(task, completed=done, total=total, loss="" if loss is None else f"loss {loss:.3f}")
+    def move(done: int, total: int | None, loss: float | None = None) -> None:
+        bar.start()
+        (task,) = bar.task_ids or [bar.add_task(title, total=None, loss="")]
+        bar.update(task, completed=done, total=total, loss="" if loss is None else f"loss {loss:.3f}")
 
+    try:
         yield move
+    finally:
+        if bar.tasks:
+            bar.stop()

@@ -136,6 +136,7 @@ def _run(prepared: Any, shown: bool) -> dict[str, Any]:
     """Train; where the training is stopped, say how to go on."""
     stopped: tuple[str, int] | None = None
     with progress_bar("Training", shown=shown) as move:
+        move(0, None)
         try:
             result = prepared.train(move)
         except KeyboardInterrupt:

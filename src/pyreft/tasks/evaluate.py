@@ -10,7 +10,7 @@ import torch
 from transformers import set_seed
 
 from ..answers import generate_answers
-from ..base import base_of, load_adapted
+from ..base import base_of, check_adapter, check_language_model, load_adapted
 from ..checkpoint import is_adapter
 from ..data.encode import context_length, token_ids
 from ..errors import ReftError
@@ -73,6 +73,8 @@ def evaluate(
         place, adapted, results = _run_glue(Path(adapter), data_dir, tasks, model, dtype, batch_size, limit, progress)
     else:
         chosen, place = GENERATED[suite], Path(adapter)
+        check_adapter(place, model)
+        check_language_model(model or base_of(place))
         questions = {task: chosen.questions(task, data_dir, limit) for task in tasks or chosen.tasks}
         adapted, tokenizer = load_adapted(place, model, dtype or read_record(place).get("dtype", "auto"))
         wanted = decoding_of(suite) if decoding is None else decoding
@@ -141,6 +143,8 @@ def _texts(
     """The generated answers of each task."""
     total, done = sum(map(len, questions.values())), 0
     texts: dict[str, list[str]] = {}
+    if progress is not None:
+        progress(done, total)
     for task, asked in questions.items():
         prompts = [question.prompt for question in asked]
         texts[task] = []
@@ -219,11 +223,15 @@ def _run_glue(
 ) -> tuple[Path, Any, dict[str, dict[str, Any]]]:
     """The results of each task's adapter, with the last of the adapters and its directory."""
     places = _glue_adapters(adapter, tasks)
+    for place in places.values():
+        check_adapter(place, model)
     halves = {task: _scored(task, place, data_dir)[:limit] for task, place in places.items()}
     total, done = sum(map(len, halves.values())), 0
     results: dict[str, dict[str, Any]] = {}
     for task, place in places.items():
         adapted, tokenizer = load_adapted(place, model, dtype or "auto", TASKS[task].outputs)
+        if progress is not None:
+            progress(done, total)
         results[task] = _classify(adapted, tokenizer, TASKS[task], halves[task], place, batch_size)
         done += len(halves[task])
         if progress is not None:
