@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import typer
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 from typer.testing import CliRunner
 
 import pyreft
@@ -253,6 +254,36 @@ for given in (["--positions", "16"], ["--config", {str(tmp_path / "a.yaml")!r}])
     words = " ".join(re.sub("[│╭╮╰╯─]", " ", done.stderr).split())
     message = "--positions: expected f<n>, l<n>, f<n>+l<m>, prompt or all, got '16'. Did you mean 'l16'?"
     assert words.count(message) == 2
+
+
+def test_info_says_whether_an_adapter_fits_a_base_model(demo, tmp_path):
+    assert "Fits         pocket\n" in run("info", demo[0], "--model", "pocket").stdout
+    assert json.loads(run("info", demo[0], "--model", pocket.path(), "--json").stdout)["fits"] == pocket.path()
+    tiny_llama().save_pretrained(tmp_path / "other")
+    message = "the adapter does not fit .*other', which has hidden_size 32 instead of 192, num_hidden_layers 4 instead"
+    with pytest.raises(pyreft.ReftError, match=message):
+        run("info", demo[0], "--model", tmp_path / "other")
+    with pytest.raises(pyreft.ReftError, match="model: none could be loaded from 'no/where'"):
+        run("info", demo[0], "--model", "no/where")
+
+
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [
+        (
+            BertConfig(vocab_size=9, hidden_size=32, num_attention_heads=2, num_hidden_layers=2),
+            BertForSequenceClassification,
+        ),
+        (T5Config(vocab_size=9, d_model=32, num_layers=2), T5ForConditionalGeneration),
+    ],
+)
+def test_info_knows_other_kinds_of_base_models(tmp_path, base, kind):
+    model = kind(base)
+    model.save_pretrained(tmp_path / "base")
+    component = "encoder.block_output" if base.is_encoder_decoder else "block_output"
+    config = pyreft.ReftConfig(layers=1, component=component, positions="f1", low_rank_dimension=2)
+    pyreft.get_reft_model(model, config).save(tmp_path / "adapter")
+    assert "Fits" in run("info", tmp_path / "adapter", "--model", tmp_path / "base").stdout
 
 
 @pytest.mark.parametrize("command", ["inspect", "study"])

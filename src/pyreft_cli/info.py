@@ -14,21 +14,27 @@ def info(
         typer.Option(help="Show which tokens of this prompt are edited; may be given several times."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Base model for --text, by default the one the adapter was made for.")
+        str | None, typer.Option(help="Check that the adapter fits this base model, and take it for --text.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what an adapter edits, where, with how many parameters, and which tokens of a text."""
     hush()
+    from pyreft.base import check_adapter
     from pyreft.describe import describe, located_tokens
 
     facts: dict[str, Any] = describe(adapter)
+    if model is not None:
+        check_adapter(adapter, model)
+        facts["fits"] = model
     if text:
         facts["tokens"] = {each: located_tokens(adapter, each, model) for each in text}
     if as_json:
         print_json(facts)
         return
     console.print(f"Base model   {facts['base_model']}", markup=False)
+    if model is not None:
+        console.print(f"Fits         {model}", markup=False)
     console.print(f"Parameters   {facts['parameters']:,}")
     for place in facts["places"]:
         console.print(
