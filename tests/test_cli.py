@@ -17,7 +17,7 @@ from pyreft import pocket
 from pyreft.checkpoint import read_config
 from pyreft.interventions import INTERVENTIONS
 from pyreft.positions import Positions
-from pyreft_cli.app import app
+from pyreft_cli.app import app, as_typed
 from pyreft_cli.config import check_positions
 
 
@@ -187,7 +187,9 @@ def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, 
     [
         (("generate", "--adapter", ".", "--prompt", "a", "--output", "no/such.jsonl"), "no is not a directory"),
         (("train", "--data", "none.jsonl", "--output", "out"), "pyreft: none.jsonl: there is no such file."),
-        (("train", "--output", "out"), "pyreft: train: the setting 'data' is missing."),
+        (("train", "--output", "out"), "pyreft: train: the setting --data is missing."),
+        (("train", "--data", "a.jsonl", "--output", ".", "--resume"), "to resume from; leave out --resume to start"),
+        (("train", "--data", "a.jsonl", "--output", "out", "--lr", -1), "pyreft: --lr: expected a number above 0"),
         (("train", "--config", "bad.yaml", "--output", "out"), "there is no setting 'ranks'. Did you mean 'rank'?"),
         (("info", "."), "expected an adapter's directory, found no adapter_config.json."),
         (("generate", "--adapter", ".", "--prompt", "a"), "found no adapter_config.json."),
@@ -297,6 +299,29 @@ def test_the_help_names_every_formula():
     assert re.split(", | or ", named) == [
         name for name, cls in INTERVENTIONS.items() if cls.__module__.startswith("pyreft.")
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "typed"),
+    [
+        ("train", "positions: expected f<n>, got 'x'.", "--positions: expected f<n>, got 'x'."),
+        ("train", "max_length: every prompt has 9 tokens.", "--max-length: every prompt has 9 tokens."),
+        ("train", "low_rank_dimension: expected a rank, got 0.", "--rank: expected a rank, got 0."),
+        ("train", "layer: this model has the layers 0 to 6.", "--layers: this model has the layers 0 to 6."),
+        ("train", "out: pass `overwrite` or `resume`.", "out: pass --overwrite or --resume."),
+        ("train", "train: lr: expected a number.", "train: --lr: expected a number."),
+        ("train", "train: the setting 'output' is missing.", "train: the setting --output is missing."),
+        ("eval", "eval: suite: expected a, got 'b'.", "eval: --suite: expected a, got 'b'."),
+        ("generate", "model: none could be loaded.", "--model: none could be loaded."),
+        ("study", "positions: expected f<n>.", "positions: expected f<n>."),  # it has no such option
+        ("eval", "adapter: it is an argument.", "adapter: it is an argument."),
+        ("train", "a.yaml: lr: it stands in a file.", "a.yaml: lr: it stands in a file."),
+        ("train", "data.jsonl: the file has no examples.", "data.jsonl: the file has no examples."),
+        ("train", "as `pyreft train commonsense`; `pip install x`.", "as `pyreft train commonsense`; `pip install x`."),
+    ],
+)
+def test_messages_name_options_as_they_are_typed(command, message, typed):
+    assert as_typed(message, typer.main.get_command(app).commands[command].params) == typed
 
 
 def test_the_version():

@@ -77,7 +77,7 @@ def test_an_interrupted_job_goes_on_as_if_nothing_had_been(data, tmp_path, reach
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     last = job.last_checkpoint()
     assert pyreft.ReftModel.load(last, load_base()[0]).count_parameters() == 2 * 192 * 2 + 2
-    with pytest.raises(pyreft.ReftError, match="already holds checkpoints; choose another one, or pass overwrite"):
+    with pytest.raises(pyreft.ReftError, match="already holds checkpoints; choose another one, or pass `overwrite`"):
         prepared(data, tmp_path)
     prepared(data, tmp_path, save_steps=1, resume=True, reach=reach).train()
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -171,7 +171,7 @@ def test_other_data_cannot_go_on_from_a_checkpoint(data, tmp_path, change):
 @pytest.mark.parametrize(("epochs", "steps"), [(2, 4), (1, 2)])
 def test_nothing_is_left_to_resume(data, tmp_path, epochs, steps):
     prepared(data, tmp_path, epochs=2).train()
-    message = f"resume: nothing is left to train: 4 steps are done, and the job has {steps}; give more epochs"
+    message = f"resume: nothing is left to train: 4 steps are done, and the job has {steps}; give more `epochs`"
     with pytest.raises(pyreft.ReftError, match=message):
         prepared(data, tmp_path, epochs=epochs, resume=True)
     (tmp_path / "out" / "loss.csv").unlink()  # as where it was cut off while it wrote
@@ -217,7 +217,7 @@ def test_what_is_held_out_depends_on_the_seed_alone(data, tmp_path):
         ({"weight_decay": -1.0}, "weight_decay: expected 0 or more, got -1.0"),
         ({"dropout": 1.5}, "dropout: expected a share from 0 to below 1, got 1.5"),
         ({"validation_split": 0.99}, "10 of 10 would be held out"),
-        ({"validation": "x.jsonl", "validation_split": 0.1}, "validation: give a file or validation_split, not both"),
+        ({"validation": "x.jsonl", "validation_split": 0.1}, "validation: give a file or `validation_split`, not both"),
         ({"max_length": 12}, "the context 12; shorten"),
         ({"report_to": "tensorbord"}, "Did you mean 'tensorboard'?"),
         ({"report_to": "trackio"}, "report_to: trackio is not installed; `pip install trackio`"),
@@ -243,7 +243,7 @@ def test_losses_are_logged_where_asked(data, tmp_path):
 def test_an_adapter_is_not_overwritten_by_accident(data, tmp_path):
     prepared(data, tmp_path, epochs=1).train()
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(pyreft.ReftError, match="already holds an adapter; choose another one, or pass overwrite"):
+    with pytest.raises(pyreft.ReftError, match="already holds an adapter; choose another one, or pass `overwrite`"):
         prepared(data, tmp_path)
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
     prepared(data, tmp_path, epochs=2, overwrite=True).train()

@@ -1,9 +1,11 @@
 """The `pyreft` command and how it ends: one clear line on an error that the user can mend."""
 
 import errno
+import re
 import sys
+from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -55,13 +57,29 @@ def main() -> None:
     except ValueError as error:
         if type(error).__name__ != "ReftError":
             raise
-        fail(str(error))
+        commands: Any = typer.main.get_command(app)
+        fail(as_typed(str(error), getattr(commands.commands.get(sys.argv[1]), "params", ())))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             fail("the disk is full. What was complete before is as it was; make room and run the command again.")
         if error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}.")
+
+
+_OTHER_NAMES = {"low_rank_dimension": "rank", "layer": "layers"}  # of a config's fields that an option fills
+
+
+def as_typed(message: str, params: Iterable[Any]) -> str:
+    """Write the setting that a message begins with, and those in backquotes, as the options of a command."""
+    options = {param.name: name for param in params for name in param.opts if name.startswith("--")}
+
+    def option(match: re.Match[str]) -> str:
+        name = match[match.lastindex or 0]
+        return options.get(_OTHER_NAMES.get(name, name), match[0])
+
+    first = r"(?:^|(?<=^train: )|(?<=^eval: )|(?<=^plan: ))(\w+)(?=: )"
+    return re.sub(rf"{first}|`(\w+)`|(?<=the setting )'(\w+)'", option, message)
 
 
 def fail(message: str, status: int = 2) -> None:

@@ -149,8 +149,8 @@ class PreparedJob:
         complete = is_adapter(self.output) and losses.is_file() and losses.stat().st_mtime >= last.stat().st_mtime
         if done >= steps and complete:
             raise ReftError(
-                f"resume: nothing is left to train: {done} steps are done, and the job has {steps}; give more epochs, "
-                "or another output."
+                f"resume: nothing is left to train: {done} steps are done, and the job has {steps}; give more "
+                "`epochs`, or another `output`."
             )
 
     def _steps(self) -> float:
@@ -280,11 +280,11 @@ def _check_output(job: TrainingJob) -> str | None:
     last = last_complete(output / CHECKPOINTS)
     if job.resume:
         if last is None:
-            raise ReftError(f"{output}: there is no checkpoint to resume from; leave out resume to start anew.")
+            raise ReftError(f"{output}: there is no checkpoint to resume from; leave out `resume` to start anew.")
     elif (is_adapter(output) or last) and not job.overwrite:
         raise ReftError(
             f"{output}: this directory already holds {'an adapter' if is_adapter(output) else 'checkpoints'}; "
-            "choose another one, or pass overwrite to replace it, or resume to go on."
+            "choose another one, or pass `overwrite` to replace it, or `resume` to go on."
         )
     try:
         existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())

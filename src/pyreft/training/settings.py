@@ -120,7 +120,7 @@ def check_numbers(job: TrainingJob) -> None:
             raise ReftError(f"{name}: it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.")
     check_logger(job.report_to)
     if job.validation and job.validation_split:
-        raise ReftError("validation: give a file or validation_split, not both.")
+        raise ReftError("validation: give a file or `validation_split`, not both.")
     if job.format is not None and job.format not in FORMATS:
         raise ReftError(
             f"format: expected {', '.join(FORMATS)}, got {job.format!r}.{did_you_mean(job.format, FORMATS)}"
