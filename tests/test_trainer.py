@@ -1,13 +1,24 @@
 """The trainers: columns that say where to edit, checkpoints that are complete adapters, resume."""
 
+import warnings
+
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorForSeq2Seq,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
 
 import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
+from pyreft.interventions import INTERVENTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -179,3 +190,39 @@ def test_penalties_join_the_loss(model, tmp_path, accumulated):
     )
     pyreft.ReftTrainer(model=adapted, args=arguments, train_dataset=rows).train()
     torch.testing.assert_close(intervention.scale.detach(), start - 0.1 * gradient, atol=1e-6, rtol=1e-5)
+
+
+def tiny_bert():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+    return BertForSequenceClassification(BertConfig(vocab_size=96, initializer_range=0.2, **sizes))
+
+
+def told_of_unreached(model, directory, length=24, **settings):
+    """What is told of edits without a gradient, in a training of two steps."""
+    rows = torch.randint(5, 90, (8, length)).tolist()
+    trainer = pyreft.ReftTrainerForSequenceClassification(
+        model=pyreft.get_reft_model(model, pyreft.ReftConfig(**settings)),
+        args=arguments(directory, max_steps=2, per_device_train_batch_size=4),
+        train_dataset=[{"input_ids": row, "labels": number % 2} for number, row in enumerate(rows)],
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    return [str(warning.message) for warning in caught if "got no gradient" in str(warning.message)]
+
+
+def test_edits_that_the_head_of_a_classifier_does_not_read_are_told(tmp_path):
+    (message,) = told_of_unreached(tiny_bert(), tmp_path)
+    assert message.startswith("1 of 3 edits got no gradient from the first step (layer 2, positions l16): the head")
+    assert "such as 'f1+l16'" in message
+    assert not told_of_unreached(tiny_bert(), tmp_path, positions="f1+l16")
+    assert not told_of_unreached(tiny_bert(), tmp_path, length=10)  # all of the row
+    decoder = LlamaForSequenceClassification(tiny_llama().config)
+    assert not told_of_unreached(decoder, tmp_path)  # it reads the last token
+    assert "layer 3, positions f1)" in told_of_unreached(decoder, tmp_path, positions="f1")[0]
+
+
+@pytest.mark.parametrize("name", [name for name, cls in INTERVENTIONS.items() if cls.__module__.startswith("pyreft.")])
+def test_no_formula_begins_without_a_gradient(tmp_path, name):
+    assert not told_of_unreached(tiny_bert(), tmp_path, positions="f1+l16", intervention=name)
+    assert len(told_of_unreached(tiny_bert(), tmp_path, intervention=name)) == 1

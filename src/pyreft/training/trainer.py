@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -135,6 +136,44 @@ class ReachPrinter(TrainerCallback):
             print(self.describe())
 
 
+class _UnreachedWarner(TrainerCallback):
+    """Warns once of edits on which the loss of the first step does not depend: no gradient comes to what they return.
+
+    Those of their parameters may be zero for another reason, such as a gate that is closed.
+    """
+
+    def __init__(self, model: ReftModel) -> None:
+        self.model = model
+        self.reached: set[int] = set()
+        self.handles: list[Any] = []
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        edits = self.model.interventions.values()
+        self.handles = [edit.register_forward_hook(functools.partial(self._watch, n)) for n, edit in enumerate(edits)]
+
+    def _watch(self, number: int, module: nn.Module, args: Any, edited: Tensor) -> None:
+        if edited.requires_grad:
+            edited.register_hook(lambda gradient: self.reached.add(number) if bool(gradient.any()) else None)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.handles:
+            return
+        while self.handles:
+            self.handles.pop().remove()
+        config = self.model.peft_config[self.model.active_adapter]
+        places = config.expand(config.base_model_shape["num_hidden_layers"])
+        unreached = [place for number, place in enumerate(places) if number not in self.reached]
+        if unreached and state.is_world_process_zero:
+            layers, rules = (dict.fromkeys(str(getattr(p, name)) for p in unreached) for name in ("layer", "positions"))
+            warnings.warn(
+                f"{len(unreached)} of {len(places)} edits got no gradient from the first step (layer "
+                f"{', '.join(layers)}, positions {', '.join(rules)}): the head reads a token that they do not reach. "
+                "Take a rule that includes this token, such as 'f1+l16' where it is the first, as of BERT, or 'l16' "
+                "where it is the last.",
+                stacklevel=2,
+            )
+
+
 def _without_count(loss: Any) -> Any:
     @functools.wraps(loss)
     def compute_loss(self: Any, *args: Any, num_items_in_batch: Any = None, **kwargs: Any) -> Any:
@@ -155,8 +194,14 @@ class ReftTrainerForSequenceClassification(ReftTrainer):
     """The trainer for classifiers: one label, several labels, or a number, as the model's `problem_type` says.
 
     To train the head beside the edits, set `requires_grad` of its parameters, or name it in
-    `ReftConfig(modules_to_save=[...])`.
+    `ReftConfig(modules_to_save=[...])`. Edits that the loss cannot depend on are told once, after the first backward:
+    those of the last layer, where no position rule takes them to the token that the head reads.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if isinstance(self.model, ReftModel) and self._why_whole() is None:
+            self.add_callback(_UnreachedWarner(self.model))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs, config = super()._prepare_inputs(inputs), self.model.config
