@@ -57,8 +57,15 @@ def test_two_processes_equal_one(base, alone, tmp_path, way):
     assert way == "fsdp" or (tmp_path / "checkpoint-8" / "adapter_config.json").is_file()
 
 
-def test_processes_with_different_data_do_not_begin(base, tmp_path):
-    result = launch(TORCHRUN, base, tmp_path, 4, "different")
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("train", "train_dataset: the processes have different data: 32 rows in process 0, 32 rows in process 1"),
+        ("eval", "eval_dataset['unseen']: the processes have different data: 8 rows in process 0, 7 rows in process 1"),
+    ],
+)
+def test_processes_with_different_data_do_not_begin(base, tmp_path, data, message):
+    result = launch(TORCHRUN, base, tmp_path, 4, data)
     assert result.returncode != 0
-    assert "the processes have different data: 32 rows in process 0, 31 rows in process 1" in result.stderr
+    assert message in result.stderr
     assert not (tmp_path / "losses.json").exists()

@@ -1,8 +1,9 @@
 """A short training, alone or as one of several processes; run by `test_distributed.py`.
 
-python train_alone_or_together.py BASE DIRECTORY BATCH_SIZE [fsdp | zero2 | zero3 | different]
+python train_alone_or_together.py BASE DIRECTORY BATCH_SIZE [fsdp | zero2 | zero3 | train | eval]
 
-Writes the adapter and, as `losses.json`, the loss of each step.
+With `train` or `eval`, these data differ between the processes. Writes the adapter and, as `losses.json`, the loss
+of each step.
 """
 
 import json
@@ -73,9 +74,14 @@ def main(base: str, directory: str, batch_size: int, way: str = "") -> None:
     model = pyreft.get_reft_model(model, pyreft.ReftConfig(positions="l2", low_rank_dimension=4))
     ids = torch.randint(3, 96, (32, 10), generator=torch.Generator().manual_seed(2)).tolist()
     rows = [{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in ids]
-    if way == "different":
-        rows = rows[int(os.environ["RANK"]) :]
-    trainer = pyreft.ReftTrainerForCausalLMDistributed(model=model, args=arguments, train_dataset=rows)
+    held_out = rows[:8]
+    if way == "train" and os.environ["RANK"] == "1":
+        rows[17] = rows[16]
+    if way == "eval":
+        held_out = {"seen": rows[:8], "unseen": held_out[int(os.environ["RANK"]) :]}
+    trainer = pyreft.ReftTrainerForCausalLMDistributed(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=held_out
+    )
     if way == "fsdp":
         shard(trainer)
     trainer.train()

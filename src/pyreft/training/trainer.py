@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..locator import LENGTHS, LOCATIONS, SUBSPACES
+from ..model import ReftModel
 from ..reach import Reach
 from ..tuner import penalty, tuner_of
 from .same_data import check_same_data
@@ -79,7 +80,8 @@ class ReftTrainer(Trainer):
             ReftError: several processes have different data.
         """
         if self.args.world_size > 1:
-            check_same_data(self.train_dataset)
+            check_same_data("train_dataset", self.train_dataset)
+            check_same_data("eval_dataset", self.eval_dataset)
         return super().get_train_dataloader()
 
     def compute_loss(
