@@ -161,6 +161,7 @@ def test_log_probabilities_of_the_labels(exact):
     found = loss_and_gradients(lambda **batch: loss(reach.log_probs(**batch)), adapted, batch)
     assert_same(found, loss_and_gradients(ordinary, adapted, batch))
     assert (reach.why_not is None) is exact
+    assert not exact or list(reach(**batch)) == ["loss"]
 
 
 def test_ones_own_intervention():
@@ -493,6 +494,11 @@ def test_a_trained_head_above_the_edits_leaves_the_layers_below():
     reach = Reach(adapted)
     assert_exact(reach, adapted, BATCH, tolerance=0)
     assert type(reach._way) is Above
+    missed = reach.store.missed
+    adapted.get_base_model().lm_head.weight.data.mul_(1.1)
+    reach.new_epoch()
+    assert_exact(reach, adapted, BATCH, tolerance=0)
+    assert reach.store.missed == missed  # what does not depend on the head is still held
 
 
 def test_dropout_in_the_base():

@@ -15,6 +15,7 @@ import torch
 import xxhash
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ReftError
 from ..layer import ReftLayer
@@ -82,11 +83,11 @@ class Reach:
         self._limit = longest_plain_row(self._base.config)
         self._spills = directory is not None
         self._base_print = ""  # a digest of the base model, by which files tell it from others
-        self._printed: object = None  # the state of the base model that it was computed from
-        self._sums = sums_of(self._modules)
         self._tensors: object = None  # the state of the base model for which these ways are exact
+        self._sums: list[int] = []  # and the sums of its bits then
         self._ways: dict[tuple, Behind | Above | None] = {}  # by the settings with which a probe has shown it
         self._way: Behind | Above | None = None  # the last one
+        self._scored = False  # whether log-probabilities are asked for
         self._no_way = f"parts of {type(self._base).__name__} computed apart differ from the whole"
 
     def __call__(self, **batch: Any) -> Any:
@@ -99,7 +100,11 @@ class Reach:
 
         What preference losses such as DPO's are made of. Of a causal model, and with its gradients.
         """
-        output = self(**batch)
+        self._scored = True
+        try:
+            output = self(**batch)
+        finally:
+            self._scored = False
         if isinstance(output, LabelOutput):
             return output.log_probs
         logits = output.logits[:, :-1].float().transpose(1, 2)
@@ -121,6 +126,8 @@ class Reach:
             self.why_not = str(reason)
             return ordinary(**call)
         self.why_not = None
+        if isinstance(output, LabelOutput) and not self._scored:  # a trainer would take more for logits
+            return CausalLMOutputWithPast(loss=output.loss)
         return output
 
     def find_way(self, **batch: Any) -> Behind | Above | None:
@@ -136,10 +143,8 @@ class Reach:
     def new_epoch(self) -> None:
         """Tell that another pass over the data begins; the base model is looked at more closely then."""
         self.store.new_epoch()
-        sums = sums_of(self._modules)
-        if sums != self._sums:
-            self._sums = sums
-            self._tensors = self._printed = None
+        if self._tensors is not None and sums_of(self._modules) != self._sums:
+            self._tensors = None
 
     def describe(self) -> str:
         """One line: what is skipped, what is held, and why not if not."""
@@ -192,9 +197,9 @@ class Reach:
         if tensors != self._tensors:
             self.store.clear()
             self._ways.clear()
-            self._tensors = tensors
-            if self._spills and self._printed != tensors:
-                self._base_print, self._printed = fingerprint(self._modules, self._base.config), tensors
+            self._tensors, self._sums = tensors, sums_of(self._modules)
+            if self._spills:
+                self._base_print = fingerprint(self._modules, self._base.config)
         state = *settings, causal, bool(call.get(FUSED)), tuple(self._locator.active)
         self._way = None
         if state not in self._ways:
