@@ -3,7 +3,6 @@
 python benchmarks/trainers.py
 """
 
-import contextlib
 import random
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ import pyreft
 from _common import report
 from _steps import BATCH, MAIN, RANK, llama
 from pyreft import pocket
-from pyreft.reach import Reach
+from pyreft.reach import ReachCallback
 
 PROMPT, ANSWER = 112, 16  # words, each of one token
 ROUNDS, STEPS = 3, 5
@@ -69,14 +68,13 @@ def compare(kind: str, layers: Any, positions: str, directory: str) -> list[dict
     edits = pyreft.ReftConfig(layers=layers, positions=positions, low_rank_dimension=RANK, task_type="CAUSAL_LM")
     trainers = {name: trainer_of(kind, LORA, tokenizer, directory) for name in ("LoRA r8 q,v",)}
     trainers |= {name: trainer_of(kind, edits, tokenizer, directory) for name in ("whole rows", "in part")}
-    reach = Reach(trainers["in part"].model)
+    trainers["in part"].add_callback(ReachCallback(trainers["in part"].model))
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(ROUNDS):
         for name, trainer in trainers.items():
             timer = next(each for each in trainer.callback_handler.callbacks if isinstance(each, Timer))
             timer.times.clear()
-            with reach if name == "in part" else contextlib.nullcontext():
-                trainer.train()
+            trainer.train()
             times[name].append(statistics.median(timer.times[1:]))  # the first runs the prefixes
     lora, whole = (times[name] for name in ("LoRA r8 q,v", "whole rows"))
     return [

@@ -32,7 +32,7 @@ def check_concepts(names):
 def check_ecosystem(names):
     assert len(names["outputs"]) == len(names["prompts"])
     assert names["lm"].batch_size == 8
-    assert names["reach"].describe().startswith("Each step leaves out ")
+    assert names["served"].reach.describe().startswith("Each step leaves out ")
 
 
 CHECKS = {

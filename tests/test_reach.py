@@ -270,6 +270,8 @@ def changed(adapted, how):
             weight.mul_(2)
         elif how == "data":
             weight.data.mul_(2)
+        elif how == "another order":
+            weight.data.copy_(weight.data.flip(0))
         elif how == "one number":
             weight.data[3, 5] += 1
         elif how == "another tensor":
@@ -281,7 +283,7 @@ def changed(adapted, how):
 
 
 @pytest.mark.parametrize("spilled", [False, True])
-@pytest.mark.parametrize("how", ["in place", "data", "one number", "another tensor", "loaded"])
+@pytest.mark.parametrize("how", ["in place", "data", "another order", "one number", "another tensor", "loaded"])
 def test_a_changed_base_model_is_computed_anew(how, spilled, tmp_path):
     adapted = adapt(tiny_llama())
     reach = Reach(adapted, memory=0, directory=tmp_path) if spilled else Reach(adapted)
@@ -344,6 +346,54 @@ def test_a_lora_that_is_switched_off_or_merged():
     assert_same(loss_and_gradients(reach, adapted, batch), with_it)
 
 
+def test_a_lora_of_another_scale(tmp_path):
+    base = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    base.requires_grad_(False)
+    adapted = adapt(base)  # as users give it
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    reach = Reach(adapted, memory=0, directory=tmp_path)
+    assert_exact(reach, adapted, batch)
+    assert type(reach._way) is Behind
+    before = loss_and_gradients(reach, adapted, batch)
+    for scale in (5.0, 2.0):
+        for layer in (module for module in base.modules() if isinstance(module, LoraLayer)):
+            layer.scale_layer(scale)
+        later = Reach(adapted, memory=0, directory=tmp_path)  # files of another scale do not serve it
+        for each in (reach, later):
+            assert_exact(each, adapted, batch)
+            assert loss_and_gradients(each, adapted, batch)[0] != before[0]
+
+
+def test_a_lora_that_comes_later_and_is_trained():
+    adapted = adapt(tiny_llama(), layers=[2])
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    assert_exact(reach, adapted, batch)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, adapted.get_base_model(), "later")
+    found, expected = (loss_and_gradients(call, adapted, batch) for call in (reach, adapted))
+    assert_same(found, expected, 0)
+    assert len(found[1]) == 3 + 2 * 4  # of the edit and of the LoRA
+    assert "parameters of the base model are trained" in reach.why_not
+
+
+def test_modules_that_adapters_bring_with_them():
+    config = {"layers": [2], "positions": "l1", "modules_to_save": ["embed_tokens"]}
+    adapted = adapt(tiny_llama(), **config)
+    adapted.add_adapter("other", pyreft.ReftConfig(low_rank_dimension=2, **config))
+    adapted.get_base_model().model.embed_tokens.modules_to_save["other"].weight.data.mul_(2)
+    adapted.requires_grad_(False)
+    batch, losses = batch_of(rows_of(*LENGTHS), "left"), []
+    reach = Reach(adapted)
+    with torch.no_grad():
+        for name in ("default", "other"):
+            adapted.set_adapter(name, inference_mode=True)
+            losses.append(adapted(**batch).loss)
+            torch.testing.assert_close(reach(**batch).loss, losses[-1], rtol=1e-5, atol=0)
+            assert reach.why_not is None
+    assert losses[0] != losses[1]
+
+
 def test_edits_trained_beside_a_lora_take_the_ordinary_step():
     adapted, lora = with_lora()
     for name, parameter in lora.named_parameters():
@@ -390,6 +440,82 @@ def test_a_base_in_bfloat16():
         assert distance(loss_and_gradients(reach, adapted, batch), exact) <= 1.5 * distance(ordinary, exact)
     assert reach.why_not is None
     assert all(t.dtype == torch.bfloat16 for entry in reach.store._entries.values() for t in entry.tensors)
+
+
+@pytest.mark.parametrize("precision", ["autocast", "bfloat16"])
+def test_learned_positions_are_told_from_rotary_ones_in_any_precision(precision):
+    """A model that counts padding, with positions as smooth as trained ones, where rounding hides a few of them."""
+    sizes = {"n_embd": 64, "n_layer": 4, "n_head": 4, "vocab_size": 96, "initializer_range": 0.1}
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 1}
+    torch.manual_seed(0)
+    learned = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes, **none))
+    waves = torch.arange(1024)[:, None] / 200 * torch.randn(1, 64) + 3 * torch.randn(1, 64)
+    with torch.no_grad():
+        learned.transformer.wpe.weight.copy_(0.3 * waves.sin())
+    for base, offsets in ((learned, True), (tiny_llama(max_position_embeddings=512), False)):
+        exact = adapt(base)
+        batch = batch_of(rows_of(200, 9, 40), "left", 4)
+        expected = loss_and_gradients(exact, exact, batch)
+        if precision == "bfloat16":
+            base.bfloat16()
+            for layer in reft_layers(exact):
+                layer.float()
+        reach = Reach(exact)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+            ordinary = loss_and_gradients(exact, exact, batch)
+            found = loss_and_gradients(reach, exact, batch)
+        assert reach._way.offsets == offsets
+        # rounding alone; counted the other way, the gradients are off by their own size
+        assert distance(found, expected) <= 3 * distance(ordinary, expected)
+
+
+def test_token_types():
+    config = AutoConfig.for_model("gpt2", n_embd=32, n_layer=3, n_head=4, vocab_size=96)
+    adapted = adapt(AutoModelForCausalLM.from_config(config), layers=[1])
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    typed = batch | {"token_type_ids": batch["input_ids"] % 2}
+    reach = Reach(adapted)
+    for each, way in ((batch, Behind), (typed, Above), (batch, Behind)):
+        assert_exact(reach, adapted, each)
+        assert type(reach._way) is way
+    assert loss_and_gradients(reach, adapted, batch)[0] != loss_and_gradients(reach, adapted, typed)[0]
+
+
+def test_dropout_that_is_no_module():
+    """OPT keeps its rate as a number, which its config does not change any more."""
+    base = next(one for one in ARCHITECTURES if one.name == "OPT").make()
+    for module in base.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5
+    base.config.dropout = 0.0
+    adapted = adapt(base).eval()
+    reach = Reach(adapted)
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    assert_exact(reach, adapted, batch)
+    adapted.train()
+    assert_same(loss_and_gradients(reach, adapted, batch), loss_and_gradients(adapted, adapted, batch), 0)
+    assert "computed apart differ" in reach.why_not
+
+
+def test_tensors_that_keep_no_count():
+    with torch.inference_mode():
+        base = tiny_llama()
+    adapted = adapt(base)
+    batch = batch_of(rows_of(*LENGTHS), "left")
+    reach = Reach(adapted)
+    with torch.no_grad():
+        torch.testing.assert_close(reach(**batch).loss, adapted(**batch).loss, rtol=1e-5, atol=0)
+
+
+def test_serving_ends_where_it_began():
+    adapted = adapt(tiny_llama()).train()
+    reach, batch = Reach(adapted), batch_of(rows_of(*LENGTHS), "left")
+    with reach.serving():
+        reach.log_probs(**batch)
+        assert list(adapted(**batch)) == ["loss"]
+        adapted.eval()
+        assert adapted(**batch).logits is not None  # an evaluation may ask for them
+    assert adapted.train()(**batch).logits is not None
 
 
 def test_the_number_of_items_of_an_accumulated_batch():
@@ -449,6 +575,7 @@ GAP = BATCH | {"attention_mask": BATCH["attention_mask"].clone().index_fill_(1, 
     ("batch", "reason"),
     [
         (BATCH | {"output_attentions": True}, "the call has output_attentions"),
+        (BATCH | {"use_cache": True}, "the call has use_cache"),
         (BATCH | {"labels": None}, "no input_ids or no labels"),
         (GAP, "padding lies inside of a row"),
         (BATCH | {"labels": torch.full_like(BATCH["labels"], -100)}, "a batch has no labels"),

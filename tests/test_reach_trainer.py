@@ -3,12 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForSeq2Seq, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
-from pyreft.reach import Reach
+from pyreft.reach import Reach, ReachCallback
 from pyreft.training.job import PreparedJob, TrainingJob
 from reaching import adapt, rows_of
 
@@ -39,6 +39,11 @@ def trainer_of(tokenizer, directory, *, reach=True, kind=pyreft.ReftTrainerForCa
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         reach=reach,
     )
+
+
+class Plain(Trainer):
+    def __init__(self, *args, reach, **kwargs):
+        super().__init__(*args, **kwargs)
 
 
 def weights(trainer):
@@ -113,6 +118,22 @@ def test_predictions_and_metrics_have_their_logits(tokenizer, tmp_path):
     predictions = trainer.predict(trainer.eval_dataset).predictions
     width = max(map(len, trainer.eval_dataset["input_ids"]))
     assert predictions.shape == (5, width, 96)
+
+
+def test_the_trainer_of_transformers_with_a_callback(tokenizer, tmp_path):
+    losses = []
+    for in_part in (True, False):
+        trainer = trainer_of(tokenizer, tmp_path, kind=Plain, eval_strategy="epoch", label_names=["labels"])
+        trainer.compute_metrics = lambda found: {"width": found.predictions.shape[-1]}
+        if in_part:
+            trainer.add_callback(served := ReachCallback(trainer.model))
+        trainer.train()
+        logs = trainer.state.log_history
+        assert [log["eval_width"] for log in logs if "eval_width" in log] == [96] * 3
+        losses.append([log["loss"] for log in logs if "loss" in log])
+    assert served.reach.store.missed == 2 * 22
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+    assert trainer.model(**trainer.data_collator(list(examples().select(range(2))))).logits is not None
 
 
 class WithLogits(pyreft.ReftTrainerForCausalLM):

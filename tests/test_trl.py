@@ -4,7 +4,6 @@ Supervised training keeps TRL's defaults, bfloat16 and gradient checkpointing. T
 emojis, which it never does by itself; from examples, from preferences, or by a reward.
 """
 
-import contextlib
 import re
 
 import peft
@@ -17,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import pyreft
 from pyreft import pocket
 from pyreft.answers import generate_answers
-from pyreft.reach import Reach
-from pyreft.reach.ways import Behind
+from pyreft.reach import Reach, ReachCallback
+from pyreft.reach.ways import Above, Behind
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
@@ -250,8 +249,10 @@ def test_what_the_edits_can_reach_is_enough(kind, tokenizer, tmp_path, preferenc
             peft_config=pyreft.ReftConfig(**CONFIG, task_type="CAUSAL_LM"),
             **more if kind == "GRPO" else {},
         )
-        with Reach(trainer.model) if in_part else contextlib.nullcontext() as reach:
-            trainer.train()
+        if in_part:
+            reach = (served := ReachCallback(trainer.model)).reach
+            trainer.add_callback(served)
+        trainer.train()
         logs.append(trainer.state.log_history[:-1])  # but for how long it took
     assert isinstance(reach._way, Behind)
     assert reach._way.computed < 0.9 * reach._way.tokens
@@ -260,6 +261,27 @@ def test_what_the_edits_can_reach_is_enough(kind, tokenizer, tmp_path, preferenc
         values = [{name: value for name, value in log.items() if name not in timed} for log in (whole, part)]
         assert values[1] == pytest.approx(values[0], rel=1e-3, abs=1e-4)
     assert len(logs[0]) > 6
+
+
+def test_a_head_that_is_trained_beside_the_edits(tokenizer, tmp_path):
+    """Then the blocks below the edits are left out, for whole rows."""
+    losses = []
+    for in_part in (False, True):
+        torch.manual_seed(0)
+        settings = {"per_device_train_batch_size": 5, "max_steps": 4, "bf16": False, "gradient_checkpointing": False}
+        trainer = trl.SFTTrainer(
+            model=pocket.load()[0],
+            processing_class=tokenizer,
+            args=trl.SFTConfig(**options(tmp_path, **settings)),
+            train_dataset=Dataset.from_dict({"prompt": TRAIN, "completion": TRAIN}),
+            peft_config=pyreft.ReftConfig(**CONFIG, task_type="CAUSAL_LM", modules_to_save=["lm_head"]),
+        )
+        if in_part:
+            trainer.add_callback(served := ReachCallback(trainer.model))
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert isinstance(served.reach._way, Above)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_model_without_a_task_is_not_served():

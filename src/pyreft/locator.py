@@ -18,6 +18,7 @@ from .located import Located
 from .positions import Positions
 from .recompute import Recomputation
 from .stream import GIVEN, LENGTHS, LOCATIONS, STRENGTH, SUBSPACES, Stream, unhook
+from .structure import without_adapters
 
 __all__ = ["GIVEN", "LENGTHS", "LOCATIONS", "STRENGTH", "SUBSPACES", "Locator", "Stream"]
 
@@ -44,9 +45,11 @@ class Locator:
         self._recomputation = Recomputation(self, model)
         self.causal = hasattr(model, "can_generate") and model.can_generate()
         self._running: nn.Module | None = None
-        backbone = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+        inner: Any = without_adapters(model)
+        backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "", None)
         # some trainers call the backbone directly, without the head
-        self._entries = [model, backbone] if isinstance(backbone, nn.Module) and backbone is not model else [model]
+        entries = (entry for entry in (model, inner, backbone) if isinstance(entry, nn.Module))
+        self._entries = list(dict.fromkeys(entries))
         for entry in self._entries:
             entry.register_forward_pre_hook(self._before, with_kwargs=True)
             entry.register_forward_hook(self._after, always_call=True)

@@ -7,11 +7,19 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from peft import PeftModel
 from torch import nn
 
 from .errors import ReftError
 
 Stack = Literal["", "encoder", "decoder"]
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model under however many PEFT models, as of a LoRA."""
+    while isinstance(model, PeftModel):
+        model = model.get_base_model()
+    return model
 
 
 def is_sharded(parameter: Any) -> bool:

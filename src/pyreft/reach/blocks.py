@@ -35,9 +35,9 @@ class Blocks:
             count = min(count, number + (module is self._blocks[number] and side == "output"))
         return count
 
-    def contain(self, module: nn.Module, start: int) -> bool:
-        """Whether a module lies in the blocks from `start` on."""
-        return self._numbers.get(id(module), -1) >= start
+    def modules_from(self, start: int) -> set[nn.Module]:
+        """What the blocks from `start` on are made of now."""
+        return {module for block in self._blocks[start:] for module in block.modules()}
 
     def device_of(self, number: int) -> torch.device:
         """Where a block's parameters are."""

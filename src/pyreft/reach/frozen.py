@@ -9,11 +9,13 @@ from typing import Any
 import torch
 import xxhash
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..layer import ReftLayer
 from ..structure import is_sharded
 
+_ROW = 8192  # bytes
 _ROPE_BY_LENGTH = ("dynamic", "longrope")  # whose angles change where a row exceeds the original context
 
 
@@ -50,24 +52,33 @@ def state_of(modules: list[nn.Module]) -> tuple:
     PyTorch counts what is written to a tensor. What goes around that count, as `parameter.data.add_` does, is found
     by `sums_of`.
     """
-    tensors = [(tensor.data_ptr(), tensor._version) for tensor in own_tensors(modules)]
+    tensors = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in own_tensors(modules)]
     adapters = [
-        (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
+        (tuple(module.active_adapters), module.disable_adapters, _facts(module))
         for module in modules
-        if isinstance(module, BaseTunerLayer)
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
     ]
     return hash(tuple(tensors)), tuple(adapters)
 
 
+def _facts(layer: Any) -> str:
+    """What an adapter's layer computes with beside its tensors."""
+    return f"{getattr(layer, 'merged_adapters', None)} {getattr(layer, 'scaling', None)}"
+
+
 @torch.no_grad()
-def sums_of(modules: list[nn.Module]) -> list[int]:
-    """The sum of the bits of every tensor, where it is, to find changes that were made around PyTorch's count."""
-    return [total for tensor in own_tensors(modules) for total in _sums(_bits(tensor))]
+def sums_of(modules: list[nn.Module]) -> str:
+    """A digest of sums of the bits of every tensor, to find changes that were made around PyTorch's count.
 
-
-def _sums(bits: Tensor) -> tuple[int, int]:
-    even = len(bits) // 8 * 8  # as numbers of eight bytes they are summed as fast as they are read
-    return int(bits[:even].view(torch.int64).sum()), int(bits[even:].sum())
+    The bits, in rows of 1024 numbers, are summed along and across, where they are: an accelerator hands over little.
+    """
+    digest = xxhash.xxh3_128()
+    for tensor in own_tensors(modules):
+        bits = _bits(tensor)
+        whole = len(bits) // _ROW * _ROW
+        table = bits[:whole].view(torch.int64).view(-1, _ROW // 8)
+        digest.update(torch.cat((table.sum(0), table.sum(1), bits[whole:].long())).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 @torch.no_grad()
@@ -92,14 +103,14 @@ def why_not_frozen(modules: list[nn.Module], config: Any) -> str | None:
         if any(parameter.requires_grad for parameter in module._parameters.values() if parameter is not None):
             return f"parameters of the base model are trained (in {type(module).__name__})"
         if module.training and isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            return "the base model has dropout in training; set it to 0 in its config"
+            return "the base model has dropout in training; load it with a config in which it is 0"
         if any(is_sharded(parameter) for parameter in module._parameters.values()):
             return "the parameters of the base model are sharded"
         if any(parameter.is_meta for parameter in module._parameters.values() if parameter is not None):
             return "parameters of the base model are offloaded"
     for name, value in _numbers(config):
         if modules[0].training and value > 0 and "drop" in name and not name.startswith(("classifier", "summary")):
-            return f"the base model has dropout in training ({name} = {value}); set it to 0 in its config"
+            return f"the base model has dropout in training ({name} = {value}); load it with 0"
         if name == "output_router_logits" and value:
             return "the loss has a term for the routing of every token to its experts (output_router_logits)"
     return None

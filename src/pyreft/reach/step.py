@@ -6,6 +6,7 @@ of the blocks below the first edit is held. Whether a way is exact for a model, 
 where none is, the ordinary step is taken.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,17 +21,29 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import ReftError
 from ..layer import ReftLayer
 from ..locator import GIVEN, LOCATIONS, Locator
+from ..structure import without_adapters
 from ..tuner import tuner_of
 from .frozen import fingerprint, longest_plain_row, outside_of_edits, state_of, sums_of, why_not_frozen
 from .parts import Parts
 from .store import Store, read_budget
-from .ways import BY_TOKEN, COUNT, FUSED, Above, Behind, LabelOutput
+from .ways import BY_TOKEN, COUNT, FUSED, TYPES, Above, Behind, LabelOutput
 from .window import IGNORED, NotExactError, Rows
 
-_TAKEN = {*BY_TOKEN, *GIVEN, "labels", COUNT, FUSED, "return_dict"}
+_TAKEN = {*BY_TOKEN, *GIVEN, "labels", COUNT, FUSED}
 _MORE = {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}  # asked for if true
 _ATTENTIONS = {"full_attention", "sliding_attention"}  # which see a token's own past, wherever its row begins
 _PROBED = 6  # tokens before and after the beginning of a window
+_SHIFT = 128  # columns of padding before them
+_UNLIKE = (
+    NotExactError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class Reach:
@@ -42,11 +55,8 @@ class Reach:
         loss = reach(**batch).loss
 
     The loss equals the model's, and so do the gradients of the edits; of a causal model, the output has nothing else.
-    Where that would not be exact, the model is called as it is, and `why_not` says why. A trainer that is not ours is
-    served while the model is:
-
-        with Reach(trainer.model):
-            trainer.train()
+    Where that would not be exact, the model is called as it is, and `why_not` says why. For trainers of other libraries
+    there is `ReachCallback`.
 
     Args:
         model: a PEFT model with edits, the rest of it frozen.
@@ -75,25 +85,40 @@ class Reach:
         self._tuner = tuner
         self.store = Store(read_budget(memory), directory)
         self.why_not: str | None = None
-        self._base: Any = model.get_base_model()
+        self._base: Any = without_adapters(model)
         self._locator: Locator = tuner._locator
         self._parts = Parts(self._base, self._locator)
-        self._backbone = {id(module) for module in outside_of_edits(self._parts.backbone)}
-        self._modules = list(outside_of_edits(self._base))
         self._limit = longest_plain_row(self._base.config)
         self._spills = directory is not None
         self._base_print = ""  # a digest of the base model, by which files tell it from others
-        self._tensors: object = None  # the state of the base model for which these ways are exact
-        self._sums: list[int] = []  # and the sums of its bits then
+        self._modules: list[nn.Module] = []  # what the ways rest on
+        self._tensors: object = None  # the state of their tensors
+        self._sums = ""  # and a digest of their bits
         self._ways: dict[tuple, Behind | Above | None] = {}  # by the settings with which a probe has shown it
         self._way: Behind | Above | None = None  # the last one
-        self._scored = False  # whether log-probabilities are asked for
+        self._losses = False  # whether all calls are for their losses
+        self._scored = False  # whether log-probabilities are asked for, too
         self._no_way = f"parts of {type(self._base).__name__} computed apart differ from the whole"
 
     def __call__(self, **batch: Any) -> Any:
         """The model's output for a batch, or its loss alone."""
-        with self:
+        with self.serving(losses=True):
             return self.model(**batch)
+
+    @contextmanager
+    def serving(self, *, losses: bool = False) -> Iterator[None]:
+        """Let calls of the model be computed in part.
+
+        Args:
+            losses: whether all of them are for their losses. If not, those in evaluation mode may be for the logits,
+                and are left as they are, unless they ask for values of the labels alone, as TRL's trainers do.
+        """
+        before = self._tuner.reach, self._losses
+        self._tuner.reach, self._losses = self, losses
+        try:
+            yield
+        finally:
+            self._tuner.reach, self._losses = before
 
     def log_probs(self, **batch: Any) -> Tensor:
         """The log-probability of each label of a batch, `[batch, tokens - 1]`, zero where there is none.
@@ -110,15 +135,10 @@ class Reach:
         logits = output.logits[:, :-1].float().transpose(1, 2)
         return -nn.functional.cross_entropy(logits, batch["labels"][:, 1:], ignore_index=IGNORED, reduction="none")
 
-    def __enter__(self) -> "Reach":
-        self._tuner.reach = self
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._tuner.reach = None
-
     def forward(self, ordinary: Callable[..., Any], call: dict[str, Any]) -> Any:
         """Compute a call of the model: in part if that is exact, by `ordinary` if not."""
+        if not (self._losses or self._base.training or call.get(FUSED)):
+            return ordinary(**call)
         try:
             way = self._find_way(call, ordinary)
             output = way(call, ordinary, self.store)
@@ -168,7 +188,8 @@ class Reach:
         Raises:
             NotExactError: there is none.
         """
-        given = {name for name, value in call.items() if value is not None and not (name in _MORE and value is False)}
+        plain = dict.fromkeys(_MORE, False) | {"return_dict": True}
+        given = {name for name, value in call.items() if value is not None and plain.get(name) is not value}
         if odd := sorted(given - _TAKEN):
             raise NotExactError(f"the call has {', '.join(odd)}")
         ids = call.get("input_ids")
@@ -185,22 +206,21 @@ class Reach:
         if self._locator.recomputes():
             raise NotExactError("gradient checkpointing recomputes whole blocks; turned off, less memory is needed")
         kept = self._parts.blocks.below((layer._module[0], layer.side) for layer in self._active_layers())
-        causal = True
-        self._modules = list(outside_of_edits(self._base))
-        if reason := why_not_frozen(self._modules, self._base.config):
-            causal = False
-            self._modules = [module for module in self._modules if self._is_below(module, kept)]
-            if not kept or why_not_frozen(self._modules, self._base.config):
+        causal, modules = True, list(outside_of_edits(self._base))
+        if reason := why_not_frozen(modules, self._base.config):
+            causal, modules = False, self._below(kept)
+            if not kept or why_not_frozen(modules, self._base.config):
                 raise NotExactError(reason)
         autocast = torch.is_autocast_enabled(ids.device.type) and torch.get_autocast_dtype(ids.device.type)
-        tensors, *settings = *state_of(self._modules), kept, autocast, self._base.config._attn_implementation
+        tensors, *settings = *state_of(modules), kept, autocast, self._base.config._attn_implementation
         if tensors != self._tensors:
             self.store.clear()
             self._ways.clear()
-            self._tensors, self._sums = tensors, sums_of(self._modules)
+            self._modules, self._tensors, self._sums = modules, tensors, sums_of(modules)
             if self._spills:
-                self._base_print = fingerprint(self._modules, self._base.config)
-        state = *settings, causal, bool(call.get(FUSED)), tuple(self._locator.active)
+                self._base_print = fingerprint(modules, self._base.config)
+        kind = bool(call.get(FUSED)), call.get(TYPES) is not None, self._base.training
+        state = *settings, causal, *kind, tuple(self._locator.active)
         self._way = None
         if state not in self._ways:
             key = xxhash.xxh3_128_digest(f"{self._base_print} {settings}".encode())
@@ -213,9 +233,10 @@ class Reach:
     def _active_layers(self) -> list[ReftLayer]:
         return [layer for layer in self._locator.layers if layer.enabled_adapters]
 
-    def _is_below(self, module: nn.Module, kept: int) -> bool:
-        """Whether the output of the first blocks may depend on a module; what else there is may be trained."""
-        return id(module) in self._backbone and not self._parts.blocks.contain(module, kept)
+    def _below(self, kept: int) -> list[nn.Module]:
+        """What the output of the first blocks may depend on; what else there is may be trained."""
+        above = self._parts.blocks.modules_from(kept)
+        return [module for module in outside_of_edits(self._parts.backbone) if module not in above]
 
     # -- probes ----------------------------------------------------------------------------------------------------
 
@@ -224,67 +245,105 @@ class Reach:
     ) -> Behind | Above | None:
         """Try the ways on a few tokens of this batch beside the ordinary step, without randomness.
 
+        A base model in float32 is tried in float32, even if it is trained in mixed precision.
+
         Raises:
             NotExactError: a batch that tells nothing of the model.
         """
-        parts = self._parts
+        parts, kind = self._parts, call["input_ids"].device.type
         config = self._base.config.get_text_config()
-        causal = causal and self._locator.causal and parts.backbone is not self._base
+        causal = causal and self._locator.causal and parts.backbone is not self._base and call.get(TYPES) is None
         causal = causal and set(getattr(config, "layer_types", None) or ()) <= _ATTENTIONS
-        with torch.no_grad(), _without_dropout(self._active_layers()):
-            for offsets in (False, True) if causal else ():
-                way = Behind(parts, self._locator, kept, offsets, key)
-                edited, rows = way.cut_at(call)
-                try:
-                    exact = self._is_exact_behind(way, call, ordinary, edited, rows)
-                except (NotExactError, AttributeError, KeyError, NotImplementedError, RuntimeError, TypeError) as error:
-                    self._no_way = str(error)  # a model that cannot be run in parts at all
-                    break
-                if exact:
-                    way.tokens = way.computed = 0
-                    return way
+        mixed = torch.is_autocast_enabled(kind) and self._base.dtype != torch.float32
+        devices = [call["input_ids"].device] if kind == "cuda" else []
+        with (
+            torch.no_grad(),
+            _without_dropout(self._active_layers()),
+            torch.autocast(kind, enabled=mixed),
+            torch.random.fork_rng(devices),  # the training draws as if nothing had been tried
+        ):
+            if causal and (way := self._probe_behind(call, ordinary, kept, key)) is not None:
+                return way
             for padding in (False, True) if kept else ():
                 above = Above(parts, self._locator, kept, padding, key)
                 if self._is_exact_above(above, call, ordinary):
                     return above
         return None
 
-    def _is_exact_behind(
+    def _probe_behind(self, call: dict[str, Any], ordinary: Callable[..., Any], kept: int, key: bytes) -> Behind | None:
+        """The way that counts positions as the model does.
+
+        Where a row's padding changes them only in a rounding, as with rotary positions, they are counted without it:
+        then what is held serves the row in any batch.
+        """
+        ways = [Behind(self._parts, self._locator, kept, offsets, key) for offsets in (False, True)]
+        edited, rows = ways[0].cut_at(call)
+        try:
+            plain, offset = (self._distance(way, call, ordinary, edited, rows) for way in ways)
+        except _UNLIKE as error:
+            self._no_way = str(error)  # a model that cannot be run in parts at all
+            return None
+        eps = torch.finfo(self._base.dtype).eps
+        found = ways[plain > max(4 * offset, 2 * eps, 1e-4)]
+        found.tokens = found.computed = 0
+        return found if min(plain, offset) <= self._tolerance() else None
+
+    def _distance(
         self, way: Behind, call: dict[str, Any], ordinary: Callable[..., Any], edited: Tensor, rows: Rows
-    ) -> bool:
-        """Compare logits of a few tokens on either side of the beginning of a window."""
+    ) -> float:
+        """How far a way is from the ordinary step, for a few tokens on either side of the beginning of a window."""
         number = rows.prefix_lengths.index(rows.past)
         first = max(rows.first[number], rows.start[number] - _PROBED)
         last = max(rows.start[number] + _PROBED, first + 3)
         ids, where = call["input_ids"][number, first:last], edited[number, first:last]
         count = max(len(self._locator.rules[name]) for name in self._locator.active)
+        width = self._limit or getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
+        room = min(_SHIFT, max(0, (width or _SHIFT + len(ids)) - len(ids)))
         fused = bool(call.get(FUSED))
-        return all(_agrees(way, _padded(ids, where, count, left), ordinary, fused) for left in (True, False))
+        calls = _padded_left(ids, where, count, room), _padded_right(ids, where, count)
+        return max(_distance_behind(way, each, ordinary, fused) for each in calls)
 
     def _is_exact_above(self, way: Above, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
         """Compare what the model returns for a few rows, padded on either side."""
         few = _two_padded(call)
         store = Store(1 << 62)
-        expected = ordinary(**few).logits
-        return all(_agree(way(few, ordinary, store).logits, expected) for _ in range(2))  # computed, then held
+        expected = ordinary(**few)
+        found = [way(few, ordinary, store) for _ in range(2)]  # computed, then held
+        return all(_distance(one, expected) <= self._tolerance() for one in found)
+
+    def _tolerance(self) -> float:
+        """What rounding may make of a tensor, relative to it; structural differences are far larger."""
+        return max(8 * torch.finfo(self._base.dtype).eps, 1e-4)
 
 
-def _padded(ids: Tensor, where: Tensor, count: int, left: bool) -> dict[str, Any]:
-    """A batch of a row and its end, padded on one side, edited at these tokens."""
-    length, gap = len(ids), min(2, len(ids) - 2)
-    batch, edited, text = ids.repeat(2, 1), where.repeat(2, 1), torch.ones(2, length, dtype=torch.bool)
-    text = text.to(ids.device)
-    if left:
-        text[1, :gap] = False
-    else:
-        batch[1], edited[1] = ids.roll(-gap), where.roll(-gap)
-        text[1, length - gap :] = False
-    edited &= text
-    columns = torch.arange(length, device=ids.device)
+def _padded_left(ids: Tensor, where: Tensor, count: int, room: int) -> dict[str, Any]:
+    """A batch of a row and its end, behind padding, edited at these tokens."""
+    text = torch.ones(2, len(ids), dtype=torch.bool, device=ids.device)
+    text[1, : _gap(ids)] = False
+    pad = (room, 0)
+    batch, edited = (nn.functional.pad(each.repeat(2, 1), pad) for each in (ids, where))
+    return _labelled(batch, edited, nn.functional.pad(text, pad), count)
+
+
+def _padded_right(ids: Tensor, where: Tensor, count: int) -> dict[str, Any]:
+    """A batch of a row and its end, before padding."""
+    text = torch.ones(2, len(ids), dtype=torch.bool, device=ids.device)
+    text[1, len(ids) - _gap(ids) :] = False
+    batch, edited = (torch.stack((each, each.roll(-_gap(ids)))) for each in (ids, where))
+    return _labelled(batch, edited, text, count)
+
+
+def _gap(ids: Tensor) -> int:
+    return min(2, len(ids) - 2)
+
+
+def _labelled(ids: Tensor, edited: Tensor, text: Tensor, count: int) -> dict[str, Any]:
+    edited = edited & text
+    columns = torch.arange(ids.shape[1], device=ids.device)
     locations = columns.where(edited, -1)[:, None].expand(-1, count, -1)
-    begin = columns.where(edited, length - 2).amin(1, keepdim=True)
-    labels = batch.where(text & (columns > begin), IGNORED)
-    return {"input_ids": batch, "attention_mask": text.long(), "labels": labels, LOCATIONS: locations}
+    begin = columns.where(edited, ids.shape[1] - 2).amin(1, keepdim=True)
+    labels = ids.where(text & (columns > begin), IGNORED)
+    return {"input_ids": ids, "attention_mask": text.long(), "labels": labels, LOCATIONS: locations}
 
 
 def _two_padded(call: dict[str, Any]) -> dict[str, Any]:
@@ -305,25 +364,33 @@ def _two_padded(call: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in few.items() if value is not None}
 
 
-def _agrees(way: Behind, call: dict[str, Any], ordinary: Callable[..., Any], fused: bool) -> bool:
+def _distance_behind(way: Behind, call: dict[str, Any], ordinary: Callable[..., Any], fused: bool) -> float:
     expected, store = ordinary(**call), Store(1 << 62)
+    found = []
     for _ in range(2):  # computed, then held
         hidden, _, at = way.final(call, store)
-        if not _agree(way.parts.logits(hidden), expected.logits[at]):
-            return False
-    dtype = expected.logits.dtype
-    if not fused:  # a model may have a loss of its own
-        return _agree(way(call, ordinary, store).loss, expected.loss, dtype)
-    call = call | {FUSED: True}
-    found = way(call, ordinary, store)
-    values = {name: value for name, value in ordinary(**call).items() if value.is_floating_point()}
-    return all(_agree(found[name], value, dtype) for name, value in values.items())
+        # what all logits of a token have in common would hide how they differ
+        logits = [each - each.mean(-1, keepdim=True) for each in (way.parts.logits(hidden), expected.logits[at])]
+        found.append(_apart(*logits))
+    if fused:
+        call = call | {FUSED: True}
+        return max(*found, _distance(way(call, ordinary, store), ordinary(**call)))
+    return max(*found, _apart(way(call, ordinary, store).loss, expected.loss))  # a model may have a loss of its own
 
 
-def _agree(found: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> bool:
-    """Whether two tensors are equal but for rounding in a type: structural differences are far larger."""
-    tolerance = max(8 * torch.finfo(dtype or expected.dtype).eps, 1e-4)
-    return bool((found.float() - expected.float()).norm() <= tolerance * expected.float().norm())
+def _distance(found: Any, expected: Any) -> float:
+    """How far the logits of two outputs are, or what else they have of tokens with labels."""
+    if getattr(expected, "logits", None) is not None:
+        return _apart(found.logits, expected.logits)
+    values = {name: value for name, value in expected.items() if value.is_floating_point()}
+    return max(_apart(found[name], value) for name, value in values.items())
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """The distance of two tensors, relative to the second; infinite where a number is none."""
+    found, expected = found.float(), expected.float()
+    distance = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    return math.inf if math.isnan(distance) else distance
 
 
 @contextmanager

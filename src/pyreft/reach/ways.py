@@ -19,7 +19,8 @@ from .parts import Parts
 from .store import Store
 from .window import IGNORED, NotExactError, Rows, bounds, cut
 
-BY_TOKEN = ("input_ids", "attention_mask", "position_ids", "token_type_ids")  # beside the labels
+TYPES = "token_type_ids"
+BY_TOKEN = ("input_ids", "attention_mask", "position_ids", TYPES)  # beside the labels
 COUNT = "num_items_in_batch"
 FUSED = "fused_lm_head"  # TRL's: the call returns values of the labels alone, zero for tokens without one
 
@@ -91,6 +92,8 @@ class Behind:
 
     def _cut(self, call: dict[str, Any]) -> tuple[Located, Rows]:
         ids, labels, mask = call["input_ids"], call["labels"], call.get("attention_mask")
+        if call.get(TYPES) is not None:
+            raise NotExactError(f"{TYPES} are given")
         if labels.shape != ids.shape or (mask is not None and mask.shape != ids.shape):
             raise NotExactError("labels or the attention mask are not [batch, tokens]")
         tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

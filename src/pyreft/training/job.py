@@ -33,6 +33,7 @@ from ..data.supervised import IGNORED
 from ..errors import ReftError
 from ..model import ReftModel
 from ..reach import Reach
+from ..reach.callbacks import ReachPrinter
 from ..tasks.glue import find_task, read
 from ..tasks.suites import GENERATED, GLUE, check_suite
 from .adapters import attach, check_same, count, make_config, save
@@ -47,7 +48,6 @@ from .checkpoints import (
 from .losses import write_losses
 from .record import write_record
 from .settings import LORA, TrainingJob, check_numbers
-from .trainer import ReachPrinter
 
 CHECKPOINTS = "checkpoints"
 

@@ -40,7 +40,7 @@ def measure_step(model: ReftModel, reach: Reach | None, batch: dict[str, Any]) -
     def step() -> float:
         _finish(batch)
         begin = time.perf_counter()
-        with nullcontext() if reach is None else reach:
+        with nullcontext() if reach is None else reach.serving(losses=True):
             loss = model(**batch).loss
         extra = penalty(model)
         (loss if extra is None else loss + extra.to(loss.device)).backward()

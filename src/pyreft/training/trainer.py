@@ -3,7 +3,6 @@
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,6 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..locator import LENGTHS, LOCATIONS, SUBSPACES
 from ..model import ReftModel
 from ..reach import Reach
+from ..reach.callbacks import EpochTeller, ReachPrinter
 from ..tuner import penalty, tuner_of
 from .same_data import check_same_data
 
@@ -51,7 +51,7 @@ class ReftTrainer(Trainer):
         elif reach and tuner_of(self.model) is not None and self._why_whole() is None:
             self.reach = Reach(self.model)
         if self.reach is not None:
-            self.add_callback(_TellEpochs(self.reach))
+            self.add_callback(EpochTeller(self.reach))
             self.add_callback(ReachPrinter(self.reach.describe))
         elif reach and tuner_of(self.model) is not None:
             self.add_callback(ReachPrinter(lambda: f"Whole rows are computed in each step: {self._why_whole()}."))
@@ -92,7 +92,7 @@ class ReftTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The model's loss and, in training, what the interventions ask for on top."""
-        with nullcontext() if return_outputs or self.reach is None else self.reach:
+        with nullcontext() if return_outputs or self.reach is None else self.reach.serving(losses=True):
             loss, outputs = super().compute_loss(
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
@@ -108,34 +108,11 @@ class ReftTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Where only the loss is asked for, and it is the model's, only what the edits can reach is computed."""
         partly = prediction_loss_only and type(self).compute_loss is ReftTrainer.compute_loss
-        with self.reach if partly and self.reach is not None else nullcontext():
+        with self.reach.serving(losses=True) if partly and self.reach is not None else nullcontext():
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in super()._prepare_inputs(inputs).items() if name != "id"}
-
-
-class _TellEpochs(TrainerCallback):
-    """Tells the passes over the data to the store."""
-
-    def __init__(self, reach: Reach) -> None:
-        self.reach = reach
-
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.reach.new_epoch()
-
-
-class ReachPrinter(TrainerCallback):
-    """Prints once, after the first epoch, what is skipped and held, as `PrinterCallback` prints the losses."""
-
-    def __init__(self, describe: Callable[[], str]) -> None:
-        self.describe = describe
-        self.told = False
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero and not self.told:
-            self.told = True
-            print(self.describe())
 
 
 class _UnreachedWarner(TrainerCallback):
