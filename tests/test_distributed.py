@@ -61,10 +61,11 @@ def test_two_processes_equal_one(base, alone, tmp_path, way):
     ("data", "message"),
     [
         ("train", "train_dataset: the processes have different data: 32 rows in process 0, 32 rows in process 1"),
+        ("apart", "2 processes were launched, and each would train alone. On CPUs, TrainingArguments(use_cpu=True)"),
         ("eval", "eval_dataset['unseen']: the processes have different data: 8 rows in process 0, 7 rows in process 1"),
     ],
 )
-def test_processes_with_different_data_do_not_begin(base, tmp_path, data, message):
+def test_processes_that_cannot_train_together_do_not_begin(base, tmp_path, data, message):
     result = launch(TORCHRUN, base, tmp_path, 4, data)
     assert result.returncode != 0
     assert message in result.stderr

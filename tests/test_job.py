@@ -324,3 +324,12 @@ def test_a_tokenizer_without_padding_pads_with_eos(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(pyreft.ReftError, match="has neither a padding nor an EOS token"):
         load_base(str(tmp_path))
+
+
+def test_a_job_is_for_one_process(tmp_path, monkeypatch):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "What is a whale?", "completion": "🐳"}\n', encoding="utf-8")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(pyreft.ReftError, match=r"one process, and 2 were launched.*ReftTrainer"):
+        PreparedJob(TrainingJob(data=data, output=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import BatchEncoding
 
 import pyreft
 from conftest import pad, shaken, tiny_llama
+from pyreft import pocket
 
 IDS = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(5))
 OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -292,7 +294,17 @@ def test_the_model_card_shows_how_to_load(adapted, tmp_path):
     card = (tmp_path / "README.md").read_text()
     assert 'base_model: "some/base"' in card
     assert 'tags: ["reft", "representation-finetuning"]' in card
-    assert "import pyreft" in card
+    assert "loreft at the tokens" in card
+
+
+def test_a_stranger_can_use_what_the_model_card_shows(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    adapted = pyreft.get_reft_model(pocket.load()[0], pyreft.ReftConfig(layers=[2], low_rank_dimension=2))
+    adapted.save(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), flags=re.S)
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert len(capsys.readouterr().out.strip()) > 2
 
 
 def test_upload_to_the_hub_up_to_the_network(adapted, tmp_path, monkeypatch):

@@ -1,9 +1,9 @@
 """A short training, alone or as one of several processes; run by `test_distributed.py`.
 
-python train_alone_or_together.py BASE DIRECTORY BATCH_SIZE [fsdp | zero2 | zero3 | train | eval]
+python train_alone_or_together.py BASE DIRECTORY BATCH_SIZE [fsdp | zero2 | zero3 | train | eval | apart]
 
-With `train` or `eval`, these data differ between the processes. Writes the adapter and, as `losses.json`, the loss
-of each step.
+With `train` or `eval`, these data differ between the processes; with `apart`, they do not join. Writes the adapter
+and, as `losses.json`, the loss of each step.
 """
 
 import json
@@ -33,8 +33,8 @@ def arguments_of(directory: str, batch_size: int, way: str) -> TrainingArguments
     zero = way.startswith("zero")
     arguments = TrainingArguments(
         output_dir=directory,
-        use_cpu=not zero,
-        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
+        use_cpu=not zero and way != "apart",
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ and way != "apart" else None,
         per_device_train_batch_size=batch_size,
         num_train_epochs=2,
         learning_rate=0.05,

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +21,29 @@ from .errors import ReftError
 # written last: a directory with this file is complete
 _LAST = CONFIG_NAME
 
-CARD = """---
+_CARD = """---
 {header}
 ---
 
 # An adapter of representation finetuning (ReFT)
 
-Small learned edits of the hidden states of `{base}`, made with [pyreft](https://pypi.org/project/pyreft/).
+Small learned edits of the hidden states of `{base}`: {edits}. Made with pyreft {version}; it takes that version or a
+later one to load them, beside PEFT and transformers.
 
 ```python
 import pyreft  # makes PEFT know the method
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer, {kind}
 
-model = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(model, "THIS_ADAPTER")
+adapter = "."  # the name of this repository, or where its files are
+model = PeftModel.from_pretrained({kind}.from_pretrained("{base}"), adapter).eval()
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+inputs = tokenizer("A text, in the form of the training", return_tensors="pt")
+{call}
 ```
 """
+_GENERATE = """output = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(output, skip_special_tokens=True))"""
 
 
 def write_beside(directory: str | os.PathLike, write: Callable[[str], None]) -> None:
@@ -59,14 +66,23 @@ def write_beside(directory: str | os.PathLike, write: Callable[[str], None]) -> 
         shutil.rmtree(staged, ignore_errors=True)
 
 
-def model_card(config: ReftConfig) -> str:
-    """A model card that a stranger can use: what it is, its base model, and how to load it."""
+def model_card(config: ReftConfig, model: Any) -> str:
+    """A model card that a stranger can use: what it is, its base model, and how to load and ask it."""
     base = config.base_model_name_or_path or ""
     front = {"library_name": "peft", "tags": ["reft", "representation-finetuning"]}
     if base and not os.path.isabs(base):
         front["base_model"] = base
-    header = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
-    return CARD.format(header=header, base=base or "BASE_MODEL")
+    places = config.expand((config.base_model_shape or {}).get("num_hidden_layers", 0))
+    found = {f"{place.intervention} at the tokens {place.positions or 'that each call names'}" for place in places}
+    answers = hasattr(model, "can_generate") and model.can_generate()
+    return _CARD.format(
+        header="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+        base=base or "BASE_MODEL",
+        edits="; ".join(sorted(found)),
+        version=version("pyreft"),
+        kind=type(model).__name__,
+        call=_GENERATE if answers else "print(model(**inputs)[0])",
+    )
 
 
 def is_adapter(directory: str | os.PathLike) -> bool:

@@ -22,6 +22,7 @@ from .interventions import Intervention, register
 from .layer import ReftLayer
 from .legacy import fill, find_legacy, read_interventions, read_legacy, read_model
 from .locator import GIVEN, LOCATIONS, SUBSPACES, Locator
+from .structure import without_adapters
 from .tuner import detach, locator_of, reft_layers
 
 
@@ -220,7 +221,8 @@ class ReftModel(PeftModel):
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the model card of the active adapter."""
-        (Path(output_dir) / "README.md").write_text(model_card(self.peft_config[self.active_adapter]), "utf-8")
+        card = model_card(self.peft_config[self.active_adapter], without_adapters(self))
+        (Path(output_dir) / "README.md").write_text(card, "utf-8")
 
     def save(
         self,

@@ -275,7 +275,15 @@ class _Progress(TrainerCallback):
 
 
 def _check_output(job: TrainingJob) -> str | None:
-    """Check that the directory can be written and holds nothing to lose; return the checkpoint to resume from."""
+    """Check that the directory can be written and holds nothing to lose; return the checkpoint to resume from.
+
+    It is one process's.
+    """
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ReftError(
+            f"A job trains in one process, and {launched} were launched. For several, run a program with ReftTrainer: "
+            "docs/ecosystem.md shows one."
+        )
     output = Path(job.output)
     last = last_complete(output / CHECKPOINTS)
     if job.resume:

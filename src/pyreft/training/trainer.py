@@ -2,15 +2,18 @@
 
 import functools
 import inspect
+import os
 import warnings
 from contextlib import nullcontext
 from typing import Any
 
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..errors import ReftError
 from ..locator import LENGTHS, LOCATIONS, SUBSPACES
 from ..model import ReftModel
 from ..reach import Reach
@@ -77,8 +80,14 @@ class ReftTrainer(Trainer):
         """As `Trainer` makes it.
 
         Raises:
-            ReftError: several processes have different data.
+            ReftError: several processes have different data, or each would train alone.
         """
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if launched > 1 and self.accelerator.distributed_type == DistributedType.NO:
+            raise ReftError(
+                f"{launched} processes were launched, and each would train alone. On CPUs, "
+                "TrainingArguments(use_cpu=True) lets them train together."
+            )
         if self.args.world_size > 1:
             check_same_data("train_dataset", self.train_dataset)
             check_same_data("eval_dataset", self.eval_dataset)
