@@ -8,7 +8,7 @@ where none is, the ordinary step is taken.
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ _TAKEN = {*BY_TOKEN, *GIVEN, "labels", COUNT, FUSED}
 _MORE = {"use_cache", "output_attentions", "output_hidden_states", "output_router_logits"}  # asked for if true
 _ATTENTIONS = {"full_attention", "sliding_attention"}  # which see a token's own past, wherever its row begins
 _PROBED = 6  # tokens before and after the beginning of a window
-_SHIFT = 128  # columns of padding before them
+_SHIFT = 64  # columns of padding before them
 _UNLIKE = (
     NotExactError,
     AttributeError,
@@ -271,27 +271,31 @@ class Reach:
         return None
 
     def _probe_behind(self, call: dict[str, Any], ordinary: Callable[..., Any], kept: int, key: bytes) -> Behind | None:
-        """The way that counts positions as the model does.
+        """The way that counts positions as the model does, if it is exact.
 
         Where a row's padding changes them only in a rounding, as with rotary positions, they are counted without it:
         then what is held serves the row in any batch.
         """
         ways = [Behind(self._parts, self._locator, kept, offsets, key) for offsets in (False, True)]
-        edited, rows = ways[0].cut_at(call)
+        far, near = self._few(call, *ways[0].cut_at(call))
         try:
-            plain, offset = (self._distance(way, call, ordinary, edited, rows) for way in ways)
+            expected = [ordinary(**each) for each in (far, near)]
+            plain, offset = (
+                max(_distance_behind(way, *pair) for pair in zip((far, near), expected, strict=True)) for way in ways
+            )
+            way = ways[plain > max(4 * offset, 2 * torch.finfo(self._base.dtype).eps, 1e-4)]
+            if call.get(FUSED):
+                near, expected[1] = near | {FUSED: True}, ordinary(**near, **{FUSED: True})
+            output = way(near, ordinary, Store(0))  # a model may have a loss of its own
+            distance = max(min(plain, offset), _distance(output, expected[1], ("loss",)))
         except _UNLIKE as error:
             self._no_way = str(error)  # a model that cannot be run in parts at all
             return None
-        eps = torch.finfo(self._base.dtype).eps
-        found = ways[plain > max(4 * offset, 2 * eps, 1e-4)]
-        found.tokens = found.computed = 0
-        return found if min(plain, offset) <= self._tolerance() else None
+        way.tokens = way.computed = 0
+        return way if distance <= self._tolerance() else None
 
-    def _distance(
-        self, way: Behind, call: dict[str, Any], ordinary: Callable[..., Any], edited: Tensor, rows: Rows
-    ) -> float:
-        """How far a way is from the ordinary step, for a few tokens on either side of the beginning of a window."""
+    def _few(self, call: dict[str, Any], edited: Tensor, rows: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
+        """A few tokens on either side of the beginning of a window, behind much padding, and before a little."""
         number = rows.prefix_lengths.index(rows.past)
         first = max(rows.first[number], rows.start[number] - _PROBED)
         last = max(rows.start[number] + _PROBED, first + 3)
@@ -299,9 +303,7 @@ class Reach:
         count = max(len(self._locator.rules[name]) for name in self._locator.active)
         width = self._limit or getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
         room = min(_SHIFT, max(0, (width or _SHIFT + len(ids)) - len(ids)))
-        fused = bool(call.get(FUSED))
-        calls = _padded_left(ids, where, count, room), _padded_right(ids, where, count)
-        return max(_distance_behind(way, each, ordinary, fused) for each in calls)
+        return _padded_left(ids, where, count, room), _padded_right(ids, where, count)
 
     def _is_exact_above(self, way: Above, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
         """Compare what the model returns for a few rows, padded on either side."""
@@ -309,7 +311,7 @@ class Reach:
         store = Store(1 << 62)
         expected = ordinary(**few)
         found = [way(few, ordinary, store) for _ in range(2)]  # computed, then held
-        return all(_distance(one, expected) <= self._tolerance() for one in found)
+        return all(_distance(one, expected, ("logits",)) <= self._tolerance() for one in found)
 
     def _tolerance(self) -> float:
         """What rounding may make of a tensor, relative to it; structural differences are far larger."""
@@ -364,26 +366,23 @@ def _two_padded(call: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in few.items() if value is not None}
 
 
-def _distance_behind(way: Behind, call: dict[str, Any], ordinary: Callable[..., Any], fused: bool) -> float:
-    expected, store = ordinary(**call), Store(1 << 62)
+def _distance_behind(way: Behind, call: dict[str, Any], expected: Any) -> float:
+    """How far the logits of tokens with labels are, when their states are computed and when they are held."""
+    store = Store(1 << 62)
     found = []
-    for _ in range(2):  # computed, then held
+    for _ in range(2):
         hidden, _, at = way.final(call, store)
         # what all logits of a token have in common would hide how they differ
         logits = [each - each.mean(-1, keepdim=True) for each in (way.parts.logits(hidden), expected.logits[at])]
         found.append(_apart(*logits))
-    if fused:
-        call = call | {FUSED: True}
-        return max(*found, _distance(way(call, ordinary, store), ordinary(**call)))
-    return max(*found, _apart(way(call, ordinary, store).loss, expected.loss))  # a model may have a loss of its own
+    return max(found)
 
 
-def _distance(found: Any, expected: Any) -> float:
-    """How far the logits of two outputs are, or what else they have of tokens with labels."""
-    if getattr(expected, "logits", None) is not None:
-        return _apart(found.logits, expected.logits)
-    values = {name: value for name, value in expected.items() if value.is_floating_point()}
-    return max(_apart(found[name], value) for name, value in values.items())
+def _distance(found: Any, expected: Any, names: Sequence[str]) -> float:
+    """How far the named values of two outputs are, and what TRL's fused head gives for tokens with labels."""
+    if getattr(expected, "logits", None) is None:
+        names = [name for name, value in expected.items() if value.is_floating_point()]
+    return max(_apart(found[name], expected[name]) for name in names)
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
