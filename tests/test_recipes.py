@@ -10,6 +10,7 @@ from pyreft.errors import ReftError
 from pyreft.tasks.figures import paper_rows
 from pyreft.training.adapters import attach, count, heads_of, make_config
 from pyreft.training.recipes import SHIPPED, decoding_of, read_recipe, recipe_jobs, shipped
+from pyreft.training.settings import check_numbers
 
 
 def jobs(name, **given):
@@ -142,6 +143,11 @@ def test_decoding_is_the_papers():
             "settings: there is no key 'batchsize'. Did you mean 'batch_size'?",
         ),
         ({"suite": "glue", "decoding": {"top-k": 1}}, "decoding: there is no key 'top-k'. Did you mean 'top_k'?"),
+        ({"suite": "instruct", "decoding": {"max_new_tokens": "abc"}}, "max_new_tokens: expected a whole number, got"),
+        ({"suite": "instruct", "decoding": {"num_beams": 0}}, "num_beams: expected 1 or more, got 0"),
+        ({"suite": "instruct", "decoding": {"temperature": 0}}, "temperature: expected a number above 0, got 0"),
+        ({"suite": "instruct", "decoding": {"top_p": 1.5}}, "top_p: expected a number above 0, at most 1, got 1.5"),
+        ({"suite": "instruct", "decoding": 3}, "decoding: expected 'name: value' lines, got 3"),
         ({"suite": "glue", "methods": {"lorft": {}}}, "methods: there is no key 'lorft'. Did you mean 'loreft'?"),
         ({"suite": "glue"}, "methods: expected at least one of loreft, direft, lora"),
         (
@@ -205,6 +211,14 @@ def test_settings_of_another_method(given, message):
     (job,) = jobs("commonsense", **given)
     with pytest.raises(ReftError, match=message):
         make_config(job)
+
+
+def test_glue_generates_nothing(tmp_path):
+    recipe = {"suite": "glue", "decoding": {"top_k": 3}, "methods": {"loreft": {}}}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
+    (job,) = jobs(tmp_path / "mine.yaml", task="rte")
+    with pytest.raises(ReftError, match="decoding: the tasks of GLUE generate nothing"):
+        check_numbers(job)
 
 
 def test_lora_modules_that_are_not_there(tmp_path):

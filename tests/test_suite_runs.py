@@ -97,6 +97,22 @@ def test_lora_beside_it_on_the_same_data(data, tmp_path):
         run("train", "commonsense", *arguments, "--rank", 4, "--resume")
 
 
+def test_a_recipe_of_ones_own_says_how_answers_are_generated(data, tmp_path):
+    mine, out = tmp_path / "mine.yaml", tmp_path / "mine"
+    mine.write_text("suite: commonsense\ndecoding: {max_new_tokens: 3}\nmethods: {loreft: {positions: l1}}\n")
+    run("train", mine, *options(data_dir=data, output=out, epochs=1, limit=4, **FAST))
+    assert json.loads((out / "recipe.json").read_text())["decoding"] == {"max_new_tokens": 3}
+    tokenizer = pocket.load()[1]
+
+    def longest(*given):
+        command = ("eval", out, "--suite", "commonsense", "--data-dir", data, "--task", "boolq")
+        run(*command, "--output", tmp_path / "answers", *given)
+        rows = json.loads((tmp_path / "answers" / "boolq.json").read_text())
+        return max(len(tokenizer(row["output"], add_special_tokens=False)["input_ids"]) for row in rows)
+
+    assert longest() <= longest("--greedy") <= 3 < longest("--max-new-tokens", 9)
+
+
 def test_arithmetic_is_drawn_and_searched_or_greedy(data, tmp_path):
     out = tmp_path / "direft"
     arguments = options(data_dir=data, output=out, method="direft", epochs=1, lr=0.01, limit=8, **FAST)

@@ -56,7 +56,7 @@ def evaluate(
     from pyreft.tasks.evaluate import columns
     from pyreft.tasks.evaluate import evaluate as score
 
-    decoding = _decoding(suite, greedy=greedy, max_new_tokens=max_new_tokens)
+    decoding = _decoding(adapter, suite, greedy=greedy, max_new_tokens=max_new_tokens)
     shown = not (quiet or as_json)
     with progress_bar("Answering", shown=shown, unit="questions") as move:
         result = score(
@@ -81,14 +81,14 @@ def evaluate(
         console.print(f"The answers are in {output}.", markup=False)
 
 
-def _decoding(suite: str, *, greedy: bool, max_new_tokens: int | None) -> dict[str, Any] | None:
+def _decoding(adapter: str, suite: str, *, greedy: bool, max_new_tokens: int | None) -> dict[str, Any] | None:
     """The recipe's way of generating with what the command changes; none where nothing is changed or generated."""
     from pyreft.tasks.suites import GLUE, check_suite
-    from pyreft.training.recipes import decoding_of
+    from pyreft.training.record import read_decoding
 
     if check_suite(suite, "eval") == GLUE or not (greedy or max_new_tokens):
         return None
-    decoding = decoding_of(suite)
+    decoding = read_decoding(adapter, suite)
     if greedy:
         for name in ("temperature", "top_p", "top_k", "num_beams"):
             decoding.pop(name, None)

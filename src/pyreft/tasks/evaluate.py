@@ -16,8 +16,7 @@ from ..data.encode import context_length, token_ids
 from ..errors import ReftError
 from ..training.adapters import count_saved, title
 from ..training.classify import answers, encode_pairs, score
-from ..training.recipes import decoding_of
-from ..training.record import read_record
+from ..training.record import read_decoding, read_record
 from .answers import same
 from .figures import paper_row
 from .glue import TASKS, Pair, Task, find_task, read, split_validation
@@ -52,7 +51,7 @@ def evaluate(
         model: the base model, if not the one that the adapter remembers.
         dtype: of the base model, see `base.load_base`; by default as in training.
         limit: only the first so many questions of each task.
-        decoding: arguments of `generate`, instead of those of the suite's recipe.
+        decoding: arguments of `generate`, instead of those of the adapter's own recipe, or of the suite's shipped one.
         seed: for drawn tokens. How GLUE's validation set is parted, the adapter's own record says.
         output: a directory for the answers, a JSON file for each task; those of `instruct` as AlpacaEval takes them.
         progress: called with how many questions are done and how many there are.
@@ -77,7 +76,7 @@ def evaluate(
         check_language_model(model or base_of(place))
         questions = {task: chosen.questions(task, data_dir, limit) for task in tasks or chosen.tasks}
         adapted, tokenizer = load_adapted(place, model, dtype or read_record(place).get("dtype", "auto"))
-        wanted = decoding_of(suite) if decoding is None else decoding
+        wanted = read_decoding(place, suite) if decoding is None else decoding
         _check_room(adapted, tokenizer, questions, wanted)
         set_seed(seed)
         texts = _texts(adapted, tokenizer, questions, wanted, batch_size, progress)

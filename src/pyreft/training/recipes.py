@@ -12,18 +12,14 @@ from ..base import read_model_config
 from ..errors import ReftError, did_you_mean
 from ..tasks.glue import TASKS, find_task
 from ..tasks.suites import GLUE, check_suite
-from .settings import METHODS, TrainingJob
+from .settings import METHODS, TrainingJob, check_decoding
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 LARGE_LAYERS = 18  # an encoder of so many layers takes the settings of RoBERTa large
 _SIZES = ("base", "large")
 _KEYS = ("suite", "settings", "decoding", "methods")
-_DECODING = (
-    *("max_new_tokens", "max_length", "temperature", "top_p", "top_k", "num_beams"),
-    *("no_repeat_ngram_size", "repetition_penalty"),
-)
-# what a job gets from the command or the recipe's name, never from a recipe's settings
-_NOT_SETTINGS = ("data", "output", "suite", "method", "task", "validation", "validation_split", "format")
+# what a job gets from the command or from elsewhere in the recipe, never from a recipe's settings
+_NOT_SETTINGS = ("data", "output", "suite", "method", "task", "validation", "validation_split", "format", "decoding")
 
 
 def shipped() -> list[str]:
@@ -68,6 +64,7 @@ def recipe_jobs(name: str | Path, given: dict[str, Any]) -> list[TrainingJob]:
     """
     recipe = read_recipe(name)
     suite, method = recipe["suite"], given.get("method") or "loreft"
+    settings = recipe["settings"] | {"decoding": recipe["decoding"] or None}
     if method not in recipe["methods"]:
         known = ", ".join(recipe["methods"])
         raise ReftError(f"method: {name} has {known}, got {method!r}.{did_you_mean(method, recipe['methods'])}")
@@ -79,7 +76,7 @@ def recipe_jobs(name: str | Path, given: dict[str, Any]) -> list[TrainingJob]:
     if suite != GLUE:
         if given.get("task"):
             raise ReftError(f"task: one adapter is trained for all of {suite}; name tasks in `pyreft eval`.")
-        return [_job(name, recipe["settings"], recipe["methods"][method], given, common)]
+        return [_job(name, settings, recipe["methods"][method], given, common)]
     config = read_model_config(given.get("model"))
     size = "large" if getattr(config, "num_hidden_layers", 0) >= LARGE_LAYERS else "base"
     block = dict(recipe["methods"][method])
@@ -88,7 +85,7 @@ def recipe_jobs(name: str | Path, given: dict[str, Any]) -> list[TrainingJob]:
     return [
         _job(
             name,
-            recipe["settings"],
+            settings,
             block | sized.get(task, {}),
             given,
             common | {"task": task, "output": place or f"{output}/{task}"},
@@ -99,7 +96,7 @@ def recipe_jobs(name: str | Path, given: dict[str, Any]) -> list[TrainingJob]:
 
 def decoding_of(suite: str) -> dict[str, Any]:
     """How the shipped recipe of a suite generates answers, as arguments of `generate`."""
-    return dict(read_recipe(suite).get("decoding", {}))
+    return dict(read_recipe(suite)["decoding"])
 
 
 def _job(name: Any, shared: dict, method: dict, given: dict[str, Any], common: dict[str, Any]) -> TrainingJob:
@@ -114,7 +111,7 @@ def _check(recipe: Any, where: str) -> None:
     settings = [field.name for field in fields(TrainingJob) if field.name not in _NOT_SETTINGS]
     recipe["settings"] = recipe.get("settings") or {}
     _known(recipe["settings"], settings, f"{where}: settings")
-    _known(recipe.get("decoding", {}), _DECODING, f"{where}: decoding")
+    recipe["decoding"] = check_decoding(recipe.get("decoding", {}), f"{where}: decoding")
     _known(recipe.get("methods", {}), METHODS, f"{where}: methods")
     if not recipe.get("methods"):
         raise ReftError(f"{where}: methods: expected at least one of {', '.join(METHODS)}.")

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..checkpoint import read_config_data
 from ..errors import ReftError
-from .settings import TrainingJob
+from .recipes import decoding_of
+from .settings import TrainingJob, check_decoding
 
 FILE = "recipe.json"
 _NOT_KEPT = ("output", "resume", "overwrite", "reach_directory", "reach_memory")
@@ -37,6 +38,18 @@ def read_record(directory: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error:
         raise ReftError(f"{path}: the file is damaged, it is not JSON ({error}).") from None
     return record if isinstance(record, dict) else {}
+
+
+def read_decoding(directory: str | os.PathLike, suite: str) -> dict[str, Any]:
+    """Return how an adapter generates answers to a suite: as its own recipe says, else as the suite's shipped one.
+
+    Raises:
+        ReftError: the record is damaged.
+    """
+    record = read_record(directory)
+    if record.get("suite") == suite and record.get("decoding"):
+        return check_decoding(record["decoding"], f"{Path(directory) / FILE}: decoding")
+    return decoding_of(suite)
 
 
 def read_format(directory: str | os.PathLike) -> Any:

@@ -14,6 +14,9 @@ from ..errors import ReftError, did_you_mean
 # the paper's names, and the formula that each stands for; LoRA is here to be compared with
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
 LORA = "lora"
+# what `generate` may be told: whole numbers with the least that can be, and numbers above 0
+_COUNTS = {"max_new_tokens": 1, "max_length": 1, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0}
+_DECODING = (*_COUNTS, "temperature", "top_p", "repetition_penalty")
 
 
 @dataclass
@@ -26,6 +29,7 @@ class TrainingJob:
             `training.recipes.recipe_jobs`.
         suite, task, data_dir: the suite, its task if it is GLUE, and the directory of its data; the hub if not given.
         limit: train on the first so many examples of the suite.
+        decoding: how an evaluation on the suite generates answers, if not as its shipped recipe; see `check_decoding`.
         model: the base model, see `base.load_base`.
         method: `loreft`, `direft` (of the paper: the formula `nodireft`) or `lora`; else as `intervention` says.
         layers, positions, component, intervention, rank, share_weights, dropout: see `ReftConfig`; `rank` and `dropout`
@@ -51,6 +55,7 @@ class TrainingJob:
     task: str | None = None
     data_dir: str | None = None
     limit: int | None = None
+    decoding: dict[str, Any] | None = None
     model: str | None = None
     method: str | None = None
     layers: str = "all"
@@ -99,6 +104,30 @@ class TrainingJob:
         return cls(**{name: _read(value, known[name], f"{where}: {name}") for name, value in settings.items()})
 
 
+def check_decoding(values: Any, where: str) -> dict[str, Any]:
+    """Return arguments of `generate` as their types ask for.
+
+    Raises:
+        ReftError: one that is not known here, or a value that it cannot have.
+    """
+    if not isinstance(values, dict):
+        raise ReftError(f"{where}: expected 'name: value' lines, got {values!r}.")
+    read = {}
+    for name, value in values.items():
+        if name not in _DECODING:
+            raise ReftError(f"{where}: there is no key {name!r}.{did_you_mean(name, _DECODING)}")
+        read[name] = number = _read(value, int if name in _COUNTS else float, f"{where}: {name}")
+        if name in _COUNTS:
+            fits, expected = number >= _COUNTS[name], f"{_COUNTS[name]} or more"
+        elif name == "top_p":
+            fits, expected = 0 < number <= 1, "a number above 0, at most 1"
+        else:
+            fits, expected = number > 0, "a number above 0"
+        if not fits:
+            raise ReftError(f"{where}: {name}: expected {expected}, got {value!r}.")
+    return read
+
+
 def check_numbers(job: TrainingJob) -> None:
     """Refuse numbers that no training can have, and settings that contradict each other."""
     for name in ("epochs", "lr", "batch_size", "gradient_accumulation", "save_steps", "alpha", "limit"):
@@ -115,9 +144,11 @@ def check_numbers(job: TrainingJob) -> None:
         raise ReftError(
             f"method: expected {', '.join(METHODS)}, got {job.method!r}.{did_you_mean(job.method, METHODS)}"
         )
-    for name in ("task", "data_dir", "limit"):
+    for name in ("task", "data_dir", "limit", "decoding"):
         if job.suite is None and getattr(job, name) is not None:
             raise ReftError(f"{name}: it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.")
+    if job.suite == "glue" and job.decoding:
+        raise ReftError("decoding: the tasks of GLUE generate nothing; leave it out.")
     check_logger(job.report_to)
     if job.validation and job.validation_split:
         raise ReftError("validation: give a file or `validation_split`, not both.")
@@ -145,6 +176,8 @@ def _read(value: Any, kind: Any, where: str) -> Any:
         return None
     if where.endswith((": layers", ": target_modules")):
         return ";".join(map(str, value)) if isinstance(value, list) else str(value)
+    if where.endswith(": decoding"):
+        return check_decoding(value, where)
     if bool in kinds:
         if isinstance(value, bool):
             return value
