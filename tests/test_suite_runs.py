@@ -251,7 +251,7 @@ def test_an_encoder_cannot_generate(data, tmp_path):
 def test_an_encoders_adapter_cannot_be_asked_to_generate(data, tmp_path):
     few = TINY | {"epochs": 1, "limit": 8}
     run("train", "glue", *options(model=data / "encoder", data_dir=data, output=tmp_path / "a", task="rte", **few))
-    with pytest.raises(ReftError, match=r"expected a causal language model, .* holds a RobertaForMaskedLM"):
+    with pytest.raises(ReftError, match=r"a: this is a classifier's adapter, for rte; it cannot be asked to generate"):
         evaluate(tmp_path / "a", "commonsense", data)
     with pytest.raises(ReftError, match="is an adapter for rte, got stsb"):
         evaluate(tmp_path / "a", "glue", data, tasks=["stsb"])
@@ -260,6 +260,25 @@ def test_an_encoders_adapter_cannot_be_asked_to_generate(data, tmp_path):
         evaluate(tmp_path / "a", "glue", data)
     with pytest.raises(ReftError, match="its classifier was not trained for 3 outputs"):
         evaluate(tmp_path / "a", "glue", data, tasks=["mnli"])
+
+
+@pytest.mark.parametrize("method", ["loreft", "lora"])
+def test_a_classifiers_adapter_of_a_language_model_cannot_be_asked_to_generate(data, tmp_path, method):
+    few, out = TINY | {"epochs": 1, "limit": 8, "positions": "l16"}, tmp_path / "a"
+    if method == "lora":
+        few = {name: value for name, value in few.items() if name != "positions"} | {"target_modules": "q_proj"}
+    run("train", "glue", *options(data_dir=data, output=out, task="rte", method=method, **few))
+    told = r"a: this is a classifier's adapter, for rte; it cannot be asked to generate. To use it, `pyreft eval"
+    for command in (
+        ("eval", out, "--suite", "commonsense", "--data-dir", data),
+        ("generate", "--adapter", out, "--prompt", "a"),
+        *([("inspect", out, "--text", "a", "--output", tmp_path / "page")] if method == "loreft" else []),
+    ):
+        with pytest.raises(ReftError, match=told):
+            run(*command)
+    (out / "recipe.json").unlink()
+    with pytest.raises(ReftError, match=r"a: this is a classifier's adapter; it cannot .* for sequence classification"):
+        run("generate", "--adapter", out, "--prompt", "a")
 
 
 def test_a_language_models_adapter_has_no_classifier(data, commonsense):

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, TaskType
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -86,12 +87,15 @@ def load_adapted(
         labels: see `load_base`.
 
     Raises:
-        ReftError: a damaged adapter, a base model that is gone or another one, or a classifier that is not there.
+        ReftError: a damaged adapter, a base model that is gone or another one, a classifier that is not there, or one
+            where a language model is wanted.
     """
     name = name or base_of(adapter)
     shapes = read_shapes(adapter)  # a damaged file is told before a large model is loaded
     kind = read_config_data(adapter)
-    if labels is not None:
+    if labels is None:
+        check_generates(adapter)
+    else:
         _check_head(adapter, kind.get("modules_to_save") or (), shapes, labels)
     model, tokenizer = load_base(name, dtype, labels)
     if kind.get("peft_type") == ReftPeftType.REFT.value:
@@ -128,6 +132,25 @@ def check_adapter(adapter: str | os.PathLike, name: str | None = None) -> None:
     if expected is not None and expected not in found:
         raise ReftError(
             f"{adapter}: the adapter does not fit {name!r}, which has {shape_differences(expected, found[0])}."
+        )
+
+
+def check_generates(adapter: str | os.PathLike) -> None:
+    """Refuse the adapter of a classifier, which was trained together with a head that a language model does not have.
+
+    Raises:
+        ReftError: it is one, with its task as far as the record beside it says it.
+    """
+    from .training.record import read_record  # which needs base models itself
+
+    data, task = read_config_data(adapter), read_record(adapter).get("task")
+    saved = data.get("modules_to_save") or ()
+    head = saved and (task or any(name in saved for name in SEQ_CLS_HEAD_NAMES))
+    if head or data.get("task_type") == TaskType.SEQ_CLS:
+        how = f"`pyreft eval {adapter} --suite glue`" if task else "load it with a model for sequence classification"
+        raise ReftError(
+            f"{adapter}: this is a classifier's adapter{f', for {task}' if task else ''}; it cannot be asked to "
+            f"generate. To use it, {how}."
         )
 
 

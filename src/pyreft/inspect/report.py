@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ..base import base_of, check_language_model, load_adapted, load_tokenizer
+from ..base import base_of, check_generates, check_language_model, load_adapted, load_tokenizer
 from ..checkpoint import read_config, read_shapes
 from ..config import shape_differences
 from ..data.encode import context_length
@@ -157,6 +157,8 @@ def _checked_rows(
 ) -> list[Row]:
     """Check all that can be checked without the model; return what to look at."""
     config = read_config(adapter)
+    for directory in [adapter] if compare is None else [adapter, compare]:
+        check_generates(directory)
     read_shapes(adapter)
     if compare is not None:
         _check_alike(adapter, compare)

@@ -10,7 +10,7 @@ import torch
 from transformers import set_seed
 
 from ..answers import generate_answers
-from ..base import base_of, check_adapter, check_language_model, load_adapted
+from ..base import base_of, check_adapter, check_generates, check_language_model, load_adapted
 from ..checkpoint import is_adapter
 from ..data.encode import context_length, token_ids
 from ..errors import ReftError
@@ -72,6 +72,7 @@ def evaluate(
         place, adapted, results = _run_glue(Path(adapter), data_dir, tasks, model, dtype, batch_size, limit, progress)
     else:
         chosen, place = GENERATED[suite], Path(adapter)
+        check_generates(place)
         check_adapter(place, model)
         check_language_model(model or base_of(place))
         questions = {task: chosen.questions(task, data_dir, limit) for task in tasks or chosen.tasks}
