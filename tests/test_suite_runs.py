@@ -332,6 +332,15 @@ def test_lora_cannot_be_planned(tmp_path):
         run("plan", "--config", tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize("setting", ["data: a.jsonl", "task: boolq", "format: chat"])
+def test_what_a_suite_decides_is_refused_beside_it(data, tmp_path, setting):
+    (tmp_path / "a.yaml").write_text(f"suite: commonsense\n{setting}\n")
+    arguments = ("--config", tmp_path / "a.yaml", "--data-dir", data, "--output", tmp_path / "out")
+    with pytest.raises(ReftError, match=f"^{setting.split(':')[0]}: the suite commonsense decides it; leave it out"):
+        run("train", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -10,6 +10,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from ..config import DEFAULT_POSITIONS
 from ..data.files import FORMATS, Format
 from ..errors import ReftError, did_you_mean
+from ..tasks.suites import GLUE, check_suite
 
 # the paper's names, and the formula that each stands for; LoRA is here to be compared with
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
@@ -147,7 +148,12 @@ def check_numbers(job: TrainingJob) -> None:
     for name in ("task", "data_dir", "limit", "decoding"):
         if job.suite is None and getattr(job, name) is not None:
             raise ReftError(f"{name}: it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.")
-    if job.suite == "glue" and job.decoding:
+    if job.suite is not None:
+        check_suite(job.suite, "train")
+        for name in ("data", "format", *(() if job.suite == GLUE else ("task",))):
+            if getattr(job, name) is not None:
+                raise ReftError(f"{name}: the suite {job.suite} decides it; leave it out, or `suite`.")
+    if job.suite == GLUE and job.decoding:
         raise ReftError("decoding: the tasks of GLUE generate nothing; leave it out.")
     check_logger(job.report_to)
     if job.validation and job.validation_split:
