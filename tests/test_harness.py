@@ -190,6 +190,26 @@ def test_lm_evals_own_command_line(emoji_adapter, tasks):
     assert "|emoji_choice|" in done.stdout.replace(" ", "")
 
 
+@pytest.mark.slow  # lm-eval reads all its tasks
+def test_an_adapter_that_is_not_there_is_told_in_a_line(tasks):
+    command = [sys.executable, "-m", "pyreft.harness", "run", "--model", "reft", "--tasks", "emoji_choice"]
+    command += ["--model_args", "adapter=nope", "--include_path", str(tasks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pyreft: nope: expected an adapter's directory" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["pyreft/there-is-none", "json"])
+def test_data_that_cannot_be_loaded_is_told(emoji_adapter, tmp_path, monkeypatch, place):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    task = TASK.format(file=tmp_path / "gone.jsonl").replace("dataset_path: json", f"dataset_path: {place}")
+    (tmp_path / "task.yaml").write_text(task)
+    with pytest.raises(ReftError, match=r"^tasks: lm-eval could not load the data of emoji_choice \(.+\)\.$"):
+        evaluate(emoji_adapter, ["emoji_choice"], include_path=tmp_path)
+
+
 def test_what_cannot_be_evaluated_says_so(tokenizer, tasks):
     with pytest.raises(ReftError, match="expected adapter=<directory>, or an adapted model, got None"):
         ReftLM()

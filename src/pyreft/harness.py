@@ -8,6 +8,7 @@ the prompt ends. `ReftLM` hands it over: `l1` is the last token of the context, 
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,7 @@ def evaluate(
         **settings: see `lm_eval.simple_evaluate`.
 
     Raises:
-        ReftError: an unknown task, or an adapter that cannot be loaded.
+        ReftError: an unknown task, one whose data cannot be loaded, or an adapter that cannot be.
     """
     if include_path is not None and not Path(include_path).is_dir():
         raise ReftError(f"include_path: expected a directory of tasks, {include_path} is none.")
@@ -157,12 +158,22 @@ def evaluate(
         lm = ReftLM(pretrained=adapter, tokenizer=tokenizer, batch_size=batch_size)
     else:
         lm = ReftLM(adapter, model, tokenizer=tokenizer, batch_size=batch_size)
-    return simple_evaluate(
-        lm, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot, **settings
-    )
+    try:
+        return simple_evaluate(
+            lm, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot, **settings
+        )
+    except OSError as error:
+        if error.errno is not None:  # of this machine, not of the hub
+            raise
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ReftError(f"tasks: lm-eval could not load the data of {', '.join(tasks)} ({first}).") from None
 
 
 if __name__ == "__main__":  # lm-eval has no way to name a module that brings a model
     from lm_eval.__main__ import cli_evaluate
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except ReftError as error:
+        print(f"pyreft: {error}", file=sys.stderr)
+        sys.exit(2)
