@@ -231,6 +231,16 @@ def test_the_command(emoji_adapter, tasks):
     row = next(line for line in shown.output.splitlines() if "emoji_choice" in line)
     assert {"acc", "1.0000"} <= set(row.replace("│", " ").split())
     assert json.loads(CliRunner().invoke(app, [*given, "--json"]).stdout)["emoji_choice"]["acc"] == 1
+    quiet = CliRunner().invoke(app, [*given, "--quiet"])
+    assert (quiet.stderr, "1.0000" in quiet.stdout) == ("", True)
+    with pytest.raises(ReftError, match="dtype: expected auto, float32"):
+        CliRunner().invoke(app, [*given, "--dtype", "float23"], catch_exceptions=False)
+    for other in (["--seed", "42"], ["--greedy"], ["--task", "a"], ["--data-dir", "."], ["--max-new-tokens", "3"]):
+        result = CliRunner().invoke(app, [*given, *other])
+        assert result.exit_code == 2
+        assert f"{other[0]}: --tasks has no such option; leave it out." in result.output
+    result = CliRunner().invoke(app, ["eval", str(emoji_adapter), "--suite", "commonsense", "--include-path", "."])
+    assert "--include-path: --suite has no such option; leave it out." in result.output
     for both_or_none in ([], ["--tasks", "piqa", "--suite", "glue"]):
         result = CliRunner().invoke(app, ["eval", str(emoji_adapter), *both_or_none])
         assert result.exit_code == 2

@@ -128,6 +128,7 @@ def evaluate(
     tasks: Sequence[str],
     *,
     model: str | None = None,
+    dtype: str | None = None,
     tokenizer: Any = None,
     include_path: str | os.PathLike | None = None,
     batch_size: int | str = 16,
@@ -141,6 +142,7 @@ def evaluate(
         adapter: an adapter's directory, or an adapted model, with its `tokenizer`.
         tasks: their names, as `lm_eval ls tasks` lists them.
         model: the base model, if not the one that the adapter remembers.
+        dtype: of the base model, see `base.load_base`; by default `"auto"`. An adapted model has its own.
         include_path: a directory with tasks of one's own, as YAML.
         limit: how many questions of each task, or below 1 which share of them.
         num_fewshot: how many examples to show before each question, if not what the task says.
@@ -157,7 +159,7 @@ def evaluate(
     if isinstance(adapter, torch.nn.Module):
         lm = ReftLM(pretrained=adapter, tokenizer=tokenizer, batch_size=batch_size)
     else:
-        lm = ReftLM(adapter, model, tokenizer=tokenizer, batch_size=batch_size)
+        lm = ReftLM(adapter, model, dtype=dtype or "auto", tokenizer=tokenizer, batch_size=batch_size)
     try:
         return simple_evaluate(
             lm, tasks=list(tasks), task_manager=manager, limit=limit, num_fewshot=num_fewshot, **settings

@@ -12,6 +12,7 @@ Option = typer.Option
 
 
 def evaluate(
+    context: typer.Context,
     adapter: Annotated[str, typer.Argument(help="The adapter's directory; of GLUE perhaps one with all its adapters.")],
     suite: Annotated[str | None, Option(help="commonsense, arithmetic, instruct or glue.")] = None,
     tasks: Annotated[str | None, Option(help="Or tasks of lm-eval, as arc_easy,piqa; needs pyreft[eval].")] = None,
@@ -40,14 +41,17 @@ def evaluate(
     """Score an adapter on a suite of the paper and show the paper's row beside it, or on tasks of lm-eval."""
     if (suite is None) == (tasks is None):
         raise typer.BadParameter("expected one of the two.", param_hint="--suite / --tasks")
+    _check_options(context, "suite" if tasks is None else "tasks")
     if tasks is not None:
         harness.print_tasks(
             adapter,
             [name.strip() for name in tasks.split(",")],
             model=model,
+            dtype=dtype,
             include_path=include_path,
             batch_size=batch_size,
             limit=limit,
+            quiet=quiet,
             as_json=as_json,
         )
         return
@@ -79,6 +83,22 @@ def evaluate(
     _show(result, columns(suite))
     if output:
         console.print(f"The answers are in {output}.", markup=False)
+
+
+_OF_THE_OTHER = {
+    "suite": ("include_path",),
+    "tasks": ("data_dir", "task", "greedy", "max_new_tokens", "seed", "output"),
+}
+
+
+def _check_options(context: typer.Context, chosen: str) -> None:
+    """Refuse options that only the other kind of evaluation has."""
+    for name in _OF_THE_OTHER[chosen]:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name != "DEFAULT":
+            raise typer.BadParameter(
+                f"--{chosen} has no such option; leave it out.", param_hint=f"--{name.replace('_', '-')}"
+            )
 
 
 def _decoding(adapter: str, suite: str, *, greedy: bool, max_new_tokens: int | None) -> dict[str, Any] | None:

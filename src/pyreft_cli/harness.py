@@ -1,6 +1,8 @@
 """`pyreft eval --tasks`: lm-eval's tasks on an adapter."""
 
+import io
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 
 from rich.table import Table
@@ -13,25 +15,33 @@ def print_tasks(
     tasks: Sequence[str],
     *,
     model: str | None = None,
+    dtype: str | None = None,
     include_path: Path | None = None,
     batch_size: int = 16,
     limit: float | None = None,
     num_fewshot: int | None = None,
+    quiet: bool = False,
     as_json: bool = False,
 ) -> None:
-    """Run tasks of lm-eval on an adapter and print what each measures; see `pyreft.harness.evaluate`."""
+    """Run tasks of lm-eval on an adapter and print what each measures; see `pyreft.harness.evaluate`.
+
+    Args:
+        quiet: without lm-eval's own bars and notices.
+    """
     hush()
     from pyreft.harness import evaluate
 
-    results = evaluate(
-        adapter,
-        tasks,
-        model=model,
-        include_path=include_path,
-        batch_size=batch_size,
-        limit=limit,
-        num_fewshot=num_fewshot,
-    )["results"]
+    with redirect_stderr(io.StringIO()) if quiet else nullcontext():
+        results = evaluate(
+            adapter,
+            tasks,
+            model=model,
+            dtype=dtype,
+            include_path=include_path,
+            batch_size=batch_size,
+            limit=limit,
+            num_fewshot=num_fewshot,
+        )["results"]
     table = Table()
     for name in ("task", "measure", "value", "± standard error"):
         table.add_column(name)
