@@ -326,6 +326,19 @@ def test_messages_name_options_as_they_are_typed(command, message, typed):
     assert as_typed(message, typer.main.get_command(app).commands[command].params) == typed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "a", "--suite", "commonsense", "--max-new-tokens", 0), "Invalid value for '--max-new-tokens'"),
+        (("eval", "a", "--suite", "commonsense", "--seed", -1), "Invalid value for '--seed'"),
+        (("generate", "--adapter", "a", "--prompt", "a", "--seed", -1), "Invalid value for '--seed'"),
+        (("generate", "--adapter", "a", "--prompt", "a", "--seed", 2**32), "Invalid value for '--seed'"),
+    ],
+)
+def test_numbers_that_cannot_be(arguments, message):
+    assert message in run(*arguments, status=2).stderr
+
+
 def test_the_version():
     assert run("--version").stdout.strip() == pyreft.__version__
 

@@ -30,7 +30,7 @@ def generate(
     batch_size: Annotated[int, Option(help="Prompts answered at once.", min=1)] = 16,
     max_new_tokens: MaxNewTokens = 64,
     temperature: Temperature = 0.0,
-    seed: Annotated[int, Option(help="Seed for drawn tokens.")] = 42,
+    seed: Annotated[int, Option(help="Seed for drawn tokens.", min=0, max=2**32 - 1)] = 42,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

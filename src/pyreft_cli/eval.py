@@ -30,8 +30,10 @@ def evaluate(
     greedy: Annotated[
         bool, Option("--greedy", help="Take the likeliest token each time, whatever the recipe.")
     ] = False,
-    max_new_tokens: Annotated[int | None, Option(help="The most tokens of an answer.  [default: the recipe's]")] = None,
-    seed: Annotated[int, Option(help="Seed for drawn tokens.")] = 42,
+    max_new_tokens: Annotated[
+        int | None, Option(help="The most tokens of an answer.  [default: the recipe's]", min=1)
+    ] = None,
+    seed: Annotated[int, Option(help="Seed for drawn tokens.", min=0, max=2**32 - 1)] = 42,
     output: Annotated[
         Path | None, Option(help="A directory for the answers; those of instruct as AlpacaEval takes them.")
     ] = None,
