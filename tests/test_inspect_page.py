@@ -197,6 +197,7 @@ def test_the_command_prints_json_and_nothing_else(saved, tmp_path, monkeypatch):
         ((), "give a --text or a --data file"),
         (("--text", "a", "--data", "b.txt"), "not both"),
         (("--text", "a", "--strengths", "strong"), "expected numbers such as '0;0.5;1', got 'strong'"),
+        (("--text", "a", "--strengths", "0;nan"), "expected numbers such as '0;0.5;1', got '0;nan'"),
         (("--text", "a", "--output", "file"), "file is a file, not a directory"),
     ],
 )

@@ -180,6 +180,8 @@ def test_what_is_not_there_to_record():
         edit_sizes(record_edits(model, ROWS), None, 3)
     with pytest.raises(pyreft.ReftError, match="expected rows with answers"):
         loss_by_strength(model, ROWS)
+    with pytest.raises(pyreft.ReftError, match="strengths: expected finite numbers, got 0, nan"):
+        loss_by_strength(model, ROWS, [0, float("nan")])
     without = tiny_gpt2({"layer": 1, "intervention": "bias"})
     with pytest.raises(pyreft.ReftError, match="The adapter has no position rule"):
         record_edits(without, ROWS)

@@ -1,5 +1,6 @@
 """`pyreft inspect`: an adapter looked at from all sides, as a page, pictures and numbers."""
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -124,6 +125,6 @@ def _read_strengths(text: str) -> list[float]:
         strengths = [float(part) for part in text.replace(",", ";").split(";") if part.strip()]
     except ValueError:
         strengths = []
-    if not strengths:
+    if not strengths or not all(map(math.isfinite, strengths)):
         raise typer.BadParameter(f"expected numbers such as '0;0.5;1', got {text!r}.", param_hint="--strengths")
     return strengths

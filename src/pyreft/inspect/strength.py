@@ -4,6 +4,7 @@ Either the loss on given answers against s, or, where there are prompts alone, t
 base model's and the adapter's own answers are.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ def loss_by_strength(
     """Return the loss of a causal language model on rows with answers, at each strength of its active adapters.
 
     Raises:
-        ReftError: no strengths, or rows without answers.
+        ReftError: no strengths, one that is not finite, or rows without answers.
     """
     _check(strengths)
     if not rows or not all("labels" in row and max(row["labels"][1:], default=IGNORED) >= 0 for row in rows):
@@ -92,7 +93,7 @@ def answers_by_strength(
         progress: called after each strength with how many are done, and of how many.
 
     Raises:
-        ReftError: no strengths, or a tokenizer without a padding token.
+        ReftError: no strengths, one that is not finite, or a tokenizer without a padding token.
     """
     _check(strengths)
     if tokenizer.pad_token_id is None:
@@ -123,3 +124,5 @@ def _answered(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> lis
 def _check(strengths: Sequence[float]) -> None:
     if not len(strengths):
         raise ReftError("strengths: expected at least one number, got none.")
+    if not all(map(math.isfinite, strengths)):
+        raise ReftError(f"strengths: expected finite numbers, got {', '.join(map(str, strengths))}.")
