@@ -171,6 +171,11 @@ def test_the_command_writes_a_page_that_stands_alone(saved, tmp_path):
     assert not re.search(r"https?:|<script|<link|url\(", page)
     assert "&lt;b&gt;1 &amp; 2&lt;/b&gt; for $3 a 🐳?" in page
     assert "<title>number 0, inspected</title>" in page
+    (tmp_path / "out" / "inspect-own.png").write_bytes(PNG)
+    run(saved[0], "--text", "a", "--strengths", "1", "--max-new-tokens", 2, "--output", tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    own = {"inspect.html", "inspect-sizes-1.png", "inspect-directions.png", "inspect-strength.png"}
+    assert names == {"inspect-own.png", *own}
 
 
 def test_the_command_prints_json_and_nothing_else(saved, tmp_path, monkeypatch):

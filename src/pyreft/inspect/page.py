@@ -16,6 +16,7 @@ from .sizes import EditSizes
 
 SHOWN = 3  # texts with a heat map of their own
 NAME = "inspect"
+_NAMES = (*(f"sizes-{number}" for number in range(1, SHOWN + 1)), "sizes-mean", "directions", "strength", "comparison")
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #30343b; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
@@ -47,12 +48,16 @@ def draw(inspection: Inspection) -> dict[str, bytes]:
 def write_page(inspection: Inspection, directory: str | Path) -> list[Path]:
     """Write `inspect.html` and the pictures, `inspect-….png`, into a directory; return the paths, the page first.
 
+    Those of an earlier run are removed.
+
     Raises:
         ReftError: matplotlib is not installed.
     """
     pictures = draw(inspection)
     target = Path(directory)
     target.mkdir(parents=True, exist_ok=True)
+    for name in _NAMES:
+        (target / f"{NAME}-{name}.png").unlink(missing_ok=True)
     paths = [target / f"{NAME}.html"]
     paths[0].write_text(page(inspection, pictures), encoding="utf-8")
     for name, picture in pictures.items():
