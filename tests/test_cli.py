@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import typer
@@ -17,6 +18,7 @@ from pyreft import pocket
 from pyreft.checkpoint import read_config
 from pyreft.interventions import INTERVENTIONS
 from pyreft.positions import Positions
+from pyreft.training.settings import TrainingJob
 from pyreft_cli.app import app, as_typed
 from pyreft_cli.config import check_positions
 
@@ -303,6 +305,13 @@ def test_the_help_names_every_formula():
     ]
 
 
+def test_a_config_file_takes_the_options_above_it():
+    names = [option.name for option in typer.main.get_command(app).commands["train"].params if option.name != "recipe"]
+    above = names[: names.index("config")]
+    assert set(above) <= {field.name for field in fields(TrainingJob)}
+    assert "any of the options above" in " ".join(run("train", "--help").stdout.split())
+
+
 @pytest.mark.parametrize(
     ("command", "message", "typed"),
     [
@@ -313,7 +322,7 @@ def test_the_help_names_every_formula():
         ("train", "out: pass `overwrite` or `resume`.", "out: pass --overwrite or --resume."),
         ("train", "train: lr: expected a number.", "train: --lr: expected a number."),
         ("train", "train: the setting 'output' is missing.", "train: the setting --output is missing."),
-        ("eval", "eval: suite: expected a, got 'b'.", "eval: --suite: expected a, got 'b'."),
+        ("eval", "suite: expected a, got 'b'.", "--suite: expected a, got 'b'."),
         ("generate", "model: none could be loaded.", "--model: none could be loaded."),
         ("study", "positions: expected f<n>.", "positions: expected f<n>."),  # it has no such option
         ("eval", "adapter: it is an argument.", "adapter: it is an argument."),

@@ -344,7 +344,7 @@ def test_what_a_suite_decides_is_refused_beside_it(data, tmp_path, setting):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("eval", ".", "--suite", "comonsense"), "suite: expected .*, got 'comonsense'. Did you mean 'commonsense'"),
+        (("eval", ".", "--suite", "comonsense"), "^suite: expected .*, got 'comonsense'. Did you mean 'commonsense'"),
         (("eval", "no", "--suite", "commonsense", "--data-dir", "DATA"), "no: expected an adapter's directory"),
         (
             ("eval", "no", "--suite", "glue", "--data-dir", "DATA"),

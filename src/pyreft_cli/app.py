@@ -78,7 +78,7 @@ def as_typed(message: str, params: Iterable[Any]) -> str:
         name = match[match.lastindex or 0]
         return options.get(_OTHER_NAMES.get(name, name), match[0])
 
-    first = r"(?:^|(?<=^train: )|(?<=^eval: )|(?<=^plan: ))(\w+)(?=: )"
+    first = r"(?:^|(?<=^train: )|(?<=^plan: ))(\w+)(?=: )"
     return re.sub(rf"{first}|`(\w+)`|(?<=the setting )'(\w+)'", option, message)
 
 

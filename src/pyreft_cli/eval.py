@@ -108,7 +108,7 @@ def _decoding(adapter: str, suite: str, *, greedy: bool, max_new_tokens: int | N
     from pyreft.tasks.suites import GLUE, check_suite
     from pyreft.training.record import read_decoding
 
-    if check_suite(suite, "eval") == GLUE or not (greedy or max_new_tokens):
+    if check_suite(suite) == GLUE or not (greedy or max_new_tokens):
         return None
     decoding = read_decoding(adapter, suite)
     if greedy:

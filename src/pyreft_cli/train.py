@@ -96,7 +96,9 @@ def train(
     ] = None,
     resume: Annotated[bool | None, Option("--resume", help="Go on from the last checkpoint in the output.")] = None,
     overwrite: Annotated[bool | None, Option("--overwrite", help="Replace the adapter in the output.")] = None,
-    config: Annotated[Path | None, Option(help="A YAML file with any of these options; those given here win.")] = None,
+    config: Annotated[
+        Path | None, Option(help="A YAML file with any of the options above; those given here win.")
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:

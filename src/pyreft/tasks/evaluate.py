@@ -63,7 +63,7 @@ def evaluate(
     Raises:
         ReftError: an adapter, a model or data that cannot do this; told before anything is answered.
     """
-    check_suite(suite, "eval")
+    check_suite(suite)
     if suite == "instruct" and output is None:
         raise ReftError("output: the answers of instruct are for a judge to read; name a directory for them.")
     if output is not None:

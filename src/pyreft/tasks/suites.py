@@ -173,12 +173,13 @@ GLUE = "glue"
 SUITES = (*GENERATED, GLUE)
 
 
-def check_suite(name: object, where: str) -> str:
+def check_suite(name: object, where: str = "") -> str:
     """Return the name of a suite if there is one.
 
     Raises:
-        ReftError: there is none of that name; the message begins with `where` it was given.
+        ReftError: there is none of that name; the message begins with `where` it was given, if that is said.
     """
     if name not in SUITES:
-        raise ReftError(f"{where}: suite: expected {', '.join(SUITES)}, got {name!r}.{did_you_mean(name, SUITES)}")
+        place = f"{where}: " if where else ""
+        raise ReftError(f"{place}suite: expected {', '.join(SUITES)}, got {name!r}.{did_you_mean(name, SUITES)}")
     return str(name)
