@@ -27,8 +27,8 @@ _CARD = """---
 
 # An adapter of representation finetuning (ReFT)
 
-Small learned edits of the hidden states of `{base}`: {edits}. Made with pyreft {version}; it takes that version or a
-later one to load them, beside PEFT and transformers.
+Small learned edits of the hidden states of `{base}`: {edits}. Made with pyreft {version}.
+To load them, install that version or a later one.
 
 ```python
 import pyreft  # makes PEFT know the method
