@@ -1,5 +1,6 @@
 """Trainers that compute only what the edits can reach train what the others do."""
 
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -134,6 +135,20 @@ def test_the_trainer_of_transformers_with_a_callback(tokenizer, tmp_path):
     assert served.reach.store.missed == 2 * 22
     torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
     assert trainer.model(**trainer.data_collator(list(examples().select(range(2))))).logits is not None
+
+
+@pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
+def test_a_model_of_peft(tokenizer, tmp_path, capsys, task):
+    config = pyreft.ReftConfig(layers=[1], positions="l1", low_rank_dimension=2, task_type=task)
+    trainer = pyreft.ReftTrainer(
+        model=peft.get_peft_model(tiny_llama(), config),
+        args=TrainingArguments(output_dir=str(tmp_path), num_train_epochs=1, report_to="none", disable_tqdm=True),
+        train_dataset=examples(),
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    trainer.train()
+    said = "Each step leaves out" if task else "Whole rows are computed in each step: a PeftModel without a task"
+    assert said in capsys.readouterr().out
 
 
 class WithLogits(pyreft.ReftTrainerForCausalLM):

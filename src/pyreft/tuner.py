@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -137,6 +138,11 @@ def tuner_of(model: nn.Module) -> ReftTuner | None:
     """The tuner of a PEFT model with representation edits; none of any other model."""
     tuner = getattr(model, "base_model", None)
     return tuner if isinstance(tuner, ReftTuner) else None
+
+
+def calls_tuner(model: nn.Module) -> bool:
+    """Whether calls of a PEFT model pass through its tuner; a plain `PeftModel` calls its base model directly."""
+    return type(model).forward is not PeftModel.forward
 
 
 def penalty(model: nn.Module) -> Tensor | None:

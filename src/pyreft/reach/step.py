@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import xxhash
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -21,7 +20,7 @@ from ..errors import ReftError
 from ..layer import ReftLayer
 from ..locator import GIVEN, Locator
 from ..structure import without_adapters
-from ..tuner import tuner_of
+from ..tuner import calls_tuner, tuner_of
 from .frozen import fingerprint, longest_plain_row, outside_of_edits, state_of, sums_of, why_not_frozen
 from .parts import Parts
 from .probe import Probe
@@ -64,7 +63,7 @@ class Reach:
                 "reach: expected a model with representation edits, as get_reft_model or peft.get_peft_model returns "
                 f"it, got {type(model).__name__}."
             )
-        if type(model).forward is PeftModel.forward:
+        if not calls_tuner(model):
             raise ReftError(
                 "reach: expected a ReftModel, or a PEFT model for a task. Give task_type='CAUSAL_LM' to the ReftConfig."
             )

@@ -18,7 +18,7 @@ from ..locator import LENGTHS, LOCATIONS, SUBSPACES
 from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import EpochTeller, ReachPrinter
-from ..tuner import penalty, tuner_of
+from ..tuner import calls_tuner, penalty, tuner_of
 from .same_data import check_same_data
 
 
@@ -63,6 +63,8 @@ class ReftTrainer(Trainer):
         """Why the parts of the model cannot be called apart, if they cannot."""
         if self.args.n_gpu > 1 or self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             return "the model is distributed"
+        if not calls_tuner(self.model):
+            return "a PeftModel without a task cannot be called in parts; give task_type to the ReftConfig"
         return "it is compiled as a whole" if self.args.torch_compile else None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
