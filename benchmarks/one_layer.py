@@ -11,7 +11,7 @@ import transformers
 import pyreft
 from _common import report
 from pyreft import pocket
-from pyreft.answers import generate_answers
+from pyreft.generation import generate_answers
 
 
 def train_and_ask(layers: list[int]) -> dict:

@@ -15,13 +15,13 @@ from typing import Any
 import yaml
 
 from _common import machine
-from pyreft.tasks.evaluate import columns, evaluate
+from pyreft.files.record import FILE
+from pyreft.jobs.evaluate import columns, evaluate
+from pyreft.jobs.job import CHECKPOINTS, prepare
+from pyreft.jobs.recipes import recipe_jobs
 from pyreft.tasks.glue import TASKS
 from pyreft.tasks.suites import GLUE, SUITES
 from pyreft.training.checkpoints import last_complete
-from pyreft.training.job import CHECKPOINTS, prepare
-from pyreft.training.recipes import recipe_jobs
-from pyreft.training.record import FILE
 
 SEEDS = {GLUE: [42, 43, 44, 45, 46]}  # the paper's; of the other suites three
 

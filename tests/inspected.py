@@ -5,8 +5,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 
 import pyreft
 from conftest import shaken
-from pyreft.pocket.demo import DATA, SETTINGS
-from pyreft.training.job import PreparedJob, TrainingJob
+from pyreft.jobs.demo import DATA, SETTINGS
+from pyreft.jobs.job import PreparedJob, TrainingJob
 
 QUESTIONS = ["What is a whale?", "Where can I find a castle?"]
 

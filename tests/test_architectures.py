@@ -12,7 +12,7 @@ import torch
 import pyreft
 from architectures import ARCHITECTURES, CHECKS, table
 from conftest import pad, shaken
-from pyreft.components import COMPONENTS, find_blocks, find_site, number_of_layers
+from pyreft.places.components import COMPONENTS, find_blocks, find_site, number_of_layers
 from pyreft.tuner import ReftLayer, reft_layers
 
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}

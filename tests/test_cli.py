@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
-from pyreft.checkpoint import read_config
+from pyreft.files.adapter import read_config
 from pyreft.interventions import INTERVENTIONS
+from pyreft.jobs.settings import TrainingJob
 from pyreft.positions import Positions
-from pyreft.training.settings import TrainingJob
 from pyreft_cli.app import app, as_typed
 from pyreft_cli.config import check_positions
 

@@ -11,7 +11,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import pyreft
 from architectures import ARCHITECTURES
 from conftest import tiny_llama
-from pyreft.components import COMPONENTS, Site, find_blocks, find_site, hidden_width, number_of_layers, stack_module
+from pyreft.places.components import (
+    COMPONENTS,
+    Site,
+    find_blocks,
+    find_site,
+    hidden_width,
+    number_of_layers,
+    stack_module,
+)
 
 MAKE = {one.name: one.make for one in ARCHITECTURES}
 

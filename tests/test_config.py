@@ -3,7 +3,7 @@ import json
 import pytest
 
 import pyreft
-from pyreft.config import Representation
+from pyreft.tuner.config import Representation
 
 
 @pytest.mark.parametrize(

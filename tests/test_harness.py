@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 import pyreft
 from conftest import shaken
 from pyreft import pocket
-from pyreft.answers import generate_answers
 from pyreft.errors import ReftError
+from pyreft.generation import generate_answers
 from pyreft.harness import ReftLM, evaluate
 from pyreft_cli.app import app
 
@@ -61,7 +61,7 @@ def adapted(rule, **changes):
 @pytest.fixture(scope="module")
 def emoji_adapter(tmp_path_factory):
     """An adapter that answers in emojis."""
-    from pyreft.training.job import PreparedJob, TrainingJob
+    from pyreft.jobs.job import PreparedJob, TrainingJob
 
     directory = tmp_path_factory.mktemp("harness")
     data = directory / "train.jsonl"

@@ -18,7 +18,7 @@ from pyreft.inspect import (
     written_directions,
 )
 from pyreft.inspect.directions import Unembedding
-from pyreft.pocket.demo import DATA
+from pyreft.jobs.demo import DATA
 
 
 @pytest.fixture(scope="module")

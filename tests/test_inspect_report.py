@@ -21,7 +21,7 @@ from pyreft.inspect import (
     text_rows,
     written_directions,
 )
-from pyreft.pocket.demo import DATA
+from pyreft.jobs.demo import DATA
 
 
 @pytest.fixture(scope="module")

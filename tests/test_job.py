@@ -13,9 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
-from pyreft.base import base_of, load_adapted, load_base
-from pyreft.checkpoint import read_config
-from pyreft.training.job import PreparedJob, TrainingJob
+from pyreft.files.adapter import read_config
+from pyreft.jobs.job import PreparedJob, TrainingJob
+from pyreft.loading import base_of, load_adapted, load_base
 
 SMALL = {"layers": "3", "positions": "l1", "rank": 2, "epochs": 3, "batch_size": 5, "lr": 0.01}
 

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 import pyreft
 from conftest import tiny_llama
-from pyreft.legacy import legacy_keys
+from pyreft.files.original import legacy_keys
 from test_oracle import LEGACY, ORACLE, load_case, read_case
 
 ONE, UNTIED = "llama_loreft_l1_one_layer", "llama_loreft_f2l2_untied"

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from pyreft.jobs.classify import answers, score
 from pyreft.tasks import glue, suites
 from pyreft.tasks.answers import same
 from pyreft.tasks.metrics import METRICS
-from pyreft.training.classify import answers, score
 
 
 @pytest.mark.parametrize(

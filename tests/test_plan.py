@@ -10,11 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMa
 import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
-from pyreft.base import load_base
+from pyreft.jobs.job import PreparedJob, TrainingJob
+from pyreft.jobs.plan import RULES, make_plan
+from pyreft.jobs.timing import Measured, Rates
+from pyreft.loading import load_base
 from pyreft.reach.ways import Behind
-from pyreft.training.job import PreparedJob, TrainingJob
-from pyreft.training.plan import RULES, make_plan
-from pyreft.training.timing import Measured, Rates
 from test_cli import run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}

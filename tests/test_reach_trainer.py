@@ -9,8 +9,8 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
+from pyreft.jobs.job import PreparedJob, TrainingJob
 from pyreft.reach import Reach, ReachCallback
-from pyreft.training.job import PreparedJob, TrainingJob
 from reaching import adapt, rows_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")

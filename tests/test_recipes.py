@@ -7,10 +7,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import suite_data
 from pyreft.errors import ReftError
+from pyreft.jobs.adapters import attach, count, heads_of, make_config
+from pyreft.jobs.recipes import SHIPPED, decoding_of, read_recipe, recipe_jobs, shipped
+from pyreft.jobs.settings import check_numbers
 from pyreft.tasks.figures import paper_rows
-from pyreft.training.adapters import attach, count, heads_of, make_config
-from pyreft.training.recipes import SHIPPED, decoding_of, read_recipe, recipe_jobs, shipped
-from pyreft.training.settings import check_numbers
 
 
 def jobs(name, **given):

@@ -14,13 +14,13 @@ from typer.testing import CliRunner
 import suite_data
 from conftest import tiny_llama
 from pyreft import pocket
-from pyreft.base import check_classifier, load_adapted
 from pyreft.errors import ReftError
+from pyreft.jobs.classify import encode_pairs, score
+from pyreft.jobs.evaluate import evaluate
+from pyreft.jobs.prepare import prepare
+from pyreft.jobs.recipes import recipe_jobs
+from pyreft.loading import check_classifier, load_adapted
 from pyreft.tasks import glue
-from pyreft.tasks.evaluate import evaluate
-from pyreft.training.classify import encode_pairs, score
-from pyreft.training.job import prepare
-from pyreft.training.recipes import recipe_jobs
 from pyreft_cli.app import app
 from test_cli import run
 

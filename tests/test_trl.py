@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import pyreft
 from pyreft import pocket
-from pyreft.answers import generate_answers
+from pyreft.generation import generate_answers
 from pyreft.reach import Reach, ReachCallback
 from pyreft.reach.ways import Above, Behind
 

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from peft import TaskType
 
-from .compat import get_intervention_locations, parse_positions
-from .config import ReftConfig, register_with_peft
 from .errors import ReftError
 from .interventions import (
     ConsreftIntervention,
@@ -21,15 +19,17 @@ from .interventions import (
     NoreftIntervention,
 )
 from .model import ReftModel, get_reft_model
+from .original.locations import get_intervention_locations, parse_positions
 from .steering import diff_mean
-from .tuner import ReftTuner
+from .tuner.config import ReftConfig, register_with_peft
+from .tuner.tuner import ReftTuner
 
 if TYPE_CHECKING:
-    from .data.dataset import ReftDataset, ReftRawDataset
-    from .data.instructions import ReftGenerationDataset, ReftPreferenceDataset, ReftSupervisedDataset
-    from .data.reward import ReftRewardCollator, ReftRewardDataset
-    from .data.supervised import (
-        ReftDataCollator,
+    from .data.supervised import ReftDataCollator
+    from .original.datasets import ReftDataset, ReftRawDataset
+    from .original.instructions import ReftGenerationDataset, ReftPreferenceDataset, ReftSupervisedDataset
+    from .original.reward import ReftRewardCollator, ReftRewardDataset
+    from .original.supervised import (
         make_last_position_supervised_data_module,
         make_multiple_position_supervised_data_module,
     )
@@ -74,16 +74,16 @@ __all__ = [
 ]
 
 _LAZY = {
-    "ReftDataset": "data.dataset",
-    "ReftRawDataset": "data.dataset",
-    "ReftGenerationDataset": "data.instructions",
-    "ReftPreferenceDataset": "data.instructions",
-    "ReftSupervisedDataset": "data.instructions",
-    "ReftRewardCollator": "data.reward",
-    "ReftRewardDataset": "data.reward",
+    "ReftDataset": "original.datasets",
+    "ReftRawDataset": "original.datasets",
+    "ReftGenerationDataset": "original.instructions",
+    "ReftPreferenceDataset": "original.instructions",
+    "ReftSupervisedDataset": "original.instructions",
+    "ReftRewardCollator": "original.reward",
+    "ReftRewardDataset": "original.reward",
     "ReftDataCollator": "data.supervised",
-    "make_last_position_supervised_data_module": "data.supervised",
-    "make_multiple_position_supervised_data_module": "data.supervised",
+    "make_last_position_supervised_data_module": "original.supervised",
+    "make_multiple_position_supervised_data_module": "original.supervised",
     "ReftTrainer": "training.trainer",
     "ReftTrainerForCausalLM": "training.trainer",
     "ReftTrainerForCausalLMDistributed": "training.trainer",

@@ -1,12 +1,12 @@
-"""The original's module of this name; the code is in `pyreft.data` and `pyreft.compat`."""
+"""The original's module of this name; the code is in `pyreft.data` and `pyreft.original.locations`."""
 
-from .compat import get_intervention_locations, parse_positions
-from .data.dataset import ReftDataset, ReftRawDataset
-from .data.instructions import ReftGenerationDataset, ReftPreferenceDataset, ReftSupervisedDataset
-from .data.reward import ReftRewardCollator, ReftRewardDataset
 from .data.supervised import IGNORED as IGNORE_INDEX
-from .data.supervised import (
-    ReftDataCollator,
+from .data.supervised import ReftDataCollator
+from .original.datasets import ReftDataset, ReftRawDataset
+from .original.instructions import ReftGenerationDataset, ReftPreferenceDataset, ReftSupervisedDataset
+from .original.locations import get_intervention_locations, parse_positions
+from .original.reward import ReftRewardCollator, ReftRewardDataset
+from .original.supervised import (
     make_last_position_supervised_data_module,
     make_multiple_position_supervised_data_module,
 )

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from .base import base_of, load_tokenizer
-from .checkpoint import read_config, read_shapes
-from .config import Representation
 from .data.encode import default_format, prompt_text, token_ids
+from .files.adapter import read_config, read_shapes
+from .loading import base_of, load_tokenizer
+from .tuner.config import Representation
 
 
 def describe(adapter: str | os.PathLike) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import ReftError
-from .tuner import locator_of
+from .tuner.tuner import locator_of
 
 try:
     from lm_eval import simple_evaluate
@@ -36,7 +36,7 @@ class ReftLM(HFLM):
     Args:
         adapter: an adapter's directory; its base model is the one that it remembers.
         pretrained: the base model instead of that; without `adapter`, an adapted model, with its `tokenizer`.
-        dtype: of the base model, see `base.load_base`.
+        dtype: of the base model, see `loading.load_base`.
         **settings: see `lm_eval.models.huggingface.HFLM`, such as `batch_size`, `max_length`, `add_bos_token`.
 
     Raises:
@@ -53,7 +53,7 @@ class ReftLM(HFLM):
         **settings: Any,
     ) -> None:
         if adapter is not None:
-            from .base import load_adapted
+            from .loading import load_adapted
 
             pretrained, own = load_adapted(adapter, pretrained, dtype)
             tokenizer = tokenizer or own
@@ -142,7 +142,7 @@ def evaluate(
         adapter: an adapter's directory, or an adapted model, with its `tokenizer`.
         tasks: their names, as `lm_eval ls tasks` lists them.
         model: the base model, if not the one that the adapter remembers.
-        dtype: of the base model, see `base.load_base`; by default `"auto"`. An adapted model has its own.
+        dtype: of the base model, see `loading.load_base`; by default `"auto"`. An adapted model has its own.
         include_path: a directory with tasks of one's own, as YAML.
         limit: how many questions of each task, or below 1 which share of them.
         num_fewshot: how many examples to show before each question, if not what the task says.

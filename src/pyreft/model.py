@@ -13,17 +13,17 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
 
-from .checkpoint import check_tensors, is_adapter, model_card, read_config, write_beside
-from .compat import read_subspaces, read_unit_locations
-from .config import ReftConfig, Representation
 from .errors import ReftError
-from .heads import add_heads, saved_heads, trained_heads
+from .files.adapter import check_tensors, is_adapter, model_card, read_config, write_beside
+from .files.original import fill, find_legacy, read_interventions, read_legacy, read_model
+from .files.trained_heads import add_heads, saved_heads, trained_heads
 from .interventions import Intervention, register
-from .layer import ReftLayer
-from .legacy import fill, find_legacy, read_interventions, read_legacy, read_model
-from .locator import GIVEN, LOCATIONS, SUBSPACES, Locator
-from .structure import without_adapters
-from .tuner import detach, locator_of, reft_layers
+from .original.locations import read_subspaces, read_unit_locations
+from .places.structure import without_adapters
+from .tuner.config import ReftConfig, Representation
+from .tuner.layer import ReftLayer
+from .tuner.locator import GIVEN, LOCATIONS, SUBSPACES, Locator
+from .tuner.tuner import detach, locator_of, reft_layers
 
 
 class ReftModel(PeftModel):

@@ -8,12 +8,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .components import find_site
-from .config import ReftConfig
 from .errors import ReftError
 from .interventions import BiasIntervention
 from .model import ReftModel, get_reft_model
+from .places.components import find_site
 from .positions import Positions
+from .tuner.config import ReftConfig
 
 
 def diff_mean(

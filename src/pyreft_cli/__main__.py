@@ -1,5 +1,5 @@
 """`python -m pyreft_cli`."""
 
-from .app import main
+from pyreft_cli.app import main
 
 main()

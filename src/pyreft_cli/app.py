@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import ask, demo, eval, info, inspect, plan, study, train
+from pyreft_cli import ask, demo, eval, info, inspect, plan, study, train
 
 app = typer.Typer(
     name="pyreft",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import Json, Quiet, console, hush, print_json, progress_bar
+from pyreft_cli.output import Json, Quiet, console, hush, print_json, progress_bar
 
 Option = typer.Option
 Adapter = Annotated[str, Option(help="The adapter's directory.")]
@@ -38,12 +38,12 @@ def generate(
     hush()
     from transformers import set_seed
 
-    from pyreft.answers import generate_answers
-    from pyreft.base import load_adapted
     from pyreft.data.encode import context_length, default_format, prompt_text, token_ids
     from pyreft.data.files import read_prompts
     from pyreft.errors import ReftError
-    from pyreft.training.record import read_format
+    from pyreft.files.record import read_format
+    from pyreft.generation import generate_answers
+    from pyreft.loading import load_adapted
 
     if output and not output.absolute().parent.is_dir():
         raise typer.BadParameter(f"{output.parent} is not a directory.", param_hint="--output")
@@ -111,9 +111,9 @@ def chat(
 ) -> None:
     """Talk to an adapted model; the answers appear as they are made."""
     hush()
-    from pyreft.base import load_adapted
     from pyreft.data.encode import default_format
-    from pyreft.training.record import read_format
+    from pyreft.files.record import read_format
+    from pyreft.loading import load_adapted
 
     written = read_format(adapter)
     adapted, tokenizer = load_adapted(adapter, model)

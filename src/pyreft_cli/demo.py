@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .output import Json, Quiet, console, hush, print_json, progress_bar
+from pyreft_cli.output import Json, Quiet, console, hush, print_json, progress_bar
 
 SHOWN = 6  # unseen questions to show
 OUTPUT = Path("pyreft-demo")  # the demo's own: a second run replaces what the first left
@@ -25,7 +25,7 @@ def demo(
     if shown:
         console.print("Loading a language model of 3.5 million parameters that ships with pyreft ...")
     hush()
-    from pyreft.pocket.demo import EmojiDemo
+    from pyreft.jobs.demo import EmojiDemo
 
     run = EmojiDemo(output, overwrite=overwrite or output == OUTPUT)
     before = run.ask()

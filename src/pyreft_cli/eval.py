@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from . import harness
-from .output import Json, Quiet, console, counted, hush, print_json, progress_bar
+from pyreft_cli import harness
+from pyreft_cli.output import Json, Quiet, console, counted, hush, print_json, progress_bar
 
 Option = typer.Option
 
@@ -59,8 +59,8 @@ def evaluate(
         return
     assert suite is not None
     hush()
-    from pyreft.tasks.evaluate import columns
-    from pyreft.tasks.evaluate import evaluate as score
+    from pyreft.jobs.evaluate import columns
+    from pyreft.jobs.evaluate import evaluate as score
 
     decoding = _decoding(adapter, suite, greedy=greedy, max_new_tokens=max_new_tokens)
     shown = not (quiet or as_json)
@@ -105,8 +105,8 @@ def _check_options(context: typer.Context, chosen: str) -> None:
 
 def _decoding(adapter: str, suite: str, *, greedy: bool, max_new_tokens: int | None) -> dict[str, Any] | None:
     """The recipe's way of generating with what the command changes; none where nothing is changed or generated."""
+    from pyreft.jobs.recipes import read_decoding
     from pyreft.tasks.suites import GLUE, check_suite
-    from pyreft.training.record import read_decoding
 
     if check_suite(suite) == GLUE or not (greedy or max_new_tokens):
         return None

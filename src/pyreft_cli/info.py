@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import Json, console, hush, print_json
+from pyreft_cli.output import Json, console, hush, print_json
 
 
 def info(
@@ -20,8 +20,8 @@ def info(
 ) -> None:
     """Show what an adapter edits, where, with how many parameters, and which tokens of a text."""
     hush()
-    from pyreft.base import check_adapter
     from pyreft.describe import describe, located_tokens
+    from pyreft.loading import check_adapter
 
     facts: dict[str, Any] = describe(adapter)
     if model is not None:

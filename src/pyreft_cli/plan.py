@@ -8,8 +8,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from .config import check_positions, read_config
-from .output import Json, console, counted, hush, print_json
+from pyreft_cli.config import check_positions, read_config
+from pyreft_cli.output import Json, console, counted, hush, print_json
 
 Option = typer.Option
 
@@ -51,8 +51,8 @@ def plan(
     check_positions(settings.get("positions"))
     settings.pop("output", None)
     hush()
-    from pyreft.training.job import PreparedJob, TrainingJob
-    from pyreft.training.plan import make_plan
+    from pyreft.jobs.job import PreparedJob, TrainingJob
+    from pyreft.jobs.plan import make_plan
 
     job = TrainingJob.from_settings(settings, str(config or "plan"), needed=("data",))
     status: Any = nullcontext() if as_json else console.status("Counting tokens and measuring a few steps ...")
@@ -66,8 +66,8 @@ def plan(
 
 def cost_line(prepared: Any) -> str:
     """What the steps of a prepared job compute, beside those of `l1`, and a cheaper rule where there is one."""
+    from pyreft.jobs.plan import make_plan
     from pyreft.positions import Positions
-    from pyreft.training.plan import make_plan
 
     own = prepared.job.positions
     made = make_plan(prepared, _CHEAPER, most=_SAMPLE, timed=False)

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .config import check_positions, read_config
-from .output import Json, Quiet, console, counted, hush, print_json, progress_bar
-from .plan import cost_line
+from pyreft_cli.config import check_positions, read_config
+from pyreft_cli.output import Json, Quiet, console, counted, hush, print_json, progress_bar
+from pyreft_cli.plan import cost_line
 
 Option = typer.Option
 
@@ -111,8 +111,9 @@ def train(
     settings = {**read_config(config), **{key: value for key, value in given.items() if value is not None}}
     check_positions(settings.get("positions"))
     hush()
-    from pyreft.training.job import TrainingJob, check_files, prepare
-    from pyreft.training.recipes import recipe_jobs
+    from pyreft.jobs.prepare import check_files, prepare
+    from pyreft.jobs.recipes import recipe_jobs
+    from pyreft.jobs.settings import TrainingJob
 
     shown = not (quiet or as_json)
     if recipe is None:
@@ -156,7 +157,7 @@ def _run(prepared: Any, shown: bool) -> dict[str, Any]:
 
 
 def _describe(prepared: Any) -> None:
-    from pyreft.training.adapters import count
+    from pyreft.jobs.adapters import count
 
     if prepared.job.suite is None and prepared.format == "chat" and prepared.examples[0].format == "text":
         console.print("Prompts are wrapped in the tokenizer's chat template (--format text takes them as they stand).")

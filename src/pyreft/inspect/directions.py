@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError
-from ..structure import find_blocks, hidden_width, widths_of
-from .record import Place, PlaceEdits, RecordedEdits
+from ..places.structure import find_blocks, hidden_width, widths_of
+from .states import Place, PlaceEdits, RecordedEdits
 from .texts import token_texts
 
 # the components whose states are the residual stream, or are added to it as they are

@@ -10,9 +10,9 @@ from typing import Any
 from .compare import Comparison
 from .directions import Near
 from .plots import heat_map_size, new_axes, plot_comparison, plot_directions, plot_sizes, plot_strengths
-from .record import place_names
 from .report import Inspection
 from .sizes import EditSizes
+from .states import place_names
 
 SHOWN = 3  # texts with a heat map of their own
 NAME = "inspect"

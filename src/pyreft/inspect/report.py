@@ -8,16 +8,16 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from ..base import base_of, check_generates, check_language_model, load_adapted, load_tokenizer
-from ..checkpoint import read_config, read_shapes
-from ..config import shape_differences
 from ..data.encode import context_length
 from ..data.files import Format
 from ..errors import ReftError
+from ..files.adapter import read_config, read_shapes
+from ..loading import base_of, check_generates, check_language_model, load_adapted, load_tokenizer
+from ..tuner.config import shape_differences
 from .compare import Comparison, compare_edits
 from .directions import Unembedding, WrittenDirections, written_directions
-from .record import Place, RecordedEdits, record_edits
 from .sizes import EditSizes, edit_sizes, mean_edit_sizes
+from .states import Place, RecordedEdits, record_edits
 from .strength import STRENGTHS, StrengthAnswers, StrengthCurve, answers_by_strength, loss_by_strength
 from .texts import Row, check_edited, prompt_length, read_rows, text_rows
 

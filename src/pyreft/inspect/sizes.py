@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError
-from .record import Place, PlaceEdits, RecordedEdits
+from .states import Place, PlaceEdits, RecordedEdits
 from .texts import prompt_length, token_texts
 
 

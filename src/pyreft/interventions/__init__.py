@@ -1,9 +1,8 @@
 """The edits: small modules that map a hidden state h to h', and the table of their names."""
 
 from ..errors import ReftError, did_you_mean
-from .base import Intervention, stack
-from .rank_one import Reftr1Intervention
-from .reft import (
+from .intervention import Intervention, stack
+from .low_rank import (
     ConsreftIntervention,
     DireftIntervention,
     LobireftIntervention,
@@ -12,6 +11,7 @@ from .reft import (
     NodireftIntervention,
     NoreftIntervention,
 )
+from .rank_one import Reftr1Intervention
 from .rotation import LowRankRotateLayer, orthonormal_columns, orthonormalize
 from .vectors import BiasIntervention, JolaIntervention, LofitIntervention, RedIntervention, RoadIntervention
 

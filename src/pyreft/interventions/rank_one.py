@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ReftError
-from .base import Intervention
+from .intervention import Intervention
 from .rotation import LowRankRotateLayer
 
 

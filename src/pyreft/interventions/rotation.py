@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..structure import is_sharded
+from ..sharded import is_sharded
 
 
 def orthonormal_columns(free: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReftError
-from .base import Intervention
+from .intervention import Intervention
 
 
 class BiasIntervention(Intervention):

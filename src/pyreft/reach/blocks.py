@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..structure import find_blocks
+from ..places.structure import find_blocks
 
 
 class Blocks:

@@ -12,8 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..layer import ReftLayer
-from ..structure import is_sharded
+from ..sharded import is_sharded
+from ..tuner.layer import ReftLayer
 
 _ROW = 8192  # bytes
 _ROPE_BY_LENGTH = ("dynamic", "longrope")  # whose angles change where a row exceeds the original context

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from ..located import Located
-from ..locator import Locator
+from ..tuner.located import Located
+from ..tuner.locator import Locator
 from .blocks import Blocks, replaced
 from .cache import Layout, Pair, is_ordinary, pairs_of, prefix_cache, sliding_window
 from .window import IGNORED, NotExactError, Rows

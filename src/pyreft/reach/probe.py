@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layer import ReftLayer
-from ..locator import LOCATIONS, Locator
+from ..tuner.layer import ReftLayer
+from ..tuner.locator import LOCATIONS, Locator
 from .parts import Parts
 from .store import Store
 from .ways import FUSED, TYPES, Above, Behind

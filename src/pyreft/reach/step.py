@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ReftError
-from ..layer import ReftLayer
-from ..locator import GIVEN, Locator
-from ..structure import without_adapters
-from ..tuner import calls_tuner, tuner_of
+from ..places.structure import without_adapters
+from ..tuner.layer import ReftLayer
+from ..tuner.locator import GIVEN, Locator
+from ..tuner.tuner import calls_tuner, tuner_of
 from .frozen import fingerprint, longest_plain_row, outside_of_edits, state_of, sums_of, why_not_frozen
 from .parts import Parts
 from .probe import Probe

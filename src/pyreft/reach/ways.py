@@ -10,8 +10,8 @@ import xxhash
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
-from ..located import Located
-from ..locator import GIVEN, LENGTHS, STRENGTH, Locator
+from ..tuner.located import Located
+from ..tuner.locator import GIVEN, LENGTHS, STRENGTH, Locator
 from .blocks import Blocks
 from .cache import Layout, Pair
 from .loss import log_probs

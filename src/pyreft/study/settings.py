@@ -6,8 +6,8 @@ from typing import Any
 
 from peft import LoraConfig, get_peft_model
 
-from ..config import ReftConfig
 from ..model import get_reft_model
+from ..tuner.config import ReftConfig
 
 RULES = ("l1", "l4", "l8", "l16", "f3+l3", "f7+l7", "prompt")
 """The position rules that are compared, with LoReFT of rank 4 in all layers."""

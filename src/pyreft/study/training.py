@@ -9,8 +9,8 @@ import torch
 from transformers import set_seed
 
 from .. import pocket
-from ..answers import generate_answers
 from ..data.supervised import IGNORED
+from ..generation import generate_answers
 from ..reach import Reach
 from .settings import Plan, Setting
 from .tasks import Pair, Task, load_task

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ReftError
-from .files import Row
+from .tables import Row
 
 
 @dataclass(frozen=True)

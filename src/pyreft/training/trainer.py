@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import ReftError
-from ..locator import LENGTHS, LOCATIONS, SUBSPACES
 from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import EpochTeller, ReachPrinter
-from ..tuner import calls_tuner, penalty, tuner_of
+from ..tuner.locator import LENGTHS, LOCATIONS, SUBSPACES
+from ..tuner.tuner import calls_tuner, penalty, tuner_of
 from .same_data import check_same_data
 
 

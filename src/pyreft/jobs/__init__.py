@@ -1,0 +1,1 @@
+"""Training and evaluating from files, as the command line does."""

@@ -1,0 +1,70 @@
+"""The demonstration: from ten emoji pairs to answers in emojis, on the embedded model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..generation import generate_answers
+from ..model import ReftModel
+from ..pocket import PROMPT_TEMPLATE, emoji_questions, emojis_only, has_emojis, load
+from .job import PreparedJob, TrainingJob
+
+DATA = Path(__file__).parent / "data" / "emoji_train.jsonl"
+# what the embedded model was found to learn best from so few pairs, within 20 kB
+SETTINGS: dict[str, Any] = {
+    "layers": "1;2;3",
+    "positions": "l4",
+    "rank": 4,
+    "epochs": 100,
+    "lr": 0.01,
+    "batch_size": 10,
+}
+
+
+class EmojiDemo:
+    """Asks fifty questions, trains on ten others, asks again, and compares.
+
+    Args:
+        output: the directory for the adapter.
+        overwrite: replace an adapter that is there.
+    """
+
+    def __init__(self, output: str | Path, *, overwrite: bool = False) -> None:
+        job = TrainingJob(data=str(DATA), output=str(output), overwrite=overwrite, seed=0, **SETTINGS)
+        self.prepared = PreparedJob(job)
+        self.questions = emoji_questions()
+        self.figures: dict[str, Any] = {}
+
+    def ask(self, model: Any = None) -> list[str]:
+        """The answers of a model to the fifty questions; by default those of the base model."""
+        texts = [PROMPT_TEMPLATE % question["prompt"] for question in self.questions]
+        options: dict[str, Any] = {"batch_size": 50, "max_new_tokens": 32}
+        if model is not None:
+            return list(generate_answers(model, self.prepared.tokenizer, texts, **options))
+        with self.prepared.model.disable_adapter():
+            return list(generate_answers(self.prepared.model, self.prepared.tokenizer, texts, **options))
+
+    def train(self, progress: Callable[[int, int, float | None], None] | None = None) -> None:
+        """Train on the ten pairs and save the adapter."""
+        self.figures = self.prepared.train(progress)
+
+    def measure(self, before: list[str]) -> dict[str, Any]:
+        """Return what changed, in numbers and answers, and whether a fresh model answers the same."""
+        after = self.ask(self.prepared.model)
+        fresh, _ = load()
+        again = self.ask(ReftModel.load(self.prepared.output, fresh))
+        core = [question["emojis"] for question in self.questions]
+        rows = zip(self.questions, before, after, strict=True)
+        return {
+            "output": self.figures["output"],
+            "seconds": self.figures["seconds"],
+            "parameters": self.figures["parameters"],
+            "model_parameters": fresh.num_parameters() - self.figures["parameters"],
+            "bytes": (self.prepared.output / "adapter_model.safetensors").stat().st_size,
+            "questions": len(self.questions),
+            "before_in_emojis": sum(map(emojis_only, before)),
+            "in_emojis": sum(map(emojis_only, after)),
+            "right": sum(map(has_emojis, after, core)),
+            "reload_identical": again == after,
+            "answers": [{"question": q["prompt"], "before": b, "after": a} for q, b, a in rows],
+        }

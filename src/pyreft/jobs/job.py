@@ -1,0 +1,274 @@
+"""A training job from files: everything that can be checked is checked before the training starts.
+
+The adapter's directory then holds the adapter, `checkpoints/`, and the loss as `loss.csv` and `loss.png`.
+"""
+
+import math
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, TaskType
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..data.encode import context_length, default_format, encode
+from ..data.files import Example, read_examples
+from ..data.supervised import IGNORED
+from ..errors import ReftError
+from ..files.adapter import is_adapter
+from ..files.record import write_record
+from ..loading import load_base
+from ..model import ReftModel
+from ..reach import Reach
+from ..reach.callbacks import ReachPrinter
+from ..tasks.suites import GENERATED, GLUE
+from ..training.checkpoints import (
+    LAST_FILE,
+    CheckpointingTrainer,
+    check_same_rows,
+    disk_full_as_os_error,
+    last_complete,
+    steps_done,
+)
+from ..tuner.config import ReftConfig
+from .adapters import attach, check_same, count, make_config, save
+from .losses import write_losses
+from .settings import LORA, TrainingJob, check_numbers
+
+CHECKPOINTS = "checkpoints"
+
+
+class PreparedJob:
+    """A job whose every part was checked: files, model, edits, tokens and directories.
+
+    One without an output can be planned, not trained; it writes nothing.
+
+    Attributes:
+        rows, validation: the tokens to learn from and those to measure on.
+        skipped: how many examples of a suite have a prompt that fills `max_length`, so that nothing is left to learn.
+    """
+
+    collator: Any
+    trainer_class: type[Trainer] = CheckpointingTrainer
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None
+    format: Any = None  # how prompts are written
+    options: dict[str, Any] = {}  # further arguments of the training
+
+    def __init__(self, job: TrainingJob) -> None:
+        self.job = job
+        check_numbers(job)
+        self.output = Path(job.output)
+        self.checkpoint = check_output(job) if job.output else None
+        self.config: PeftConfig = make_config(job)
+        self.skipped = 0
+        self.rows: list[dict[str, Any]] = []
+        self.validation: list[dict[str, Any]] = []
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """Read the data, load the model, put the adapter on it, and encode the data."""
+        job = self.job
+        held_out = read_examples(job.validation) if job.validation else []
+        self.examples: list[Example] = self._examples()
+        set_seed(job.seed)
+        model, self.tokenizer = load_base(job.model, job.dtype)
+        # the paper's prompts stand as they are, whatever template a tokenizer has
+        own = GENERATED[job.suite].form if job.suite else None
+        self.format = own or job.format or default_format(self.tokenizer, self.examples)
+        if isinstance(self.config, ReftConfig):
+            self.config.prompt_format = self.format
+        else:
+            self.config.task_type = TaskType.CAUSAL_LM
+        limit = context_length(model, self.tokenizer, job.max_length)
+        self.rows = self._encode(self.examples, limit)
+        self.validation = self._encode(held_out, limit)
+        if job.validation_split:
+            self._hold_out()
+        self.collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100)
+        self._attach(model)
+
+    def _examples(self) -> list[Example]:
+        if self.job.suite:
+            return GENERATED[self.job.suite].examples(self.job.data_dir, self.job.limit)
+        if self.job.data is None:
+            raise ReftError("data: expected a file of examples, or a suite.")
+        return read_examples(self.job.data)
+
+    def _encode(self, examples: list[Example], limit: int) -> list[dict[str, Any]]:
+        """Token rows; those of a suite are cut at the limit, as the paper's are, where a user's own are refused."""
+        most = sys.maxsize if self.job.suite else limit
+        rows = [encode(self.tokenizer, example, self.format, most) for example in examples]
+        if not self.job.suite:
+            return rows
+        cut = [{name: values[:limit] for name, values in row.items()} for row in rows]
+        kept = [row for row in cut if row["labels"][-1] != IGNORED]
+        self.skipped += len(cut) - len(kept)
+        if examples and not kept:
+            raise ReftError(f"max_length: every prompt has {limit} tokens or more, so nothing is left to learn.")
+        return kept
+
+    def _hold_out(self) -> None:
+        count = max(1, round(len(self.rows) * self.job.validation_split))
+        if count >= len(self.rows):
+            raise ReftError(f"validation_split: {count} of {len(self.rows)} would be held out; no example is left.")
+        chosen = set(random.Random(self.job.seed).sample(range(len(self.rows)), count))
+        self.validation = [self.rows[number] for number in sorted(chosen)]
+        self.rows = [row for number, row in enumerate(self.rows) if number not in chosen]
+
+    def _attach(self, model: Any) -> None:
+        set_seed(self.job.seed)
+        self.model: Any = attach(model, self.config, self.job.model)
+        self.reach: Reach | None = None
+        job = self.job
+        if job.reach and job.suite != GLUE and isinstance(self.model, ReftModel):
+            directory = job.reach_directory if job.output else None
+            self.reach = Reach(self.model, memory=job.reach_memory, directory=directory)
+        if self.checkpoint:
+            check_same(self.checkpoint, self.config)
+            check_same_rows(self.checkpoint, self.rows)
+            self._check_steps(self.checkpoint)
+
+    def _check_steps(self, checkpoint: str) -> None:
+        """Refuse to resume where nothing is left to train or, where a training was cut off at its end, to write."""
+        done, steps = steps_done(checkpoint), math.ceil(self._steps())
+        losses, last = self.output / "loss.csv", Path(checkpoint) / LAST_FILE  # each is written last
+        complete = is_adapter(self.output) and losses.is_file() and losses.stat().st_mtime >= last.stat().st_mtime
+        if done >= steps and complete:
+            raise ReftError(
+                f"resume: nothing is left to train: {done} steps are done, and the job has {steps}; give more "
+                "`epochs`, or another `output`."
+            )
+
+    def _steps(self) -> float:
+        """How many steps the training has."""
+        job = self.job
+        return math.ceil(len(self.rows) / (job.batch_size * job.gradient_accumulation)) * job.epochs
+
+    def train(self, progress: Callable[[int, int, float | None], None] | None = None) -> dict[str, Any]:
+        """Train and save; return the figures.
+
+        Args:
+            progress: called after each step with the step, the number of steps and the loss.
+
+        Raises:
+            ReftError: the job has no output.
+        """
+        if not self.job.output:
+            raise ReftError("output: expected the directory for the adapter, got none.")
+        trainer = self.trainer_class(
+            model=self.model,
+            processing_class=self.tokenizer,
+            args=self._arguments(),
+            reach=self.reach or False,
+            train_dataset=self.rows,
+            eval_dataset=self.validation or None,
+            data_collator=self.collator,
+            compute_metrics=self.compute_metrics,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ReachPrinter)
+        if progress is not None:
+            trainer.add_callback(_Progress(progress))
+        if self.job.overwrite and not self.job.resume:
+            shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)
+        outcome = trainer.train(resume_from_checkpoint=self.checkpoint)
+        self.model.eval()
+        with disk_full_as_os_error():
+            save(self.model, self.output)
+            if self.job.suite or self.job.method == LORA:
+                write_record(self.output, asdict(replace(self.job, format=self.format)))
+            losses = write_losses(self.output, trainer.state.log_history)
+        self.tokenizer.padding_side = "left"
+        return {
+            "output": str(self.output),
+            "examples": len(self.rows),
+            "validation_examples": len(self.validation),
+            "steps": trainer.state.global_step,
+            "earlier_steps": steps_done(self.checkpoint) if self.checkpoint else 0,  # not in the seconds
+            "seconds": outcome.metrics["train_runtime"],
+            "loss": losses["loss"][-1][1] if losses["loss"] else None,
+            "validation_loss": losses["validation_loss"][-1][1] if losses["validation_loss"] else None,
+            "skipped": self.skipped,
+            "best": trainer.state.best_metric,
+            "parameters": count(self.model),
+            "computed": self.reach.describe() if self.reach else "Whole rows are computed in each step.",
+            "plot": (self.output / "loss.png").exists(),
+        }
+
+    def last_checkpoint(self) -> str | None:
+        """The newest checkpoint that training can go on from."""
+        return last_complete(self.output / CHECKPOINTS)
+
+    def _arguments(self) -> TrainingArguments:
+        job = self.job
+        steps = self._steps()
+        return TrainingArguments(
+            output_dir=str(self.output / CHECKPOINTS),
+            num_train_epochs=job.epochs,
+            learning_rate=job.lr,
+            per_device_train_batch_size=job.batch_size,
+            per_device_eval_batch_size=job.batch_size,
+            gradient_accumulation_steps=job.gradient_accumulation,
+            warmup_steps=round(job.warmup_ratio * steps),
+            weight_decay=job.weight_decay,
+            seed=job.seed,
+            logging_steps=1,
+            save_total_limit=2,
+            eval_strategy="epoch" if self.validation else "no",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            dataloader_pin_memory=self.model.device.type == "cuda",
+            report_to=job.report_to,
+            **{"save_steps": job.save_steps or math.ceil(steps / 10), **self.options},
+        )
+
+
+class _Progress(TrainerCallback):
+    def __init__(self, tell: Callable[[int, int, float | None], None]) -> None:
+        self.tell = tell
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.tell(state.global_step, state.max_steps, float(logs["loss"]))
+
+
+def check_output(job: TrainingJob) -> str | None:
+    """Check that the directory can be written and holds nothing to lose; return the checkpoint to resume from.
+
+    It is one process's.
+    """
+    if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ReftError(
+            f"A job trains in one process, and {launched} were launched. For several, run a program with ReftTrainer: "
+            "docs/ecosystem.md shows one."
+        )
+    output = Path(job.output)
+    last = last_complete(output / CHECKPOINTS)
+    if job.resume:
+        if last is None:
+            raise ReftError(f"{output}: there is no checkpoint to resume from; leave out `resume` to start anew.")
+    elif (is_adapter(output) or last) and not job.overwrite:
+        raise ReftError(
+            f"{output}: this directory already holds {'an adapter' if is_adapter(output) else 'checkpoints'}; "
+            "choose another one, or pass `overwrite` to replace it, or `resume` to go on."
+        )
+    try:
+        existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ReftError(f"{output}: nothing can be written there ({os.strerror(error.errno or 0)}).") from None
+    return last if job.resume else None

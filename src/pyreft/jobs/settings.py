@@ -1,0 +1,200 @@
+"""What a training job may be told, with the defaults, and the checks that need no file and no model."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any, get_args
+
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from ..data.files import FORMATS, Format
+from ..errors import ReftError, did_you_mean
+from ..tasks.suites import GLUE, check_suite
+from ..tuner.config import DEFAULT_POSITIONS
+
+# the paper's names, and the formula that each stands for; LoRA is here to be compared with
+METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
+LORA = "lora"
+# what `generate` may be told: whole numbers with the least that can be, and numbers above 0
+_COUNTS = {"max_new_tokens": 1, "max_length": 1, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0}
+_DECODING = (*_COUNTS, "temperature", "top_p", "repetition_penalty")
+
+
+@dataclass
+class TrainingJob:
+    """What to train, on what, and where the adapter goes.
+
+    Args:
+        output: the adapter's directory; none for a job that is planned, not trained.
+        data: a file of examples, see `data.files.read_examples`; or a `suite` of the paper instead, see
+            `jobs.recipes.recipe_jobs`.
+        suite, task, data_dir: the suite, its task if it is GLUE, and the directory of its data; the hub if not given.
+        limit: train on the first so many examples of the suite.
+        decoding: how an evaluation on the suite generates answers, if not as its shipped recipe; see `check_decoding`.
+        model: the base model, see `loading.load_base`.
+        method: `loreft`, `direft` (of the paper: the formula `nodireft`) or `lora`; else as `intervention` says.
+        layers, positions, component, intervention, rank, share_weights, dropout: see `ReftConfig`; `rank` and `dropout`
+            are LoRA's, too.
+        alpha, target_modules: LoRA's scale and the modules that it adapts, as `q_proj;v_proj`; by default as PEFT knows
+            the model.
+        epochs, lr, batch_size, gradient_accumulation, warmup_ratio, weight_decay, seed: of the training.
+        max_length: the most tokens of a row, the model's context if not given.
+        format: how prompts are written: `text`, `chat` or `alpaca`; by default as the data and tokenizer suggest.
+        validation: a second file of examples; or `validation_split`, the share of `data` to hold out.
+        dtype: of the base model, see `loading.load_base`.
+        reach: compute only what the edits can reach, see `pyreft.reach.Reach`.
+        reach_memory, reach_directory: how much of the rest may be held, and where the remainder goes; see there.
+        save_steps: how many steps lie between checkpoints; by default a tenth of the training.
+        report_to: a logger that `Trainer` knows and that is installed, such as `tensorboard`, `trackio` or `wandb`.
+        resume: go on from the last checkpoint in `output`.
+        overwrite: replace the adapter that `output` holds.
+    """
+
+    output: str = ""
+    data: str | None = None
+    suite: str | None = None
+    task: str | None = None
+    data_dir: str | None = None
+    limit: int | None = None
+    decoding: dict[str, Any] | None = None
+    model: str | None = None
+    method: str | None = None
+    layers: str = "all"
+    positions: str = DEFAULT_POSITIONS
+    component: str = "block_output"
+    intervention: str = "loreft"
+    rank: int = 8
+    share_weights: bool = True
+    dropout: float = 0.0
+    alpha: float = 16
+    target_modules: str | None = None
+    epochs: float = 10
+    lr: float = 1e-3
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    seed: int = 42
+    max_length: int | None = None
+    format: Format | None = None
+    validation: str | None = None
+    validation_split: float = 0.0
+    dtype: str = "auto"
+    reach: bool = True
+    reach_memory: str | None = None
+    reach_directory: str | None = None
+    save_steps: int | None = None
+    report_to: str = "none"
+    resume: bool = False
+    overwrite: bool = False
+
+    @classmethod
+    def from_settings(
+        cls, settings: dict[str, Any], where: str, needed: tuple[str, ...] = ("data", "output")
+    ) -> "TrainingJob":
+        """Make a job of named settings, such as those of a YAML file; `where` they stand is for messages."""
+        known = {f.name: f.type for f in fields(cls)}
+        for name in settings:
+            if name not in known:
+                raise ReftError(f"{where}: there is no setting {name!r}.{did_you_mean(name, known)}")
+        for name in needed:
+            if name == "data" and settings.get("suite"):
+                continue
+            if not settings.get(name):
+                raise ReftError(f"{where}: the setting {name!r} is missing.")
+        return cls(**{name: _read(value, known[name], f"{where}: {name}") for name, value in settings.items()})
+
+
+def check_decoding(values: Any, where: str) -> dict[str, Any]:
+    """Return arguments of `generate` as their types ask for.
+
+    Raises:
+        ReftError: one that is not known here, or a value that it cannot have.
+    """
+    if not isinstance(values, dict):
+        raise ReftError(f"{where}: expected 'name: value' lines, got {values!r}.")
+    read = {}
+    for name, value in values.items():
+        if name not in _DECODING:
+            raise ReftError(f"{where}: there is no key {name!r}.{did_you_mean(name, _DECODING)}")
+        read[name] = number = _read(value, int if name in _COUNTS else float, f"{where}: {name}")
+        if name in _COUNTS:
+            fits, expected = number >= _COUNTS[name], f"{_COUNTS[name]} or more"
+        elif name == "top_p":
+            fits, expected = 0 < number <= 1, "a number above 0, at most 1"
+        else:
+            fits, expected = number > 0, "a number above 0"
+        if not fits:
+            raise ReftError(f"{where}: {name}: expected {expected}, got {value!r}.")
+    return read
+
+
+def check_numbers(job: TrainingJob) -> None:
+    """Refuse numbers that no training can have, and settings that contradict each other."""
+    for name in ("epochs", "lr", "batch_size", "gradient_accumulation", "save_steps", "alpha", "limit"):
+        if (value := getattr(job, name)) is not None and not value > 0:
+            raise ReftError(f"{name}: expected a number above 0, got {value}.")
+    if not 0 <= job.seed < 2**32:
+        raise ReftError(f"seed: expected a number from 0 to 2**32 - 1, got {job.seed}.")
+    if job.weight_decay < 0:
+        raise ReftError(f"weight_decay: expected 0 or more, got {job.weight_decay}.")
+    for name in ("dropout", "warmup_ratio", "validation_split"):
+        if not 0 <= getattr(job, name) < 1:
+            raise ReftError(f"{name}: expected a share from 0 to below 1, got {getattr(job, name)}.")
+    if job.method is not None and job.method not in METHODS:
+        raise ReftError(
+            f"method: expected {', '.join(METHODS)}, got {job.method!r}.{did_you_mean(job.method, METHODS)}"
+        )
+    for name in ("task", "data_dir", "limit", "decoding"):
+        if job.suite is None and getattr(job, name) is not None:
+            raise ReftError(f"{name}: it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.")
+    if job.suite is not None:
+        check_suite(job.suite, "train")
+        for name in ("data", "format", *(() if job.suite == GLUE else ("task",))):
+            if getattr(job, name) is not None:
+                raise ReftError(f"{name}: the suite {job.suite} decides it; leave it out, or `suite`.")
+    if job.suite == GLUE and job.decoding:
+        raise ReftError("decoding: the tasks of GLUE generate nothing; leave it out.")
+    check_logger(job.report_to)
+    if job.validation and job.validation_split:
+        raise ReftError("validation: give a file or `validation_split`, not both.")
+    if job.format is not None and job.format not in FORMATS:
+        raise ReftError(
+            f"format: expected {', '.join(FORMATS)}, got {job.format!r}.{did_you_mean(job.format, FORMATS)}"
+        )
+
+
+def check_logger(name: str) -> None:
+    """Refuse a logger that `Trainer` does not know, or that is not installed."""
+    if name == "none":
+        return
+    if name not in INTEGRATION_TO_CALLBACK:
+        known = ("none", *INTEGRATION_TO_CALLBACK)
+        raise ReftError(f"report_to: expected {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
+    if name not in get_available_reporting_integrations():
+        raise ReftError(f"report_to: {name} is not installed; `pip install {name}`, or leave it out.")
+
+
+def _read(value: Any, kind: Any, where: str) -> Any:
+    """A setting's value as its type asks for; YAML reads `1e-3` as text."""
+    kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
+    if value is None and type(None) in kinds:
+        return None
+    if where.endswith((": layers", ": target_modules")):
+        return ";".join(map(str, value)) if isinstance(value, list) else str(value)
+    if where.endswith(": decoding"):
+        return check_decoding(value, where)
+    if bool in kinds:
+        if isinstance(value, bool):
+            return value
+        raise ReftError(f"{where}: expected true or false, got {value!r}.")
+    if not {int, float} & set(kinds):
+        return str(value)
+    try:
+        number = float(value)
+        if isinstance(value, bool) or not math.isfinite(number) or (int in kinds and number != int(number)):
+            raise ValueError
+    except (TypeError, ValueError):
+        expected = "a whole number" if int in kinds else "a number"
+        raise ReftError(f"{where}: expected {expected}, got {value!r}.") from None
+    return int(value) if int in kinds else number

@@ -1,0 +1,237 @@
+"""Base models by name: load one with its tokenizer, or the one that an adapter was made for."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, TaskType
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
+
+from . import pocket
+from .errors import ReftError
+from .files.adapter import read_config, read_config_data, read_shapes
+from .files.record import read_record
+from .model import ReftModel
+from .tuner.config import ReftPeftType, shape_differences
+from .tuner.tuner import base_model_shape
+
+EMBEDDED = "pocket"  # the name of the model that ships with the package
+
+
+def load_base(
+    name: str | None = None, dtype: str = "auto", labels: int | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return a causal language model in evaluation mode, and its tokenizer, ready to pad.
+
+    Args:
+        name: a directory, a name on the hub, or `"pocket"` for the embedded model, which is the default.
+        dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: as stored on a GPU, float32 on a CPU.
+        labels: how many outputs a classifier has, to load one instead of a language model.
+
+    Raises:
+        ReftError: no such model, one that cannot do this, an unknown type, or a tokenizer that has neither a padding
+            nor an EOS token.
+    """
+    gpu = torch.cuda.is_available()
+    kinds = {"auto": "auto" if gpu else torch.float32}
+    kinds |= {kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16")}
+    if dtype not in kinds:
+        raise ReftError(f"dtype: expected {', '.join(kinds)}, got {dtype!r}.")
+    if labels is None:
+        check_language_model(name)
+    else:
+        check_classifier(name)
+    tokenizer = load_tokenizer(name)
+    loader = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
+    options = {} if labels is None else {"num_labels": labels}
+    with _explained(name):
+        model = loader.from_pretrained(_path(name), dtype=kinds[dtype], device_map="auto" if gpu else None, **options)
+    if labels is not None and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last token by it
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a base model, with a padding token; see `load_base`."""
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(_path(name))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ReftError(f"model: the tokenizer of {name!r} has neither a padding nor an EOS token; set one in it.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_adapted(
+    adapter: str | os.PathLike, name: str | None = None, dtype: str = "auto", labels: int | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Return an adapter on its base model, and the tokenizer.
+
+    Args:
+        adapter: the adapter's directory; of this method, or of another one of PEFT, such as LoRA.
+        name: the base model, if not the one that the adapter remembers.
+        labels: see `load_base`.
+
+    Raises:
+        ReftError: a damaged adapter, a base model that is gone or another one, a classifier that is not there, or one
+            where a language model is wanted.
+    """
+    name = name or base_of(adapter)
+    shapes = read_shapes(adapter)  # a damaged file is told before a large model is loaded
+    kind = read_config_data(adapter)
+    if labels is None:
+        check_generates(adapter)
+    else:
+        _check_head(adapter, kind.get("modules_to_save") or (), shapes, labels)
+    model, tokenizer = load_base(name, dtype, labels)
+    if kind.get("peft_type") == ReftPeftType.REFT.value:
+        return ReftModel.from_pretrained(model, adapter), tokenizer
+    try:
+        return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+    except (RuntimeError, ValueError) as error:  # other sizes, or other modules
+        first = str(error).strip().splitlines()[0]
+        raise ReftError(f"{adapter}: the adapter does not fit the base model {name!r}: {first}") from None
+
+
+def check_adapter(adapter: str | os.PathLike, name: str | None = None) -> None:
+    """Refuse an adapter that is damaged or does not fit its base model, before any weights are loaded.
+
+    Of an adapter of another method, such as LoRA, only the files are checked.
+
+    Args:
+        name: the base model, if not the one that the adapter remembers.
+
+    Raises:
+        ReftError: what is wrong.
+    """
+    name = name or base_of(adapter)
+    read_shapes(adapter)
+    config = read_model_config(name)
+    if read_config_data(adapter).get("peft_type") != ReftPeftType.REFT.value:
+        return
+    kinds: list[Any] = [AutoModel]
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:  # of some models for pictures, the language model alone
+        kinds.insert(0, AutoModelForCausalLM)
+    with _explained(name), torch.device("meta"):
+        models = [kind.from_config(config) for kind in kinds]
+    expected, found = read_config(adapter).base_model_shape, [base_model_shape(model) for model in models]
+    if expected is not None and expected not in found:
+        raise ReftError(
+            f"{adapter}: the adapter does not fit {name!r}, which has {shape_differences(expected, found[0])}."
+        )
+
+
+def check_generates(adapter: str | os.PathLike) -> None:
+    """Refuse the adapter of a classifier, which was trained together with a head that a language model does not have.
+
+    Raises:
+        ReftError: it is one, with its task as far as the record beside it says it.
+    """
+    data, task = read_config_data(adapter), read_record(adapter).get("task")
+    saved = data.get("modules_to_save") or ()
+    head = saved and (task or any(name in saved for name in SEQ_CLS_HEAD_NAMES))
+    if head or data.get("task_type") == TaskType.SEQ_CLS:
+        how = f"`pyreft eval {adapter} --suite glue`" if task else "load it with a model for sequence classification"
+        raise ReftError(
+            f"{adapter}: this is a classifier's adapter{f', for {task}' if task else ''}; it cannot be asked to "
+            f"generate. To use it, {how}."
+        )
+
+
+def base_of(adapter: str | os.PathLike) -> str:
+    """Return the name of the base model that an adapter remembers.
+
+    Raises:
+        ReftError: it remembers none, or a directory that is gone.
+    """
+    name = read_config_data(adapter).get("base_model_name_or_path")
+    if name is None:
+        raise ReftError(f"{adapter}: the adapter does not say what its base model is; name it.")
+    # an adapter of the embedded model may come from another machine, where the package lies elsewhere
+    if not os.path.isdir(name) and Path(name).parts[-3:] == Path(pocket.path()).parts[-3:]:
+        return EMBEDDED
+    if os.path.isabs(name) and not os.path.isdir(name):
+        raise ReftError(f"{adapter}: its base model {name!r} is not there any more; name the place where it is now.")
+    return name
+
+
+def read_model_config(name: str | None) -> Any:
+    """Return the config of a base model, which tells its kind and sizes without loading it.
+
+    Raises:
+        ReftError: no such model.
+    """
+    with _explained(name):
+        return AutoConfig.from_pretrained(_path(name))
+
+
+def check_language_model(name: str | None) -> None:
+    """Refuse a base model that was saved as anything but a causal language model, before it is loaded.
+
+    An encoder or a bare backbone has no unembedding in its files; loading it as a language model makes a random one.
+
+    Raises:
+        ReftError: no such model, or one of another kind.
+    """
+    saved = read_model_config(name).architectures or []
+    known: set[str] = set()
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        known |= {names} if isinstance(names, str) else set(names)
+    if saved and not known & set(saved):
+        raise ReftError(
+            f"model: expected a causal language model, {_path(name)!r} holds a {saved[0]}, which has no unembedding "
+            "for one. Load it with its own class and use the functions of pyreft on it."
+        )
+
+
+def check_classifier(name: str | None) -> None:
+    """Refuse a base model for which transformers has no classifier of texts, before it is loaded.
+
+    Raises:
+        ReftError: no such model, or one of another kind.
+    """
+    kind = read_model_config(name).model_type
+    if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
+        raise ReftError(
+            f"model: expected a model with a classifier of texts, such as RoBERTa; transformers has none for "
+            f"{_path(name)!r}, which is a {kind}."
+        )
+
+
+def _check_head(adapter: Any, names: Any, shapes: dict[str, tuple[int, ...]], labels: int) -> None:
+    heads = {shape[0] for name, shape in shapes.items() if set(names) & set(name.split("."))}
+    if not heads:
+        raise ReftError(
+            f"{adapter}: expected an adapter with a trained classifier, this one has none; was it trained for "
+            "generation? `pyreft train glue --task ...` trains one."
+        )
+    if labels not in heads:
+        raise ReftError(f"{adapter}: its classifier was not trained for {labels} outputs, which this task has.")
+
+
+def _path(name: str | None) -> str:
+    return pocket.path() if name in (None, EMBEDDED) else str(name)
+
+
+@contextmanager
+def _explained(name: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ReftError(f"model: none could be loaded from {_path(name)!r}: {first}") from None

@@ -1,0 +1,134 @@
+"""The original's ways to say which tokens: `get_intervention_locations` and nested `unit_locations`."""
+
+from typing import Any, Literal
+
+from ..errors import ReftError
+from ..positions import Positions
+
+_SHAPE = '{"sources->base": (None, [interventions][batch][positions])}'
+
+
+def parse_positions(positions: str) -> tuple[int, int]:
+    """Return how many first and last tokens a rule `f<n>`, `l<n>` or `f<n>+l<m>` names.
+
+    >>> parse_positions("f5+l3")
+    (5, 3)
+    """
+    rule = Positions.parse(positions)
+    if rule.whole:
+        raise ReftError(f"positions: expected f<n>, l<n> or f<n>+l<m>, got {positions!r}, which names no numbers.")
+    return rule.first, rule.last
+
+
+def get_intervention_locations(
+    *,
+    last_position: int,
+    num_interventions: int,
+    positions: str | None = None,
+    first_n: int | None = None,
+    last_n: int | None = None,
+    share_weights: bool = False,
+    pad_mode: Literal["first", "last"] = "first",
+) -> list[list[int]]:
+    """Return the locations of one example, `[interventions][positions]`, as the original library does.
+
+    Unlike a rule of `ReftConfig`, each side takes at most half of the prompt here, even where it stands alone.
+
+    Args:
+        last_position: the length of the prompt.
+        num_interventions: how many interventions; without shared weights, the first half of them gets the prefix
+            and the second half the suffix.
+        positions: the rule, or else `first_n` and `last_n`.
+        share_weights: one intervention edits prefix and suffix.
+        pad_mode: where a prompt is too short, its missing locations become -1 (`"first"`, for datasets that put a
+            padding token before the prompt) or `last_position` (`"last"`).
+
+    Raises:
+        ReftError: no positions, or an odd number of interventions for a prefix and a suffix apart.
+    """
+    if positions is not None:
+        first_n, last_n = parse_positions(positions)
+    if first_n is None or last_n is None:
+        raise ReftError("positions: expected positions='f<n>+l<m>', or first_n and last_n.")
+    first, last = min(last_position // 2, first_n), min(last_position // 2, last_n)
+    pad = -1 if pad_mode == "first" else last_position
+    prefix, suffix = list(range(first)), list(range(last_position - last, last_position))
+    if share_weights or not first or not last:
+        both = prefix + suffix
+        return [both + [pad] * (first_n + last_n - len(both)) for _ in range(num_interventions)]
+    if num_interventions % 2:
+        raise ReftError(
+            f"num_interventions: a prefix and a suffix with weights of their own need an even number, "
+            f"got {num_interventions}."
+        )
+    width = max(first_n, last_n)
+    half = num_interventions // 2
+    sides = [prefix] * half + [suffix] * half
+    return [side + [pad] * (width - len(side)) for side in sides]
+
+
+def _nested(given: Any) -> Any:
+    """What the original's callers wrap in `{"sources->base": (None, L)}` or `{"base": L}`: L as plain lists."""
+    if isinstance(given, dict):
+        given = next((given[key] for key in ("sources->base", "base") if key in given), None)
+        if isinstance(given, tuple):
+            given = given[-1]
+    return given.tolist() if hasattr(given, "tolist") else given
+
+
+def _sizes(nested: Any) -> str:
+    """Of nested lists, how many there are on each level, as `[2][3][1]`; `[2][1 or 3][1]` where they differ."""
+    sizes = ""
+    level = [nested]
+    while level and all(isinstance(part, list | tuple) for part in level):
+        sizes += f"[{' or '.join(map(str, sorted({len(part) for part in level})))}]"
+        level = [inner for part in level for inner in part if inner is not None]
+    return sizes
+
+
+def read_subspaces(subspaces: Any, batch: int, interventions: int) -> list[list[list[int] | None]]:
+    """Turn the original's `[interventions][batch][directions]` into `[batch][interventions][directions]`.
+
+    Raises:
+        ReftError: another nesting or count.
+    """
+    nested = _nested(subspaces)
+    try:
+        if len(nested) != interventions or any(rows is not None and len(rows) != batch for rows in nested):
+            raise TypeError
+        return [[None if rows is None else rows[row] for rows in nested] for row in range(batch)]
+    except TypeError:
+        raise ReftError(
+            f'subspaces: expected {{"sources->base": (None, [interventions][batch][directions])}} with {interventions} '
+            f"interventions and a batch of {batch}, got {subspaces!r}."
+        ) from None
+
+
+def read_unit_locations(unit_locations: Any, batch: int, interventions: int) -> list[list[list[int]]]:
+    """Turn the original's nested locations into `[batch][interventions][positions]`, ragged ones filled with -1.
+
+    Args:
+        unit_locations: `{"sources->base": (None, L)}` or `{"base": L}`, with L as `[interventions][batch][positions]`
+            or one index for all.
+
+    Raises:
+        ReftError: another nesting or count; the message shows the expected one.
+    """
+    nested = _nested(unit_locations)
+    if isinstance(nested, int):
+        nested = [[[nested]] * batch] * interventions
+    expected = f"unit_locations: expected {_SHAPE} with {interventions} interventions and a batch of {batch}"
+    try:
+        counts = (len(nested), {len(rows) for rows in nested if rows is not None})
+        if counts[0] != interventions or not counts[1] <= {batch}:
+            raise ReftError(f"{expected}, so [{interventions}][{batch}][positions]; got {_sizes(nested)}.")
+        by_row = [
+            [list(nested[i][b]) if nested[i] is not None else [] for i in range(interventions)] for b in range(batch)
+        ]
+        flat = [at for row in by_row for places in row for at in places]
+        if not all(isinstance(at, int) and at >= 0 for at in flat):
+            raise ReftError(f"{expected} and indices from 0, got {nested}.")
+    except TypeError:
+        raise ReftError(f"{expected}, got {unit_locations!r}.") from None
+    width = max((len(places) for row in by_row for places in row), default=0)
+    return [[places + [-1] * (width - len(places)) for places in row] for row in by_row]

@@ -1,0 +1,1 @@
+"""Where in a network: its blocks, and what a component's name means there."""

@@ -1,0 +1,298 @@
+"""`ReftConfig`: what to edit, where, at which tokens and with what; a PEFT config, so plain data on disk."""
+
+import enum
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+from ..errors import ReftError, did_you_mean
+from ..interventions import Intervention, intervention_class, register, short_name
+from ..positions import Positions, rule_name
+
+
+class ReftPeftType(enum.StrEnum):
+    """The key under which PEFT finds this method; PEFT's own enum is closed."""
+
+    REFT = "REFT"
+
+
+@dataclass
+class Representation:
+    """One edited place: a component of one layer, the tokens, and the intervention.
+
+    Args:
+        component: a name such as `"block_output"`, or a module's path with `.input` or `.output`.
+        layer: the number of the block; not needed for a path.
+        head: the number of the attention head, for components that begin with `head_`.
+        positions: the rule for the tokens, or a function (see `pyreft.positions.register_rule`); none if locations
+            are given with each call.
+        side: the `"prefix"` or the `"suffix"` of the rule alone.
+        intervention: a name such as `"loreft"`, its class, or a ready module.
+        low_rank_dimension, dropout, act_fn, add_bias: see `pyreft.interventions.LowRankIntervention`.
+        intervention_kwargs: further arguments of the intervention's class, plain data.
+    """
+
+    component: str = "block_output"
+    layer: int | None = None
+    head: int | None = None
+    positions: Any = None
+    side: str | None = None
+    intervention: Any = "loreft"
+    low_rank_dimension: int | None = None
+    dropout: float | None = None
+    act_fn: str | None = None
+    add_bias: bool | None = None
+    intervention_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layer, str):
+            self.layer = int(self.layer)
+        if isinstance(self.intervention, Intervention):
+            self._take_settings(self.intervention)
+        else:
+            self.intervention = short_name(intervention_class(self.intervention))
+        if self.positions is not None:
+            self.positions = rule_name(self.positions)
+
+    def _take_settings(self, module: Intervention) -> None:
+        """A ready module decides its settings; a contradicting one beside it is an error."""
+        register(type(module))
+        settings = dict(module.settings)
+        for name in _SETTINGS:
+            value = settings.pop(name, None)
+            if value is not None and getattr(self, name) not in (None, value):
+                raise ReftError(
+                    f"representations: {name} is {getattr(self, name)} beside an intervention made with {value}; "
+                    "give it once, or twice the same."
+                )
+            setattr(self, name, value)
+        self.intervention_kwargs = settings or None
+
+    def rule(self) -> Positions | None:
+        """The position rule as an object."""
+        if self.positions is None:
+            return None
+        rule = Positions.parse(self.positions)
+        return next((part for part in rule.sides() if part.side == self.side), rule)
+
+    def make(self, width: int) -> Intervention:
+        """Return the intervention for states of this width, ready or newly made."""
+        if isinstance(self.intervention, Intervention):
+            if self.intervention.embed_dim != width:
+                raise ReftError(
+                    f"embed_dim: the {self.component} of layer {self.layer} is {width} wide, "
+                    f"the intervention given for it {self.intervention.embed_dim}."
+                )
+            return self.intervention
+        cls = intervention_class(self.intervention)
+        settings = {name: getattr(self, name) for name in _SETTINGS if getattr(self, name)}
+        if self.low_rank_dimension is not None:  # 0 is refused, not left out
+            settings["low_rank_dimension"] = self.low_rank_dimension
+        settings |= self.intervention_kwargs or {}
+        taken = cls.setting_names()
+        for name in settings:
+            if name not in taken:
+                raise ReftError(
+                    f"{name}: the intervention {self.intervention!r} does not take it, only "
+                    f"{', '.join(sorted(taken))}.{did_you_mean(name, taken)}"
+                )
+        if "low_rank_dimension" in taken and self.low_rank_dimension is None:
+            raise ReftError(f"low_rank_dimension: no rank was given for the {self.component} of layer {self.layer}.")
+        return cls(embed_dim=width, **settings)
+
+    def settle(self) -> None:
+        """Let go of a ready module, which now belongs to a model, and remember its class by name."""
+        if isinstance(self.intervention, Intervention):
+            self.intervention = short_name(type(self.intervention))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: a module is named by its class."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        if isinstance(self.intervention, Intervention):
+            data["intervention"] = short_name(type(self.intervention))
+        return {key: value for key, value in data.items() if value is not None}
+
+
+DEFAULT_POSITIONS = "l16"  # by `pyreft study`; the paper's is f7+l7
+_SETTINGS = ("low_rank_dimension", "dropout", "act_fn", "add_bias")
+DEFAULT_RANK = 8
+# keys of the original's representations that say what is always so here
+_IMPLIED = ("unit", "max_number_of_units")
+
+
+@dataclass
+class ReftConfig(PeftConfig):
+    """Configuration of representation finetuning, for `pyreft.get_reft_model` and for every PEFT entry point.
+
+    Either the few fields below describe edits that are the same in all chosen layers, or `representations` lists
+    them one by one, in the manner of the original library.
+
+    Args:
+        representations: a dict or a list of dicts with the fields of `Representation`, instead of `layers`; what an
+            entry does not say, the fields below say for it. An entry without positions, here and there, edits at
+            the locations that come with each call.
+        layers: `"all"`, a number, a list of numbers, or text such as `"3;9;18"`.
+        component: which states of a layer.
+        positions: `f<n>`, `l<n>`, `f<n>+l<m>`, `prompt` or `all`, or a function (see
+            `pyreft.positions.register_rule`); `l16` if nothing is said here and there are no representations.
+        intervention: a name in `pyreft.interventions.INTERVENTIONS` such as `"loreft"`, or a class.
+        low_rank_dimension: the rank of the edits, 8 if not given; for interventions that have one.
+        share_weights: one intervention for prefix and suffix of `f<n>+l<m>` instead of one each.
+        dropout, act_fn, add_bias: see `pyreft.interventions.LowRankIntervention`.
+        intervention_kwargs: further arguments of the intervention's class, plain data.
+        modules_to_save: further modules to train and save, such as a classifier's head.
+        prompt_format: how prompts were written in training from files, for those who ask the adapter later.
+        base_model_shape: type and sizes of the base model, filled in; an adapter fits no other.
+
+    Raises:
+        ReftError: an unknown rule, intervention or key of a representation, or a rank that is no whole number.
+
+    Example:
+        >>> ReftConfig(layers="all", positions="l1", low_rank_dimension=4).positions
+        'l1'
+    """
+
+    target_modules: ClassVar[None] = None  # PEFT's injection asks for it; our places come from the fields below
+
+    representations: Any = field(default=None, metadata={"help": "Edited places one by one, as dicts."})
+    layers: Any = field(default="all", metadata={"help": "'all', a number, a list, or text such as '3;9;18'."})
+    component: str = field(default="block_output", metadata={"help": "Which states of a layer."})
+    positions: Any = field(default=None, metadata={"help": "Which tokens: f<n>, l<n>, f<n>+l<m>, prompt, all."})
+    intervention: Any = field(default="loreft", metadata={"help": "Which formula."})
+    low_rank_dimension: int | None = field(default=DEFAULT_RANK, metadata={"help": "The rank of the edits."})
+    share_weights: bool = field(default=True, metadata={"help": "One intervention for prefix and suffix."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the edit, in training."})
+    act_fn: str | None = field(default=None, metadata={"help": "Activation of the learned source."})
+    add_bias: bool = field(default=False, metadata={"help": "A bias for the second projection of NoReFT and DiReFT."})
+    intervention_kwargs: dict | None = field(default=None, metadata={"help": "Further arguments of the intervention."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Further modules to train and save."})
+    prompt_format: str | None = field(
+        default=None, metadata={"help": "How prompts were written in training from files: text, chat or alpaca."}
+    )
+    base_model_shape: dict | None = field(
+        default=None, metadata={"help": "Type and sizes of the model that the adapter was made for; filled in."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = ReftPeftType.REFT
+        self.layers = _read_layers(self.layers)
+        if not isinstance(self.low_rank_dimension, int | None):
+            raise ReftError(f"low_rank_dimension: expected a whole number, got {self.low_rank_dimension!r}.")
+        if self.representations is not None:
+            if self.layers != "all":
+                raise ReftError("layers: each of the representations names its own layer; give one or the other.")
+            given = [self.representations] if isinstance(self.representations, dict) else list(self.representations)
+            if not given:
+                raise ReftError("representations: expected at least one edited place, got an empty list.")
+            self.representations = [self._read(entry) for entry in given]
+            self._refuse_double_modules()
+        else:
+            cls = intervention_class(self.intervention)
+            self.intervention = short_name(cls)
+            if self.low_rank_dimension == DEFAULT_RANK and "low_rank_dimension" not in cls.setting_names():
+                self.low_rank_dimension = None
+            self.positions = rule_name(DEFAULT_POSITIONS if self.positions is None else self.positions)
+
+    def _read(self, entry: Any) -> Representation:
+        if isinstance(entry, Representation):
+            return entry
+        known = [f.name for f in fields(Representation)]
+        for key in entry:
+            if key not in known and key not in _IMPLIED:
+                raise ReftError(
+                    f"representations: expected the keys {', '.join(known)}, got {key!r}.{did_you_mean(key, known)}"
+                )
+        values = {key: value for key, value in entry.items() if key in known}
+        unit = entry.get("unit", "pos")
+        if isinstance(unit, int):
+            values.setdefault("head", unit)
+        elif unit not in ("pos", "h", "h.pos"):
+            raise ReftError(f"representations: expected the unit 'pos', or the number of a head, got {unit!r}.")
+        given = values.get("intervention", self.intervention)
+        inherited = ["positions", "component"]
+        if not isinstance(given, Intervention):
+            taken = intervention_class(given).setting_names()
+            inherited += ["intervention", *(name for name in _SETTINGS if name in taken)]
+            if "intervention" not in values:
+                inherited.append("intervention_kwargs")
+        return Representation(**{name: getattr(self, name) for name in inherited} | values)
+
+    def _refuse_double_modules(self) -> None:
+        modules = [id(r.intervention) for r in self.representations if isinstance(r.intervention, Intervention)]
+        if len(set(modules)) < len(modules):
+            raise ReftError("representations: the same intervention module stands in two of them; make one for each.")
+
+    def expand(self, number_of_layers: int) -> list[Representation]:
+        """The edited places one by one, for a model of so many layers.
+
+        The order is that of the interventions in every call and file. A prefix and a suffix with weights of their
+        own come as in the original: first all prefixes, then all suffixes.
+        """
+        if self.representations is not None:
+            return self.representations
+        layers = range(number_of_layers) if self.layers == "all" else self.layers
+        rule = Positions.parse(self.positions or DEFAULT_POSITIONS)
+        sides = [None] if self.share_weights else [part.side for part in rule.sides()]
+        return [
+            Representation(
+                component=self.component,
+                layer=layer,
+                positions=self.positions,
+                side=side,
+                intervention=self.intervention,
+                **{name: getattr(self, name) for name in (*_SETTINGS, "intervention_kwargs")},
+            )
+            for side in sides
+            for layer in layers
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without modules; fields of no meaning beside `representations` are left out."""
+        representations, self.representations = self.representations, None
+        try:
+            data = asdict(self)
+        finally:
+            self.representations = representations
+        data["peft_type"] = ReftPeftType.REFT.value
+        if representations is not None:
+            data["representations"] = [entry.to_dict() for entry in representations]
+        return data
+
+
+def _read_layers(layers: Any) -> Any:
+    if isinstance(layers, str):
+        if layers.strip().lower() == "all":
+            return "all"
+        parts = [part for part in re.split(r"[;,\s]+", layers.strip()) if part]
+        if not parts or not all(part.isdigit() for part in parts):
+            raise ReftError(f"layers: expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.")
+        layers = [int(part) for part in parts]
+    if isinstance(layers, int):
+        layers = [layers]
+    if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, int) for layer in layers):
+        raise ReftError(f"layers: expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.")
+    if len(set(layers)) < len(layers):
+        raise ReftError(f"layers: a layer stands twice in {list(layers)}.")
+    return list(layers)
+
+
+def shape_differences(expected: dict[str, Any] | None, found: dict[str, Any] | None) -> str:
+    """What differs between two `base_model_shape`s, in words; an empty text if nothing does."""
+    expected, found = expected or {}, found or {}
+    return ", ".join(
+        f"{name} {found.get(name)!r} instead of {expected.get(name)!r}"
+        for name in expected | found
+        if found.get(name) != expected.get(name)
+    )
+
+
+def register_with_peft(tuner: type) -> None:
+    """Make PEFT know this method: its four mappings are plain dicts and take a key of our own."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[ReftPeftType.REFT] = ReftConfig
+    PEFT_TYPE_TO_TUNER_MAPPING[ReftPeftType.REFT] = tuner
+    PEFT_TYPE_TO_PREFIX_MAPPING[ReftPeftType.REFT] = "reft_"
