@@ -343,8 +343,8 @@ def table() -> str:
     lines = [
         "# Architectures",
         "",
-        "What is tested on tiny random models of each architecture, in `tests/test_architectures.py`. There is no "
-        "list of architectures in the library: one that is missing here is likely to work.",
+        "What is tested on tiny random models of each architecture, in `tests/places/test_architectures.py`. There is "
+        "no list of architectures in the library: one that is missing here is likely to work.",
         "",
         "| check | what holds |",
         "|---|---|",

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_cli import run
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import pyreft
@@ -15,7 +16,6 @@ from pyreft.jobs.plan import RULES, make_plan
 from pyreft.jobs.timing import Measured, Rates
 from pyreft.loading import load_base
 from pyreft.reach.ways import Behind
-from test_cli import run
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 MODELS = {

@@ -202,7 +202,7 @@ Reach(adapt(tiny_llama()), memory=0, directory={directory!r})(**batch_of(rows_of
 
 @pytest.mark.parametrize("sent", ["SIGINT", "SIGKILL"])
 def test_a_run_that_ends_while_it_writes(tmp_path, sent):
-    program = PROGRAM.format(tests=str(Path(__file__).parent), signal=sent, directory=str(tmp_path))
+    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), signal=sent, directory=str(tmp_path))
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ended.returncode != 0
     assert ("KeyboardInterrupt" in ended.stderr) == (sent == "SIGINT")

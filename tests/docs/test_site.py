@@ -18,7 +18,7 @@ import pyreft
 
 pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # what a user has no reason to import: how edits are located, steps computed, and old files read
 INTERNAL = ("continuous", "heads", "legacy", "located", "locator", "packed", "recompute", "stream")
 # the original's modules, whose names stand where they are defined

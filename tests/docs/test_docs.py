@@ -8,7 +8,7 @@ import pytest
 from pyreft import pocket
 from snippets import all_blocks, blocks, run_snippets
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 MIGRATION = DOCS / "from-pyreft.md"
 PAGES = sorted(DOCS.rglob("*.md"))
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_cli import run
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -22,7 +23,6 @@ from pyreft.jobs.recipes import recipe_jobs
 from pyreft.loading import check_classifier, load_adapted
 from pyreft.tasks import glue
 from pyreft_cli.app import app
-from test_cli import run
 
 FAST = {
     "max_length": 200,
@@ -392,7 +392,7 @@ def test_prompts_that_leave_no_room_are_left_out_and_long_answers_cut(tmp_path):
 def test_the_script_of_the_tables(data, tmp_path, suite):
     changes = {"commonsense": FAST | {"epochs": 1, "limit": 8}, "glue": TINY | {"epochs": 1, "limit": 8}}[suite]
     tasks = {"commonsense": ["boolq", "piqa"], "glue": ["rte", "stsb"]}[suite]
-    script = Path(__file__).parents[1] / "benchmarks" / "paper.py"
+    script = Path(__file__).parents[2] / "benchmarks" / "paper.py"
     command = [sys.executable, script, suite, "--data-dir", data, "--work", tmp_path, "--record", tmp_path / "r.json"]
     command += [
         "--seeds",

@@ -6,7 +6,7 @@ import pytest
 
 from snippets import blocks, run_snippets, shell_commands
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 
 

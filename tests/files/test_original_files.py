@@ -13,8 +13,8 @@ from torch.nn.utils.parametrizations import orthogonal
 
 import pyreft
 from conftest import tiny_llama
+from oracle_cases import LEGACY, ORACLE, load_case, read_case
 from pyreft.files.original import legacy_keys
-from test_oracle import LEGACY, ORACLE, load_case, read_case
 
 ONE, UNTIED = "llama_loreft_l1_one_layer", "llama_loreft_f2l2_untied"
 
