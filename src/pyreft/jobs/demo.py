@@ -9,7 +9,7 @@ from ..model import ReftModel
 from ..pocket import PROMPT_TEMPLATE, emoji_questions, emojis_only, has_emojis, load
 from .job import PreparedJob, TrainingJob
 
-DATA = Path(__file__).parent / "data" / "emoji_train.jsonl"
+DATA = Path(pocket.__file__).parent / "data" / "emoji_train.jsonl"
 # what the embedded model was found to learn best from so few pairs, within 20 kB
 SETTINGS: dict[str, Any] = {
     "layers": "1;2;3",
