@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .. import pocket
 from ..generation import generate_answers
 from ..model import ReftModel
 from ..pocket import PROMPT_TEMPLATE, emoji_questions, emojis_only, has_emojis, load
