@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import ReftError
-from .tuner.tuner import locator_of
+from .tuner.tuner import edits_of
 
 try:
     from lm_eval import simple_evaluate
@@ -59,7 +59,7 @@ class ReftLM(HFLM):
             tokenizer = tokenizer or own
         if not isinstance(pretrained, torch.nn.Module):
             raise ReftError(f"harness: expected adapter=<directory>, or an adapted model, got {pretrained!r}.")
-        if (locator := locator_of(pretrained)) is None or list(locator.streams) != [""] or not locator.causal:
+        if (edits := edits_of(pretrained)) is None or list(edits.stacks) != [""] or not edits.causal:
             raise ReftError(
                 f"harness: expected a causal language model with edits, got {type(pretrained).__name__} without, or "
                 "one that reads apart from what it writes; use lm-eval's own model `hf` for it."

@@ -20,10 +20,11 @@ from .files.trained_heads import add_heads, saved_heads, trained_heads
 from .interventions import Intervention, register
 from .original.locations import read_subspaces, read_unit_locations
 from .places.structure import without_adapters
+from .tuner.call import GIVEN, LOCATIONS, SUBSPACES
 from .tuner.config import ReftConfig, Representation
+from .tuner.edits import Edits
 from .tuner.layer import ReftLayer
-from .tuner.locator import GIVEN, LOCATIONS, SUBSPACES, Locator
-from .tuner.tuner import detach, locator_of, reft_layers
+from .tuner.tuner import detach, edits_of, reft_layers
 
 
 class ReftModel(PeftModel):
@@ -61,7 +62,7 @@ class ReftModel(PeftModel):
         finally:
             if inner is not None:
                 base.peft_config = inner
-        self._locator: Locator = self.base_model._locator
+        self._edits: Edits = self.base_model.edits
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
@@ -107,12 +108,12 @@ class ReftModel(PeftModel):
             raise ReftError("sources: ReFT learns its edits and takes none from another input; pass no sources.")
         unit_locations, subspaces = call.pop("unit_locations", None), call.pop(SUBSPACES, None)
         rows = len(next(call[name] for name in ("input_ids", "inputs_embeds") if name in call))
-        count = len(self._locator.rules[self.active_adapter])
+        count = len(self._edits.rules[self.active_adapter])
         if subspaces is not None:
             call[SUBSPACES] = read_subspaces(subspaces, rows, count)
         if unit_locations is not None:
             call[LOCATIONS] = read_unit_locations(unit_locations, rows, count)
-        elif None in self._locator.rules[self.active_adapter] and LOCATIONS not in call:
+        elif None in self._edits.rules[self.active_adapter] and LOCATIONS not in call:
             raise ReftError(
                 "unit_locations: this model's config has no position rule, so each call says which tokens to edit: "
                 'unit_locations={"sources->base": (None, [interventions][batch][positions])}.'
@@ -120,7 +121,7 @@ class ReftModel(PeftModel):
         return call
 
     def _check_attached(self) -> None:
-        if self._locator.removed:
+        if self._edits.removed:
             raise ReftError(
                 "This ReftModel's edits were taken off its base model when another ReftModel was made from it. "
                 "Load the adapter again, or add several to one model with load_adapter()."
@@ -203,8 +204,8 @@ class ReftModel(PeftModel):
         For one call, pass `strength=` to it, a number or a dict by adapter; the two are multiplied. Strengths are
         not saved.
         """
-        self._locator.check_names([adapter_name], "adapter_name", base=False)
-        self._locator.strengths[adapter_name] = float(strength)
+        self._edits.check_names([adapter_name], "adapter_name", base=False)
+        self._edits.strengths[adapter_name] = float(strength)
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -277,7 +278,7 @@ class ReftModel(PeftModel):
             ReftError: files that are missing, damaged, or of another adapter; the model is then as it was.
         """
         name = self.active_adapter if adapter_name is None else adapter_name
-        self._locator.check_names([name], "adapter_name", base=False)
+        self._edits.check_names([name], "adapter_name", base=False)
         place = _legacy_place(load_directory)
         layers = self.peft_config[name].base_model_shape["num_hidden_layers"]
         representations = self.peft_config[name].expand(layers)
@@ -435,7 +436,7 @@ def get_reft_model(
 
 
 def _release(model: nn.Module) -> None:
-    if locator_of(model) is not None:
+    if edits_of(model) is not None:
         detach(model)
 
 

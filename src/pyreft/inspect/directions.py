@@ -127,7 +127,7 @@ def residual_edit(base: Any, edits: PlaceEdits) -> Tensor | None:
     states = torch.zeros(len(edits.edit), widths[0])
     states[:, slice(*place.columns) if place.columns else slice(None)] = edits.edit
     states = states.to(next(module.parameters()).device, base.dtype)  # weights may be packed integers
-    return (module(states) - module(torch.zeros_like(states))).float().cpu()
+    return (module.forward(states) - module.forward(torch.zeros_like(states))).float().cpu()
 
 
 class Unembedding:

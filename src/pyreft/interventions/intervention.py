@@ -6,7 +6,7 @@ not known here.
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from ..errors import ReftError
 
 
 class Intervention(nn.Module):
-    """h' = h + dropout(edit(h)), computed in float32 and cast back to the type of h.
+    """h' = Φ(h), computed in float32 and cast back to the type of h.
 
-    A subclass makes its parameters and gives the formula of `edit`. That is all that an intervention of one's own
-    needs; pass the class to `ReftConfig(intervention=...)` and to whatever loads the adapter again.
+    A subclass makes its parameters and gives the `formula`, or, where that is shorter, the `edit` that a formula
+    adds to h. That is all that an intervention of one's own needs; pass the class to `ReftConfig(intervention=...)`
+    and to whatever loads the adapter again.
 
     Args:
         embed_dim: d, the width of the edited hidden states.
@@ -29,18 +30,18 @@ class Intervention(nn.Module):
         >>> class ScaleIntervention(Intervention):
         ...     def __init__(self, *, embed_dim, **settings):
         ...         super().__init__(embed_dim=embed_dim, **settings)
-        ...         self.scale = nn.Parameter(torch.zeros(embed_dim))
+        ...         self.scale = nn.Parameter(torch.ones(embed_dim))
         ...
-        ...     def edit(self, h):
+        ...     def formula(self, h):
         ...         return self.scale * h
         >>> ScaleIntervention(embed_dim=4)(torch.ones(2, 4)).shape
         torch.Size([2, 4])
     """
 
-    #: whether `edit` also takes `rows`, `[n]`: the row of the batch that each token belongs to
+    #: whether the formula also takes `rows`, `[n]`: the row of the batch that each token belongs to
     by_row = False
-    #: whether `edit` works as well on `[rows, n, d]` with the parameters of another intervention for each row, those of
-    #: `[k]` as `[rows, 1, k]` and those of `[r, d]` as `[rows, r, d]`; a subclass says so for itself, see `stack`
+    #: whether the formula works as well on `[rows, n, d]` with the parameters of another intervention for each row,
+    #: those of `[k]` as `[rows, 1, k]` and those of `[r, d]` as `[rows, r, d]`, see `stack`; a subclass says it itself
     stackable = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -69,15 +70,25 @@ class Intervention(nn.Module):
                     break
         return names - {"self", "embed_dim", "dtype", "device"}
 
-    def edit(self, h: Tensor) -> Tensor:
-        """Return h' - h for float32 states h `[n, d]`."""
-        raise NotImplementedError
+    def _add_edit(self, h: Tensor, **context: Tensor) -> Tensor:
+        return h + self.edit(h, **context)
+
+    def _no_edit(self, h: Tensor, **context: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has neither a formula nor an edit.")
+
+    #: from float32 states h, `[n, d]`, and what else it takes to h'
+    formula: Callable[..., Tensor] = _add_edit
+    #: instead of the formula, h' - h
+    edit: Callable[..., Tensor] = _no_edit
 
     def forward(self, h: Tensor, **context: Tensor) -> Tensor:
-        """Return h' for the states h `[n, d]`, in the type of h; `context` goes to `edit`."""
+        """Return h' for the states h, `[n, d]`, in the type of h; `context` goes to the formula."""
         with torch.autocast(h.device.type, enabled=False):
             wide = h.float()
-            return (wide + self.dropout(self.edit(wide, **context))).to(h.dtype)
+            new = self.formula(wide, **context)
+            if self.training and self.dropout.p:
+                new = wide + self.dropout(new - wide)
+            return new.to(h.dtype)
 
     def penalty(self) -> Tensor | None:
         """What the training loss gets on top after a forward, a scalar, or nothing."""
@@ -93,8 +104,6 @@ def stack(modules: Sequence[Any]) -> Any:
     They are of one `stackable` class, with the same settings and shapes. Gradients flow to each of them.
     """
     first = modules[0]
-    if hasattr(first, "stacked"):
-        return first.stacked(modules)
     made = copy.copy(first)
     for kind in ("_parameters", "_buffers"):
         made.__dict__[kind] = {

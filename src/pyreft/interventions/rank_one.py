@@ -38,12 +38,14 @@ class Reftr1Intervention(Intervention):
     def settings(self) -> dict[str, Any]:
         return {**super().settings, "top_k": self.top_k, "l1": self.l1}
 
-    def latents(self, h: Tensor) -> Tensor:
+    def latents(self, h: Tensor, R: Tensor | None = None) -> Tensor:
         """Return how strongly the concept is present in each state, `[n]`, not negative."""
-        return (h.float() @ self.rotate_layer.weight).squeeze(-1).relu()
+        w = self.rotate_layer.weight.mT if R is None else R  # [1, d]
+        return (h.float() @ w.mT).squeeze(-1).relu()
 
-    def edit(self, h: Tensor, rows: Tensor) -> Tensor:  # type: ignore[override]  # as `by_row` says
-        latents = self.latents(h)
+    def formula(self, h: Tensor, rows: Tensor, R: Tensor | None = None) -> Tensor:
+        w = self.rotate_layer.weight.mT if R is None else R
+        latents = self.latents(h, w)
         _, rows, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
         columns = torch.arange(len(rows), device=h.device) - (counts.cumsum(0) - counts)[rows]
         table = latents.new_full((len(counts), int(counts.max())), -1).index_put((rows, columns), latents)
@@ -53,7 +55,7 @@ class Reftr1Intervention(Intervention):
         if self.training:
             rest = latents.sum() - (top * chosen).sum()
             self._penalty = self.l1 * rest / (counts.sum() - chosen.sum()).clamp(min=1)
-        return strength[rows].unsqueeze(-1) * self.rotate_layer.weight.T
+        return h + strength[rows].unsqueeze(-1) * w
 
     def penalty(self) -> Tensor | None:
         taken, self._penalty = self._penalty, None

@@ -17,7 +17,7 @@ from ..errors import ReftError
 from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import EpochTeller, ReachPrinter
-from ..tuner.locator import LENGTHS, LOCATIONS, SUBSPACES
+from ..tuner.call import LENGTHS, LOCATIONS, SUBSPACES
 from ..tuner.tuner import calls_tuner, penalty, tuner_of
 from .same_data import check_same_data
 

@@ -1,4 +1,4 @@
-"""The located tokens of a batch of sequences, as masks; and the windows of them that a forward computes.
+"""The located tokens of a batch of sequences, as masks; and those of them that lie in what a forward computes.
 
 Plain tensors: nothing is known of rules, models or layers.
 """
@@ -13,17 +13,28 @@ from ..errors import ReftError
 Key = tuple[str, int]  # an adapter and the number of one of its representations
 
 
-class Grid(NamedTuple):
-    """The tokens to edit in rows that have an adapter each."""
+class Tokens(NamedTuple):
+    """The tokens to edit in the states `[batch, tokens, d]` of a forward: `states[rows, columns]`, `[n, k, d]`.
 
-    rows: Tensor  # `[rows, 1]`
-    columns: Tensor  # `[rows, n]`, filled up with others where a row has fewer to edit
-    valid: Tensor | None  # `[rows, n, 1]`, false for what fills up; none if nothing does
+    Where all rows share an adapter, each of n tokens stands alone, k = 1. Where each row has its own, k tokens of each
+    of n rows stand together, filled up with others where a row has fewer. In a compiled forward, whose shapes must not
+    depend on which tokens they are, all of them are here, and `valid` tells.
+    """
+
+    rows: Tensor | slice  # `[n, 1]`, or all
+    columns: Tensor | slice  # `[n, k]`, or all
+    valid: Tensor | None = None  # `[n, k]`, false for those that stay as they are; none if there are none
+
+    def to(self, device: torch.device) -> "Tokens":
+        """The same, where a layer is."""
+        if all(not isinstance(part, Tensor) or part.device == device for part in self):
+            return self
+        rows, columns, valid = (part.to(device) if isinstance(part, Tensor) else part for part in self)
+        return Tokens(rows, columns, valid)  # type: ignore[arg-type]
 
 
-# row and column of every token to edit, or a grid of them; none for every token there is; in a compiled forward, whose
-# shapes must not depend on which tokens they are, a mask `[batch, tokens]`
-Window = tuple[Tensor, Tensor] | Grid | Tensor | None
+ALL = slice(None)
+EVERY = Tokens(ALL, ALL)
 
 
 class Located:
@@ -58,23 +69,25 @@ class Located:
         own = self.groups.get(group, [])
         if len({*own} - {None}) < 2:
             return []
+        if torch.compiler.is_compiling():  # where rows without any are computed, too
+            own = [name or group for name in own]
         return [name for name in own if name is not None for _ in range(rows // len(own))]
 
     def done(self, end: int) -> bool:
         """Whether nothing is located from this index on."""
         return end >= self.length and not self.endless
 
-    def windows(self, past: int, tokens: int, rows: int) -> dict[Key, Window]:
-        """What to edit in a forward over the tokens `[past, past + tokens)`.
+    def within(self, past: int, tokens: int, rows: int) -> dict[Key, Tokens]:
+        """What to edit in a forward over the tokens `[past, past + tokens)`; keys with nothing to edit are left out.
 
         Rows that beams or several answers to a prompt have multiplied share the locations of their prompt.
         """
-        found: dict[Key, Window] = {}
-        seen: dict[tuple[int, bool], Window] = {}
+        found: dict[Key, Tokens] = {}
+        seen: dict[tuple[int, bool], Tokens | None] = {}
         for key, mask in self.masks.items():
             endless, only = key in self.endless, self._rows.get(key[0])
             if endless and past >= self.length and only is None:
-                found[key] = None
+                found[key] = EVERY
                 continue
             same = id(mask), endless
             if same not in seen:
@@ -84,12 +97,10 @@ class Located:
                     part = part if only is None else part & only.to(part.device)[:, None]
                 times = rows // len(part)
                 part = part.repeat_interleave(times, dim=0)
-                if self.adapters(key[0], rows):
-                    seen[same] = _grid(part, only if only is None else only.repeat_interleave(times))
-                else:
-                    seen[same] = part if torch.compiler.is_compiling() else part.nonzero(as_tuple=True)  # type: ignore
-            at = seen[same]
-            if at is not None and (at.shape[1] if isinstance(at, Tensor) else at[1].numel()):
+                together = bool(self.adapters(key[0], rows))
+                chosen = only if only is None or times == 1 else only.repeat_interleave(times)
+                seen[same] = _tokens(part, together, chosen)
+            if (at := seen[same]) is not None:
                 found[key] = at
         return found
 
@@ -100,15 +111,26 @@ def mask_of(columns: Tensor, length: int) -> Tensor:
     return mask.scatter(1, columns.long() % (length + 1), True)[:, :length]
 
 
-def _grid(mask: Tensor, only: Tensor | None) -> Grid:
-    """The located tokens of a mask `[rows, tokens]`; of these rows alone, if any of the rows have no part in it."""
+def _tokens(mask: Tensor, together: bool, only: Tensor | None) -> Tokens | None:
+    """The true places of a mask `[rows, tokens]`, none if there are none.
+
+    Args:
+        together: those of a row stand together.
+        only: `[rows]`, false for rows without any part in it.
+    """
+    if torch.compiler.is_compiling():
+        return Tokens(ALL, ALL, mask) if mask.shape[1] else None
+    if not together:
+        rows, columns = mask.nonzero(as_tuple=True)
+        return Tokens(rows[:, None], columns[:, None]) if len(rows) else None
     rows = torch.arange(len(mask)) if only is None else only.nonzero().squeeze(-1)
     rows = rows.to(mask.device)
     mask = mask[rows]
     counts = mask.sum(-1)
     fewest, most = int(counts.min()), int(counts.max())
     columns = mask.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
-    return Grid(rows[:, None], columns, None if fewest == most else mask.gather(1, columns).unsqueeze(-1))
+    valid = None if fewest == most else mask.gather(1, columns)
+    return Tokens(rows[:, None], columns, valid) if most else None
 
 
 def group_rows(

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..interventions import Intervention, intervention_class
 from ..places.components import Site, find_site, hidden_width, number_of_layers, stack_module
+from . import hooks
+from .call import Surroundings, within
 from .config import ReftConfig, Representation, shape_differences
-from .layer import ReftLayer, refuse_merge
-from .locator import Locator
+from .continuous import Batches
+from .edits import Edits
+from .layer import PREFIX, ReftLayer, refuse_merge
+from .methods import METHODS, Methods
 
 
 class ReftTuner(BaseTuner):
@@ -29,7 +33,7 @@ class ReftTuner(BaseTuner):
         ReftError: a layer, component, rank or intervention that does not fit the model, before it is touched.
     """
 
-    prefix = "reft_"
+    prefix = PREFIX
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
     reach: Any = None  # while steps compute only what the edits can reach, the `Reach` that does
@@ -53,11 +57,11 @@ class ReftTuner(BaseTuner):
         except ReftError:
             del self.peft_config[adapter_name]
             raise
-        self._locator = locator_of(model) or Locator(model, _stacks(model))
-        self._locator.rules[adapter_name] = [entry.rule() for entry in representations]
-        self._locator.places[adapter_name] = [site.stack for site in sites]
+        self.edits = edits_of(model) or _watched(model)
+        self.edits.rules[adapter_name] = [entry.rule() for entry in representations]
+        self.edits.places[adapter_name] = [site.stack for site in sites]
         stackable = all(intervention_class(entry.intervention).stackable for entry in representations)
-        self._locator.kinds[adapter_name] = representations if stackable else None
+        self.edits.kinds[adapter_name] = representations if stackable else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
@@ -76,14 +80,16 @@ class ReftTuner(BaseTuner):
         for site, index, intervention in self._places[current_key]:
             name = f"{self.prefix}{site.side}"
             if not hasattr(target, name):
-                target.add_module(name, ReftLayer(target, site.side, self._locator.streams[site.stack]))
+                layer = ReftLayer(target, site.side, self.edits, site.stack, len(self.edits.layers))
+                target.add_module(name, layer)
+                self.edits.layers.append(layer)
             layer = getattr(target, name)
             layer.add_intervention(adapter_name, index, intervention.to(_device(target)), site.columns)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the only active one, the first that is left becomes active."""
         super().delete_adapter(adapter_name)  # which takes our layers for parameters of its own and passes them over
-        self.active_adapter = self._locator.forget(adapter_name)
+        self.active_adapter = self.edits.forget(adapter_name)
 
     def _unload_and_optionally_merge(
         self,
@@ -113,15 +119,11 @@ class ReftTuner(BaseTuner):
         if names is None:
             yield
             return
-        locator = self._locator
         if not names:
             raise ReftError("adapter_names: expected one name for each row, got none.")
-        locator.check_names(names, "adapter_names")
-        locator.row_adapters = list(names)
-        try:
+        self.edits.check_names(names, "adapter_names")
+        with within(Surroundings(self.edits, row_adapters=list(names))):
             yield
-        finally:
-            locator.row_adapters = None
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -156,18 +158,21 @@ def penalty(model: nn.Module) -> Tensor | None:
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
 
 
-def locator_of(model: nn.Module) -> Locator | None:
-    """The locator of an adapted model, none if it has no representation edits."""
-    return next((layer.stream.locator for layer in reft_layers(model)), None)
+def edits_of(model: nn.Module) -> Edits | None:
+    """The edits of an adapted model, none if it has no representation edits."""
+    return next((layer.edits for layer in reft_layers(model)), None)
 
 
 def detach(model: nn.Module) -> None:
     """Take all representation edits off a model: every hook and every child module."""
-    locator = locator_of(model)
-    if locator is not None:
-        locator.remove()
-        for layer in locator.layers:
-            delattr(layer._module[0], f"{ReftTuner.prefix}{layer.side}")
+    edits = edits_of(model)
+    if edits is not None:
+        edits.removed = True
+        hooks.detach(edits)
+        for name in METHODS:
+            edits.model.__dict__.pop(name, None)
+        for layer in edits.layers:
+            layer.detach()
         model.__dict__.pop("peft_config", None)
 
 
@@ -189,6 +194,16 @@ def _plan(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], l
         entry.settle()
     config.base_model_shape = shape
     return representations, sites, places
+
+
+def _watched(model: nn.Module) -> Edits:
+    """New edits of a model, whose calls are watched from now on."""
+    stacks = _stacks(model)
+    edits = Edits(model, tuple(stacks) or ("",))
+    batches = Batches(edits)
+    hooks.attach(edits, batches, stacks)
+    Methods(edits, batches).attach()
+    return edits
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.Module]:
