@@ -79,7 +79,7 @@ class Call:
         self.cache: Any = None  # of its last step
         self.steps = self.passed = 0  # how many steps it has made, and how many tokens have passed then
         self.is_forward = self.trains = False  # whether it is one forward, and that for training
-        self.below: tuple = ()  # what ran when a forward began
+        self.below = 0  # how much ran when a forward began
 
     def strength(self, name: str) -> float:
         """What an adapter's edits are multiplied by."""
@@ -94,11 +94,13 @@ class Call:
 
 
 class _Running(threading.local):
-    frames: tuple[Surroundings | Call, ...] = ()
+    def __init__(self) -> None:  # in each thread
+        self.frames: list[Surroundings | Call] = []
 
 
 running = _Running()
-"""What runs in this thread, the innermost last."""
+"""What runs in this thread, the innermost last. The list is only ever changed in place: `torch.compile`, where it has
+to break a graph, loses what is assigned to a thread's attributes, and keeps what is done to a list."""
 
 
 def innermost(edits: Any) -> Surroundings | Call | None:
@@ -110,11 +112,11 @@ def innermost(edits: Any) -> Surroundings | Call | None:
 
 
 @contextmanager
-def within(frame: Surroundings | Call) -> Iterator[None]:
-    """Run something in a call, or in what surrounds calls; whatever it leaves behind is gone in the end."""
-    before = running.frames
-    running.frames = (*before, frame)
+def within(*frames: Surroundings | Call) -> Iterator[None]:
+    """Run something in a call, or in what surrounds calls; whatever it leaves running is gone in the end."""
+    count = len(running.frames)
+    running.frames.extend(frames)
     try:
         yield
     finally:
-        running.frames = before
+        del running.frames[count:]

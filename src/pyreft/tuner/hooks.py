@@ -87,8 +87,8 @@ class Entry:
             if kwargs.get("labels") is not None:
                 given["labels"] = kwargs["labels"]
             call = self.batches.begin() if self.batches.is_step(kwargs) else self.edits.begin(given)
-            call.below, call.is_forward = running.frames, True
-            running.frames = (*running.frames, call)
+            call.below, call.is_forward = len(running.frames), True
+            running.frames.append(call)
         outermost = not call.entered
         call.entered.append(self.depth)  # from here on `after` leaves again, whatever happens
         if outermost:
@@ -108,7 +108,7 @@ class Entry:
         if call.entered:
             return
         if call.is_forward:
-            running.frames = call.below
+            del running.frames[call.below :]
             if call.trains:
                 self.edits.steps.watch(output)
         else:
@@ -218,12 +218,14 @@ def past_of(edits: Edits, cache: Any) -> Past | None:
 
 def take_given(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take out of a call's arguments what the edits are given."""
-    return {name: value for name in GIVEN if (value := kwargs.pop(name, None)) is not None}
+    given = {name: kwargs.pop(name) for name in GIVEN if name in kwargs}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _cache(values: Any) -> Any:
     """The keys and values, or the recurrent states, of the tokens that have passed."""
-    return next((cache for name in CACHES if (cache := values.get(name)) is not None), None)
+    found = [values.get(name) for name in CACHES]
+    return next((cache for cache in found if cache is not None), None)
 
 
 def _counts(cache: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..interventions import Intervention, LowRankRotateLayer, stack
 from .call import Call, Reading, innermost, running
-from .located import ALL, Key, Tokens
+from .located import Key, Tokens
 from .resolve import read_states
 
 PREFIX = "reft_"  # of the children that hold interventions: `reft_input` and `reft_output`
@@ -138,7 +138,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
                 new = torch.where(at.valid[..., None], new, part)
             if columns is not None:
                 new = torch.cat((there[..., : columns[0]], new, there[..., columns[1] :]), dim=-1)
-            h = new if at.rows is ALL else h.index_put(cast(Any, at[:2]), new)  # scatter
+            h = new if isinstance(at.rows, slice) else h.index_put(cast(Any, at[:2]), new)  # scatter
         return h
 
     def _intervention(

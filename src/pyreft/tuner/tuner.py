@@ -43,9 +43,12 @@ class ReftTuner(BaseTuner):
 
     def compute(self, ordinary: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call of the model, `ordinary(*args, **kwargs)`, in part while a `Reach` is at it."""
-        if self.reach is None or args or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return ordinary(*args, **kwargs)
-        return self.reach.forward(ordinary, kwargs)
+        with within():  # also where a forward is interrupted
+            if self.reach is None or args:
+                return ordinary(*args, **kwargs)
+            return self.reach.forward(ordinary, kwargs)
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
