@@ -16,7 +16,7 @@ from .call import GIVEN, LENGTHS, LOCATIONS, Call, Reading, innermost, running
 from .continuous import Batches
 from .edits import Edits
 from .located import Located
-from .packed import find_packed
+from .packed import find_packed, tell_of_cache
 from .recompute import bind, recomputes, unbind
 from .resolve import resolve
 
@@ -175,6 +175,8 @@ class Entry:
             labels = nn.functional.pad(labels[:, :-1], (1, 0), value=-100)
         ids = inputs if inputs.dim() == 2 and not past else None
         packed = None if past or call.generating else find_packed(inputs, kwargs)
+        if packed is not None:
+            tell_of_cache(kwargs, getattr(self.edits.model, "config", None))
         return resolve(self.edits, call, stack, mask.bool(), labels, ids, packed)
 
     def _past(self, call: Call, cache: Any) -> int:

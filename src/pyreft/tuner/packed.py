@@ -3,6 +3,7 @@
 Knows how a row is told to be packed, and lays its examples apart and together again. Rules and models are not known.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -72,11 +73,23 @@ def find_packed(inputs: Tensor, kwargs: dict[str, Any]) -> Packed | None:
         starts[:, 1:] = ~sees.diagonal(offset=-1, dim1=-2, dim2=-1).to(inputs.device)
     if sees is None and isinstance(bounds, Tensor) and len(inputs) == 1:
         starts[0, bounds[:-1].to(inputs.device).long()] = True
-    elif isinstance(positions, Tensor) and positions.shape == inputs.shape[:2]:
+    elif isinstance(positions, Tensor) and positions.shape in (inputs.shape[:2], (1, inputs.shape[1])):
         starts |= nn.functional.pad(positions.diff(dim=-1) != 1, (1, 0)).to(inputs.device)
     elif sees is None:
         return None  # and a compiled forward need not ask
     return Packed(starts) if bool(starts[:, 1:].any()) else None
+
+
+def tell_of_cache(kwargs: dict[str, Any], config: Any) -> None:
+    """Warn where transformers lets the examples of a row see each other although their positions begin anew."""
+    apart = any(kwargs.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q"))
+    cached = kwargs.get("use_cache")
+    if not apart and (getattr(config, "use_cache", False) if cached is None else cached):
+        warnings.warn(
+            "position_ids begin anew within a row, so each of its examples is edited by itself; but with a cache "
+            "transformers lets each of them see those before it. Pass use_cache=False, or a mask that parts them.",
+            stacklevel=2,
+        )
 
 
 def _allowed(mask: Any, inputs: Tensor) -> Tensor | None:
