@@ -81,11 +81,29 @@ class Intervention(nn.Module):
     #: instead of the formula, h' - h
     edit: Callable[..., Tensor] = _no_edit
 
-    def forward(self, h: Tensor, **context: Tensor) -> Tensor:
-        """Return h' for the states h, `[n, d]`, in the type of h; `context` goes to the formula."""
+    def basis(self) -> Tensor | None:
+        """Return the directions along which h' differs from h, `[r, d]`, in float32; none if there are none."""
+        return None
+
+    def forward(
+        self, h: Tensor, *, R: Tensor | None = None, subspaces: Tensor | None = None, **context: Tensor
+    ) -> Tensor:
+        """Return h' for the states h, `[n, d]`, in the type of h.
+
+        Args:
+            R: the directions, `basis()`, where they have been computed already; a formula that has them takes them.
+            subspaces: `[n, r]`, true for the directions that each token may move along.
+            context: what else the formula takes.
+        """
         with torch.autocast(h.device.type, enabled=False):
             wide = h.float()
-            new = self.formula(wide, **context)
+            R = self.basis() if R is None else R
+            if R is not None:
+                context["R"] = R if subspaces is None else R * subspaces[..., None]  # zero takes no part: [n, r, d]
+            if R is not None and context["R"].dim() > h.dim():
+                new = self.formula(wide[:, None], **context)[:, 0]
+            else:
+                new = self.formula(wide, **context)
             if self.training and self.dropout.p:
                 new = wide + self.dropout(new - wide)
             return new.to(h.dtype)

@@ -66,29 +66,9 @@ class LowRankIntervention(Intervention):
         """Make what is learned."""
         raise NotImplementedError
 
-    def basis(self) -> Tensor:
-        """Return the directions, R or W₂, `[r, d]`, in float32."""
-        raise NotImplementedError
-
     def source(self, h: Tensor) -> Tensor:
         """Return act(W h + b), `[n, r]`."""
         return self.act_fn(linear(self.learned_source, h))
-
-    def forward(  # type: ignore[override]
-        self, h: Tensor, *, R: Tensor | None = None, subspaces: Tensor | None = None
-    ) -> Tensor:
-        """Return h' for the states h, `[n, d]`, in the type of h.
-
-        Args:
-            R: the directions, where they have been computed already.
-            subspaces: `[n, r]`, true for the directions that each token may move along.
-        """
-        R = self.basis() if R is None else R
-        if subspaces is not None:
-            R = R * subspaces[..., None]  # a direction that is zero takes no part: [n, r, d]
-        if R.dim() > h.dim():
-            return super().forward(h[:, None], R=R)[:, 0]
-        return super().forward(h, R=R)
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, rank={self.low_rank_dimension}"

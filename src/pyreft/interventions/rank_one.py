@@ -38,14 +38,15 @@ class Reftr1Intervention(Intervention):
     def settings(self) -> dict[str, Any]:
         return {**super().settings, "top_k": self.top_k, "l1": self.l1}
 
-    def latents(self, h: Tensor, R: Tensor | None = None) -> Tensor:
-        """Return how strongly the concept is present in each state, `[n]`, not negative."""
-        w = self.rotate_layer.weight.mT if R is None else R  # [1, d]
-        return (h.float() @ w.mT).squeeze(-1).relu()
+    def basis(self) -> Tensor:
+        return self.rotate_layer.weight.mT
 
-    def formula(self, h: Tensor, rows: Tensor, R: Tensor | None = None) -> Tensor:
-        w = self.rotate_layer.weight.mT if R is None else R
-        latents = self.latents(h, w)
+    def latents(self, h: Tensor, R: Tensor | None = None) -> Tensor:
+        """Return how strongly the concept is present in each state, `[n]`, not negative; R is w, `[1, d]`."""
+        return (h.float() @ (self.basis() if R is None else R).mT).squeeze(-1).relu()
+
+    def formula(self, h: Tensor, R: Tensor, rows: Tensor) -> Tensor:
+        latents = self.latents(h, R)
         _, rows, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
         columns = torch.arange(len(rows), device=h.device) - (counts.cumsum(0) - counts)[rows]
         table = latents.new_full((len(counts), int(counts.max())), -1).index_put((rows, columns), latents)
@@ -55,7 +56,7 @@ class Reftr1Intervention(Intervention):
         if self.training:
             rest = latents.sum() - (top * chosen).sum()
             self._penalty = self.l1 * rest / (counts.sum() - chosen.sum()).clamp(min=1)
-        return h + strength[rows].unsqueeze(-1) * w
+        return h + strength[rows].unsqueeze(-1) * R
 
     def penalty(self) -> Tensor | None:
         taken, self._penalty = self._penalty, None

@@ -19,18 +19,15 @@ GIVEN = (LOCATIONS, LENGTHS, SUBSPACES, STRENGTH)
 
 
 class Reading(NamedTuple):
-    """The tokens that a forward reads of one stack: `rows` times those from `past` to before `end`."""
+    """The tokens that a forward reads of one stack, `rows` times `tokens`, after so many that are `past`."""
 
+    rows: int
+    tokens: int
+    past: int
     located: Located
     at: dict[Key, Tokens]  # those to edit now
-    rows: int
-    past: int
-    end: int
-
-    @property
-    def tokens(self) -> int:
-        """How many of each row."""
-        return self.end - self.past
+    adapters: dict[str, list[str]]  # of each row, where they are several, by the name of their group
+    strengths: dict[str, list[float]]  # of these adapters, or of the one that all rows share
 
 
 class Surroundings:
@@ -80,6 +77,21 @@ class Call:
         self.steps = self.passed = 0  # how many steps it has made, and how many tokens have passed then
         self.is_forward = self.trains = False  # whether it is one forward, and that for training
         self.below = 0  # how much ran when a forward began
+
+    def read(self, stack: str, located: Located, rows: int, tokens: int, past: int) -> Reading:
+        """Note what the forward that runs reads, and return it.
+
+        Args:
+            stack: whose tokens they are.
+            located: where they are edited.
+        """
+        at = {} if past >= located.until else located.within(past, tokens, rows)
+        names = dict.fromkeys(name for name, _ in at)
+        adapters = {name: located.adapters(name, rows) if located.groups else [] for name in names}
+        strengths = {name: [self.strength(one) for one in own or [name]] for name, own in adapters.items()}
+        reading = Reading(rows, tokens, past, located, at, adapters, strengths)
+        self.readings[stack] = reading
+        return reading
 
     def strength(self, name: str) -> float:
         """What an adapter's edits are multiplied by."""

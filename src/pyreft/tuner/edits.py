@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ReftError, did_you_mean
 from ..positions import Positions
-from .call import STRENGTH, Call, Surroundings, innermost, within
+from .call import STRENGTH, Call, Surroundings, innermost, running, within
 from .located import Located
 from .threads import Steps
 
@@ -52,14 +52,6 @@ class Edits:
         """The adapter of each row of a call that would begin now, if each has its own."""
         return self.begin({}).row_adapters
 
-    def indices(self, name: str, stack: str) -> list[int]:
-        """The representations of an adapter in a stack, by number."""
-        return [index for index, place in enumerate(self.places[name]) if place == stack]
-
-    def layers_of(self, stack: str) -> list[Any]:
-        """The edited layers that the tokens of a stack pass."""
-        return [layer for layer in self.layers if layer.stack == stack]
-
     def check_names(self, names: Any, what: str, base: bool = True) -> None:
         """Refuse adapters that the model does not have; with `base`, the name of none is taken."""
         for name in names:
@@ -99,7 +91,7 @@ class Edits:
         Args:
             given: what it gives, by the names in `GIVEN`, and its `labels`.
         """
-        around = innermost(self)
+        around = innermost(self) if running.frames else None
         enabled, row_adapters = [layer.enabled_adapters for layer in self.layers], None
         if isinstance(around, Surroundings):
             if around.off:

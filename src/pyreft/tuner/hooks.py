@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..interventions import orthonormalize
 from ..places.structure import without_adapters
-from .call import GIVEN, LENGTHS, LOCATIONS, Call, Reading, innermost, running
+from .call import GIVEN, LENGTHS, LOCATIONS, STRENGTH, Call, Reading, innermost, running
 from .continuous import Batches
 from .edits import Edits
 from .located import Located
@@ -78,15 +78,15 @@ class Entry:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Enter a call: the one that runs, if this forward is a part of it, or a new one."""
-        given = take_given(kwargs)
-        frame = innermost(self.edits)
+        given, frame = take_given(kwargs), self._frame()
         if isinstance(frame, Call) and self._is_part(frame, module, args, kwargs):
             call = frame
             call.given |= given
         else:
             if kwargs.get("labels") is not None:
                 given["labels"] = kwargs["labels"]
-            call = self.batches.begin() if self.batches.is_step(kwargs) else self.edits.begin(given)
+            requests = "read_index" in kwargs and self.batches.is_step(kwargs)
+            call = self.batches.begin() if requests else self.edits.begin(given)
             call.below, call.is_forward = len(running.frames), True
             running.frames.append(call)
         outermost = not call.entered
@@ -99,7 +99,7 @@ class Entry:
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Leave it."""
-        call = innermost(self.edits)
+        call = self._frame()
         if not isinstance(call, Call) or not call.entered or call.entered[-1] != self.depth:
             return
         call.entered.pop()
@@ -114,6 +114,11 @@ class Entry:
         else:
             call.readings.clear()
 
+    def _frame(self) -> Any:
+        """What runs of the model in this thread: mostly the last that began."""
+        frames = running.frames
+        return frames[-1] if frames and frames[-1].edits is self.edits else innermost(self.edits) if frames else None
+
     def _is_part(self, call: Call, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         """Whether a forward belongs to the call that runs: as a part of its forward, or as its next step."""
         if call.entered:
@@ -126,7 +131,8 @@ class Entry:
         return cache is not None and (cache is call.cache or _length(cache) == call.passed)
 
     def _begin_forward(self, call: Call, module: nn.Module, kwargs: dict) -> None:
-        self.edits.check_given(call.given)
+        if STRENGTH in call.given:
+            self.edits.check_given(call.given)
         if call.generating:
             call.steps += self.stack != "encoder"
             call.cache = _cache(kwargs)
@@ -145,21 +151,20 @@ class Entry:
             return
         past = self._past(call, cache)
         located = call.located or self._locate(call, stack, past, inputs, kwargs)
-        rows, end = inputs.shape[0], past + inputs.shape[1]
-        if call.generating and located.done(past):  # an answer after the last located token: nothing to compute
+        end = past + inputs.shape[1]
+        if call.generating and past >= located.until:  # an answer after the last located token: nothing to compute
             if cache is not None and not _counts(cache):
                 cache.reft_past = Past(self.edits.key, None, end)
             return
         call.passed = end
-        at = {} if located.done(past) else located.within(past, inputs.shape[1], rows)
-        call.readings[stack] = reading = Reading(located, at, rows, past, end)
-        if at.keys() - call.rotated and not torch.compiler.is_compiling():
-            needed = [one for layer in self.edits.layers_of(stack) for one in layer.rotations(reading)]
+        reading = call.read(stack, located, inputs.shape[0], inputs.shape[1], past)
+        if reading.at.keys() - call.rotated and not torch.compiler.is_compiling():
+            needed = [one for layer in self.edits.layers if layer.stack == stack for one in layer.rotations(reading)]
             call.rotations |= orthonormalize([one for one in needed if one not in call.rotations])
-            call.rotated |= at.keys()
+            call.rotated |= reading.at.keys()
 
     def _locate(self, call: Call, stack: str, past: int, inputs: Tensor, kwargs: dict) -> Located:
-        if self.batches.is_step(kwargs):
+        if "read_index" in kwargs and self.batches.is_step(kwargs):
             return self.batches.locate(call, inputs, kwargs)
         known = past_of(self.edits, _cache(kwargs))
         if past and known and known.located and (call.generating or not call.given.keys() & {LOCATIONS, LENGTHS}):
@@ -201,7 +206,8 @@ class Entry:
         if call.generating and call.cache is None:
             call.cache = cache
         if cache is not None:
-            cache.reft_past = Past(self.edits.key, None if call.located else reading.located, reading.end)
+            located = None if call.located else reading.located
+            cache.reft_past = Past(self.edits.key, located, reading.past + reading.tokens)
 
 
 class Past(NamedTuple):

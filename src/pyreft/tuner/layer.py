@@ -93,7 +93,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
     def rotations(self, reading: Reading) -> Iterator[LowRankRotateLayer]:
         """The orthonormal matrices that edits in a forward need."""
         for name in dict.fromkeys(name for name, _ in reading.at):
-            for adapter in dict.fromkeys(reading.located.adapters(name, reading.rows) or [name]):
+            for adapter in dict.fromkeys(reading.adapters[name] or [name]):
                 for index, intervention in self.of(adapter):
                     if (name, index) in reading.at and hasattr(intervention, "rotate_layer"):
                         yield cast(LowRankRotateLayer, intervention.rotate_layer)
@@ -123,12 +123,16 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
 
     def _edited(self, h: Tensor, name: str, call: Call, reading: Reading) -> Tensor:
         """Apply the interventions of an adapter, or those of the adapters of a group of rows, one after the other."""
-        adapters = reading.located.adapters(name, reading.rows)  # of each row; empty if all share one
-        strength = _strength(call, adapters or [name], h)
+        adapters = reading.adapters[name]
+        strength: float | Tensor = reading.strengths[name][0]
+        if len(set(reading.strengths[name])) > 1:
+            strength = torch.tensor(reading.strengths[name], device=h.device).view(-1, 1, 1)
         for number, (index, columns) in enumerate(zip(self.indices[name], self.columns[name], strict=True)):
             if (name, index) not in reading.at:
                 continue
-            at = reading.at[name, index].to(h.device)
+            at = reading.at[name, index]
+            if any(isinstance(part, Tensor) and part.device != h.device for part in at):
+                at = at.to(h.device)
             intervention, R = self._intervention(name, number, adapters, call, h)
             context = _context(intervention, R, (name, index), at, reading, by_itself=not adapters)
             there = h[at.rows, at.columns]  # gather: [n, k, d]
@@ -240,14 +244,6 @@ def _context(
         directions = of_row.to(rows.device)[rows // (reading.rows // len(of_row))]
         context["subspaces"] = directions.expand(-1, k, -1).flatten(0, 1) if by_itself else directions[:, 0]
     return context
-
-
-def _strength(call: Call, adapters: list[str], h: Tensor) -> float | Tensor:
-    """What the edits are multiplied by; where the adapters of rows differ in it, `[rows, 1, 1]`."""
-    strengths = [call.strength(name) for name in adapters]
-    if len(set(strengths)) == 1:
-        return strengths[0]
-    return torch.tensor(strengths, device=h.device).view(-1, 1, 1)
 
 
 def _formula(intervention: Intervention, h: Tensor, strength: float | Tensor, context: dict[str, Tensor]) -> Tensor:

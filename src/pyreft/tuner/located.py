@@ -3,6 +3,7 @@
 Plain tensors: nothing is known of rules, models or layers.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,6 @@ class Tokens(NamedTuple):
 
     def to(self, device: torch.device) -> "Tokens":
         """The same, where a layer is."""
-        if all(not isinstance(part, Tensor) or part.device == device for part in self):
-            return self
         rows, columns, valid = (part.to(device) if isinstance(part, Tensor) else part for part in self)
         return Tokens(rows, columns, valid)  # type: ignore[arg-type]
 
@@ -49,6 +48,7 @@ class Located:
         self.subspaces: dict[Key, Tensor] = {}  # `[batch, rank]`, the directions that each row's edits may take
         self.endless: set[Key] = set()  # those that cover every token after the mask, too
         self.length = 0
+        self.until: float = 0  # the index from which on nothing is located
         self.groups = groups or {}
         self._rows = {  # `[batch]`, of the groups that have not all of them
             name: torch.tensor([row is not None for row in rows]) for name, rows in self.groups.items() if None in rows
@@ -63,6 +63,7 @@ class Located:
         self.length = max(self.length, mask.shape[1])
         if endless:
             self.endless.add(key)
+        self.until = math.inf if self.endless else self.length
 
     def adapters(self, group: str, rows: int) -> list[str]:
         """The adapter of each row of a group of several adapters, in a forward of so many rows; empty if it is one."""
@@ -72,10 +73,6 @@ class Located:
         if torch.compiler.is_compiling():  # where rows without any are computed, too
             own = [name or group for name in own]
         return [name for name in own if name is not None for _ in range(rows // len(own))]
-
-    def done(self, end: int) -> bool:
-        """Whether nothing is located from this index on."""
-        return end >= self.length and not self.endless
 
     def within(self, past: int, tokens: int, rows: int) -> dict[Key, Tokens]:
         """What to edit in a forward over the tokens `[past, past + tokens)`; keys with nothing to edit are left out.
@@ -134,7 +131,7 @@ def _tokens(mask: Tensor, together: bool, only: Tensor | None) -> Tokens | None:
 
 
 def group_rows(
-    row_adapters: list[str] | None, kinds: dict[str, Any], tokens: Tensor, beams: bool = False
+    row_adapters: list[str], kinds: dict[str, Any], tokens: Tensor, beams: bool = False
 ) -> dict[str, list[str | None]]:
     """Gather the adapters of one kind, whose rows are edited together, under the name of the first of them.
 
@@ -150,8 +147,6 @@ def group_rows(
     Raises:
         ReftError: another number of names than rows.
     """
-    if row_adapters is None:
-        return {}
     times, rest = divmod(len(tokens), len(row_adapters) or 1)
     if rest or not times or (times > 1 and not beams):
         raise ReftError(

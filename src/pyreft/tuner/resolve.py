@@ -39,15 +39,21 @@ def resolve(
     """
     beams = stack == "decoder" and call.generating
     kinds = {name: edits.kinds[name] for name in call.active}
-    located = Located(group_rows(call.row_adapters, kinds, tokens, beams))
-    keys = [(name, index) for name in located.groups or kinds for index in edits.indices(name, stack)]
+    groups = None if call.row_adapters is None else group_rows(call.row_adapters, kinds, tokens, beams)
+    located = Located(groups)
+    keys = [
+        (name, index)
+        for name in located.groups or kinds
+        for index, place in enumerate(edits.places[name])
+        if place == stack
+    ]
     if LOCATIONS in call.given:
         _add_given(located, edits, call, keys, tokens)
     else:
         lengths = call.given.get(LENGTHS) if stack != "decoder" else None
         _add_by_rule(located, edits, keys, tokens, labels, input_ids, packed, lengths)
     if SUBSPACES in call.given:
-        layers = edits.layers_of(stack)
+        layers = [layer for layer in edits.layers if layer.stack == stack]
         ranks = {key: layer.rank(key) for layer in layers for key in keys if key[1] in layer.indices.get(key[0], ())}
         counts = {name: len(edits.rules[name]) for name in call.active}
         located.subspaces = subspace_masks(call.given[SUBSPACES], ranks, counts, tokens)
@@ -70,8 +76,7 @@ def read_states(call: Call, stack: str, h: Tensor) -> Reading:
     """What a forward reads that takes pictures or sound: each state `[batch, tokens, d]` is a token of the prompt."""
     rows, tokens = h.shape[:2]
     located = resolve(call.edits, call, stack, torch.ones(rows, tokens, dtype=torch.bool, device=h.device))
-    call.readings[stack] = reading = Reading(located, located.within(0, tokens, rows), rows, 0, tokens)
-    return reading
+    return call.read(stack, located, rows, tokens, 0)
 
 
 def _add_by_rule(

@@ -18,7 +18,7 @@ from ..errors import ReftError
 from ..interventions import Intervention, intervention_class
 from ..places.components import Site, find_site, hidden_width, number_of_layers, stack_module
 from . import hooks
-from .call import Surroundings, within
+from .call import Surroundings, running, within
 from .config import ReftConfig, Representation, shape_differences
 from .continuous import Batches
 from .edits import Edits
@@ -45,10 +45,13 @@ class ReftTuner(BaseTuner):
         """A call of the model, `ordinary(*args, **kwargs)`, in part while a `Reach` is at it."""
         if torch.compiler.is_compiling():
             return ordinary(*args, **kwargs)
-        with within():  # also where a forward is interrupted
+        before = len(running.frames)
+        try:
             if self.reach is None or args:
                 return ordinary(*args, **kwargs)
             return self.reach.forward(ordinary, kwargs)
+        finally:
+            del running.frames[before:]  # of a forward that was interrupted
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
