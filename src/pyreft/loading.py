@@ -51,7 +51,7 @@ def load_base(
     kinds = {"auto": "auto" if gpu else torch.float32}
     kinds |= {kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16")}
     if dtype not in kinds:
-        raise ReftError(f"dtype: expected {', '.join(kinds)}, got {dtype!r}.")
+        raise ReftError(f"expected {', '.join(kinds)}, got {dtype!r}.", setting="dtype")
     if labels is None:
         check_language_model(name)
     else:
@@ -72,7 +72,9 @@ def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(_path(name))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ReftError(f"model: the tokenizer of {name!r} has neither a padding nor an EOS token; set one in it.")
+            raise ReftError(
+                f"the tokenizer of {name!r} has neither a padding nor an EOS token; set one in it.", setting="model"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -194,8 +196,9 @@ def check_language_model(name: str | None) -> None:
         known |= {names} if isinstance(names, str) else set(names)
     if saved and not known & set(saved):
         raise ReftError(
-            f"model: expected a causal language model, {_path(name)!r} holds a {saved[0]}, which has no unembedding "
-            "for one. Load it with its own class and use the functions of pyreft on it."
+            f"expected a causal language model, {_path(name)!r} holds a {saved[0]}, which has no unembedding "
+            "for one. Load it with its own class and use the functions of pyreft on it.",
+            setting="model",
         )
 
 
@@ -208,8 +211,9 @@ def check_classifier(name: str | None) -> None:
     kind = read_model_config(name).model_type
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise ReftError(
-            f"model: expected a model with a classifier of texts, such as RoBERTa; transformers has none for "
-            f"{_path(name)!r}, which is a {kind}."
+            f"expected a model with a classifier of texts, such as RoBERTa; transformers has none for "
+            f"{_path(name)!r}, which is a {kind}.",
+            setting="model",
         )
 
 
@@ -234,4 +238,4 @@ def _explained(name: str | None) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ReftError(f"model: none could be loaded from {_path(name)!r}: {first}") from None
+        raise ReftError(f"none could be loaded from {_path(name)!r}: {first}", setting="model") from None

@@ -95,8 +95,9 @@ def record_edits(
     name = active[0] if adapter_name is None and len(active) == 1 else adapter_name
     if locator is None or name not in active:
         raise ReftError(
-            f"adapter_name: expected one of the active adapters ({', '.join(active) or 'there is none'}), got "
-            f"{name!r}; activate it with model.set_adapter(...)."
+            f"expected one of the active adapters ({', '.join(active) or 'there is none'}), got "
+            f"{name!r}; activate it with model.set_adapter(...).",
+            setting="adapter_name",
         )
     if has_stacks(base):
         raise ReftError(f"{type(base).__name__}: a model with an encoder and a decoder cannot be looked at yet.")

@@ -34,13 +34,13 @@ def make_config(job: TrainingJob) -> PeftConfig:
         _refuse(job, _REFT_ALONE, "LoRA has no such setting")
         modules = job.target_modules.split(";") if job.target_modules else None
         if job.rank < 1:
-            raise ReftError(f"rank: expected 1 or more, got {job.rank}.")
+            raise ReftError(f"expected 1 or more, got {job.rank}.", setting="rank")
         return LoraConfig(r=job.rank, lora_alpha=job.alpha, lora_dropout=job.dropout, target_modules=modules)
     _refuse(job, _LORA_ALONE, "it is LoRA's; representation edits have no such setting")
     formula = METHODS[job.method] if job.method else None
     if formula and job.intervention not in (formula, _default("intervention")):
         raise ReftError(
-            f"intervention: the method {job.method!r} is the formula {formula!r}, got {job.intervention!r}."
+            f"the method {job.method!r} is the formula {formula!r}, got {job.intervention!r}.", setting="intervention"
         )
     return ReftConfig(
         layers=job.layers,
@@ -69,7 +69,7 @@ def attach(model: nn.Module, config: PeftConfig, base: str | None) -> PeftModel:
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise ReftError(f"target_modules: LoRA does not fit this model: {error}") from None
+        raise ReftError(f"LoRA does not fit this model: {error}", setting="target_modules") from None
     config.base_model_name_or_path = known_as or config.base_model_name_or_path
     return adapted
 
@@ -126,14 +126,15 @@ def check_same(checkpoint: str, now: PeftConfig) -> None:
             if name == "base_model_shape":
                 what = f"for another base model: this one has {shape_differences(old, new)}"
             raise ReftError(
-                f"resume: {checkpoint} was made {what}; resume with the same settings, or train to another output."
+                f"{checkpoint} was made {what}; resume with the same settings, or train to another output.",
+                setting="resume",
             )
 
 
 def _refuse(job: TrainingJob, names: tuple[str, ...], why: str) -> None:
     for name in names:
         if (value := getattr(job, name)) != _default(name):
-            raise ReftError(f"{name}: {why}, got {value!r}; leave it out.")
+            raise ReftError(f"{why}, got {value!r}; leave it out.", setting=name)
 
 
 def _default(name: str) -> Any:

@@ -28,10 +28,10 @@ class PreparedClassifier(PreparedJob):
     def _prepare(self) -> None:
         job = self.job
         if not job.task:
-            raise ReftError("task: name the task of GLUE that is trained.")
+            raise ReftError("name the task of GLUE that is trained.", setting="task")
         for name in ("validation", "validation_split", "save_steps", "format"):
             if getattr(job, name):
-                raise ReftError(f"{name}: GLUE has its own; leave it out.")
+                raise ReftError("GLUE has its own; leave it out.", setting=name)
         self.task: Task = find_task(job.task)
         pairs = read(self.task, "train", job.data_dir, job.limit)
         choosing, _ = split_validation(read(self.task, "validation", job.data_dir), job.seed)

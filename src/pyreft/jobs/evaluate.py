@@ -66,7 +66,7 @@ def evaluate(
     """
     check_suite(suite)
     if suite == "instruct" and output is None:
-        raise ReftError("output: the answers of instruct are for a judge to read; name a directory for them.")
+        raise ReftError("the answers of instruct are for a judge to read; name a directory for them.", setting="output")
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
     if suite == GLUE:
@@ -191,7 +191,7 @@ def _glue_adapters(place: Path, tasks: Sequence[str]) -> dict[str, Path]:
     if is_adapter(place):
         own = read_record(place).get("task")
         if len(wanted) > 1 or (own and wanted not in ([], [own])):
-            raise ReftError(f"task: {place} is an adapter for {own or 'one task'}, got {', '.join(wanted)}.")
+            raise ReftError(f"{place} is an adapter for {own or 'one task'}, got {', '.join(wanted)}.", setting="task")
         if not own and not wanted:
             raise ReftError(f"{place}: the adapter has no recipe.json that says for which task of GLUE it is; name it.")
         return {own or wanted[0]: place}
@@ -202,7 +202,7 @@ def _glue_adapters(place: Path, tasks: Sequence[str]) -> dict[str, Path]:
         )
     for task in wanted:
         if task not in found:
-            raise ReftError(f"task: {place} holds adapters for {', '.join(found)}, none for {task}.")
+            raise ReftError(f"{place} holds adapters for {', '.join(found)}, none for {task}.", setting="task")
     return {task: found[task] for task in wanted or found}
 
 

@@ -104,7 +104,7 @@ class PreparedJob:
         if self.job.suite:
             return GENERATED[self.job.suite].examples(self.job.data_dir, self.job.limit)
         if self.job.data is None:
-            raise ReftError("data: expected a file of examples, or a suite.")
+            raise ReftError("expected a file of examples, or a suite.", setting="data")
         return read_examples(self.job.data)
 
     def _encode(self, examples: list[Example], limit: int) -> list[dict[str, Any]]:
@@ -117,13 +117,17 @@ class PreparedJob:
         kept = [row for row in cut if row["labels"][-1] != IGNORED]
         self.skipped += len(cut) - len(kept)
         if examples and not kept:
-            raise ReftError(f"max_length: every prompt has {limit} tokens or more, so nothing is left to learn.")
+            raise ReftError(
+                f"every prompt has {limit} tokens or more, so nothing is left to learn.", setting="max_length"
+            )
         return kept
 
     def _hold_out(self) -> None:
         count = max(1, round(len(self.rows) * self.job.validation_split))
         if count >= len(self.rows):
-            raise ReftError(f"validation_split: {count} of {len(self.rows)} would be held out; no example is left.")
+            raise ReftError(
+                f"{count} of {len(self.rows)} would be held out; no example is left.", setting="validation_split"
+            )
         chosen = set(random.Random(self.job.seed).sample(range(len(self.rows)), count))
         self.validation = [self.rows[number] for number in sorted(chosen)]
         self.rows = [row for number, row in enumerate(self.rows) if number not in chosen]
@@ -148,8 +152,10 @@ class PreparedJob:
         complete = is_adapter(self.output) and losses.is_file() and losses.stat().st_mtime >= last.stat().st_mtime
         if done >= steps and complete:
             raise ReftError(
-                f"resume: nothing is left to train: {done} steps are done, and the job has {steps}; give more "
-                "`epochs`, or another `output`."
+                f"nothing is left to train: {done} steps are done, and the job has {steps}; give more "
+                "`epochs`, or another `output`.",
+                setting="resume",
+                also=["epochs", "output"],
             )
 
     def _steps(self) -> float:
@@ -167,7 +173,7 @@ class PreparedJob:
             ReftError: the job has no output.
         """
         if not self.job.output:
-            raise ReftError("output: expected the directory for the adapter, got none.")
+            raise ReftError("expected the directory for the adapter, got none.", setting="output")
         trainer = self.trainer_class(
             model=self.model,
             processing_class=self.tokenizer,
@@ -259,11 +265,17 @@ def check_output(job: TrainingJob) -> str | None:
     last = last_complete(output / CHECKPOINTS)
     if job.resume:
         if last is None:
-            raise ReftError(f"{output}: there is no checkpoint to resume from; leave out `resume` to start anew.")
+            raise ReftError(
+                "there is no checkpoint to resume from; leave out `resume` to start anew.",
+                where=str(output),
+                also=["resume"],
+            )
     elif (is_adapter(output) or last) and not job.overwrite:
         raise ReftError(
-            f"{output}: this directory already holds {'an adapter' if is_adapter(output) else 'checkpoints'}; "
-            "choose another one, or pass `overwrite` to replace it, or `resume` to go on."
+            f"this directory already holds {'an adapter' if is_adapter(output) else 'checkpoints'}; "
+            "choose another one, or pass `overwrite` to replace it, or `resume` to go on.",
+            where=str(output),
+            also=["overwrite", "resume"],
         )
     try:
         existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())

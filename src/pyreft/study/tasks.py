@@ -64,8 +64,8 @@ def read_tasks(names: str | Sequence[str]) -> list[str]:
         names = list(TASKS) if names.strip() == "all" else names.replace(",", ";").split(";")
     chosen = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     if not chosen:
-        raise ReftError(f"tasks: expected 'all' or some of {', '.join(TASKS)}, got none.")
+        raise ReftError(f"expected 'all' or some of {', '.join(TASKS)}, got none.", setting="tasks")
     for name in chosen:
         if name not in TASKS:
-            raise ReftError(f"tasks: expected {', '.join(TASKS)}, got {name!r}.{did_you_mean(name, TASKS)}")
+            raise ReftError(f"expected {', '.join(TASKS)}, got {name!r}.{did_you_mean(name, TASKS)}", setting="tasks")
     return chosen
