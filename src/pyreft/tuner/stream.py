@@ -136,8 +136,9 @@ class Stream:
             return int(cache.get_seq_length())
         if cache not in self._passed and cache.has_previous_state():
             raise ReftError(
-                "cache_params: this recurrent state does not say how many tokens it has seen. Begin with a state that "
-                "the adapted model has made itself, with its adapter active."
+                "this recurrent state does not say how many tokens it has seen. Begin with a state that "
+                "the adapted model has made itself, with its adapter active.",
+                setting="cache_params",
             )
         return self._passed.get(cache, 0)
 
@@ -293,20 +294,23 @@ class Stream:
         at = torch.as_tensor(locations, device=tokens.device)
         if at.dim() != 3 or at.shape[0] != len(tokens) or at.is_floating_point():
             raise ReftError(
-                f"{LOCATIONS}: expected whole numbers of the shape [batch, interventions, positions] for a batch of "
-                f"{len(tokens)}, got {list(at.shape)}{' of ' + str(at.dtype) if at.is_floating_point() else ''}."
+                f"expected whole numbers of the shape [batch, interventions, positions] for a batch of "
+                f"{len(tokens)}, got {list(at.shape)}{' of ' + str(at.dtype) if at.is_floating_point() else ''}.",
+                setting=LOCATIONS,
             )
         for name in self.locator.active:
             if at.shape[1] != len(self.locator.rules[name]):
                 raise ReftError(
-                    f"{LOCATIONS}: the adapter {name!r} has {len(self.locator.rules[name])} interventions, "
-                    f"locations came for {at.shape[1]} (shape [batch, interventions, positions] = {list(at.shape)})."
+                    f"the adapter {name!r} has {len(self.locator.rules[name])} interventions, "
+                    f"locations came for {at.shape[1]} (shape [batch, interventions, positions] = {list(at.shape)}).",
+                    setting=LOCATIONS,
                 )
         at = at[:, [index for _, index in keys]]
         if at.numel() and (int(at.max()) >= tokens.shape[1] or int(at.min()) < -1):
             raise ReftError(
-                f"{LOCATIONS}: expected indices from 0 to {tokens.shape[1] - 1} in rows of {tokens.shape[1]} tokens "
-                f"(-1 for none), got {int(at.min())} to {int(at.max())}."
+                f"expected indices from 0 to {tokens.shape[1] - 1} in rows of {tokens.shape[1]} tokens "
+                f"(-1 for none), got {int(at.min())} to {int(at.max())}.",
+                setting=LOCATIONS,
             )
         same = mask_of(at[:, 0], tokens.shape[1]) if at.shape[1] and bool((at == at[:, :1]).all()) else None
         for column, key in enumerate(keys):
@@ -324,7 +328,8 @@ def _lengths(lengths: Any, tokens: Tensor) -> Tensor:
     lengths = torch.as_tensor(lengths, device=tokens.device)
     if lengths.shape != (len(tokens),) or lengths.is_floating_point() or bool((lengths < 0).any()):
         raise ReftError(
-            f"{LENGTHS}: expected a number of prompt tokens for each of the {len(tokens)} rows, got {lengths.tolist()}."
+            f"expected a number of prompt tokens for each of the {len(tokens)} rows, got {lengths.tolist()}.",
+            setting=LENGTHS,
         )
     return lengths
 

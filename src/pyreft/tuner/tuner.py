@@ -115,7 +115,7 @@ class ReftTuner(BaseTuner):
             return
         locator = self._locator
         if not names:
-            raise ReftError("adapter_names: expected one name for each row, got none.")
+            raise ReftError("expected one name for each row, got none.", setting="adapter_names")
         locator.check_names(names, "adapter_names")
         locator.row_adapters = list(names)
         try:
