@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyreft_cli import ask, demo, eval, info, inspect, plan, study, train
+from pyreft_cli import ask, demo, eval, info, inspect, plan, train
 
 if TYPE_CHECKING:
     from pyreft.errors import ReftError
@@ -46,7 +46,6 @@ app.command()(ask.generate)
 app.command()(ask.chat)
 app.command()(info.info)
 app.command()(inspect.inspect)
-app.command()(study.study)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pyreft_cli.output import Json, Quiet, console, hush, print_json, progress_bar
+from pyreft_cli.console import Json, Quiet, console, hush, print_json, progress_bar
 
 Option = typer.Option
 Adapter = Annotated[str, Option(help="The adapter's directory.")]

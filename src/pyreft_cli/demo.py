@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pyreft_cli.output import Json, Quiet, console, hush, print_json, progress_bar
+from pyreft_cli.console import Json, Quiet, console, hush, print_json, progress_bar
 
 SHOWN = 6  # unseen questions to show
 OUTPUT = Path("pyreft-demo")  # the demo's own: a second run replaces what the first left

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from pyreft_cli import harness
-from pyreft_cli.output import Json, Quiet, console, counted, hush, print_json, progress_bar
+from pyreft_cli.console import Json, Quiet, console, counted, hush, print_json, progress_bar
 
 Option = typer.Option
 

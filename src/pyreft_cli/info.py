@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pyreft_cli.output import Json, console, hush, print_json
+from pyreft_cli.console import Json, console, hush, print_json
 
 
 def info(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pyreft_cli.output import Json, Quiet, console, counted, hush, print_json
+from pyreft_cli.console import Json, Quiet, console, counted, hush, print_json
 
 Option = typer.Option
 

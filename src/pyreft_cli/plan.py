@@ -8,8 +8,8 @@ import typer
 from rich import box
 from rich.table import Table
 
-from pyreft_cli.config import check_positions, read_config
-from pyreft_cli.output import Json, console, counted, hush, print_json
+from pyreft_cli.config_file import check_positions, read_config
+from pyreft_cli.console import Json, console, counted, hush, print_json
 
 Option = typer.Option
 

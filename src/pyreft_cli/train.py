@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pyreft_cli.config import check_positions, read_config
-from pyreft_cli.output import Json, Quiet, console, counted, hush, print_json, progress_bar
+from pyreft_cli.config_file import check_positions, read_config
+from pyreft_cli.console import Json, Quiet, console, counted, hush, print_json, progress_bar
 from pyreft_cli.plan import cost_line
 
 Option = typer.Option

@@ -21,7 +21,7 @@ from pyreft.interventions import INTERVENTIONS
 from pyreft.jobs.settings import TrainingJob
 from pyreft.positions import Positions
 from pyreft_cli.app import app, as_typed
-from pyreft_cli.config import check_positions
+from pyreft_cli.config_file import check_positions
 
 
 def run(*arguments, text=None, status=0):
@@ -293,9 +293,8 @@ def test_info_knows_other_kinds_of_base_models(tmp_path, base, kind):
     assert "Fits" in run("info", tmp_path / "adapter", "--model", tmp_path / "base").stdout
 
 
-@pytest.mark.parametrize("command", ["inspect", "study"])
-def test_the_help_says_that_pictures_need_matplotlib(command):
-    assert 'need matplotlib: pip install "pyreft[plot]"' in " ".join(run(command, "--help").stdout.split())
+def test_the_help_says_that_pictures_need_matplotlib():
+    assert 'need matplotlib: pip install "pyreft[plot]"' in " ".join(run("inspect", "--help").stdout.split())
 
 
 def test_the_help_names_every_formula():

@@ -122,7 +122,7 @@ class Representation:
         return {key: value for key, value in data.items() if value is not None}
 
 
-DEFAULT_POSITIONS = "l16"  # by `pyreft study`; the paper's is f7+l7
+DEFAULT_POSITIONS = "l16"  # by `benchmarks/study.py`; the paper's is f7+l7
 _SETTINGS = ("low_rank_dimension", "dropout", "act_fn", "add_bias")
 DEFAULT_RANK = 8
 # keys of the original's representations that say what is always so here

@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..errors import ReftError
+from pyreft.errors import ReftError
+
 from .comparing import summary
 from .settings import FULL, Plan, Setting
 from .tasks import read_tasks

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import pocket
-from ..errors import ReftError, did_you_mean
+from pyreft import pocket
+from pyreft.errors import ReftError, did_you_mean
 
 Pair = tuple[str, str]
 TASKS = {
@@ -40,7 +40,7 @@ class Task:
 
 def load_task(name: str) -> Task:
     """Return a task of `TASKS`."""
-    found: dict[str, Any] = json.loads((Path(pocket.__file__).parent / "data" / "study.json").read_text("utf-8"))
+    found: dict[str, Any] = json.loads((Path(__file__).parent / "tasks.json").read_text("utf-8"))
     if name.removesuffix(_LONG) == "emoji":
         splits: list[list[Any]] = [
             [(row["prompt"], row["completion"]) for row in pocket.emoji_pairs()],
