@@ -19,7 +19,8 @@ from _study.running import run_study
 from _study.settings import FULL, QUICK
 from pyreft.errors import ReftError
 from pyreft.inspect.plots import check_matplotlib
-from pyreft_cli.console import Json, Quiet, console, hush, print_json, progress_bar
+from pyreft_cli.console import console, hush, print_json, progress_bar
+from pyreft_cli.options import Json, Quiet
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

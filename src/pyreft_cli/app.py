@@ -30,7 +30,7 @@ def show_version(asked: bool) -> None:
 
 
 @app.callback()
-def options(
+def program(
     _: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,

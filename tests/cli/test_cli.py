@@ -21,7 +21,7 @@ from pyreft.interventions import INTERVENTIONS
 from pyreft.jobs.settings import TrainingJob
 from pyreft.positions import Positions
 from pyreft_cli.app import app, as_typed
-from pyreft_cli.config_file import check_positions
+from pyreft_cli.settings import check_positions
 
 
 def run(*arguments, text=None, status=0):
