@@ -115,7 +115,7 @@ def _run(prepared: Any, shown: bool) -> dict[str, Any]:
 
 
 def _describe(prepared: Any) -> None:
-    from pyreft.jobs.adapters import count
+    from pyreft.jobs.methods import count
 
     if prepared.job.suite is None and prepared.format == "chat" and prepared.examples[0].format == "text":
         console.print("Prompts are wrapped in the tokenizer's chat template (--format text takes them as they stand).")

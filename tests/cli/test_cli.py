@@ -10,9 +10,9 @@ from dataclasses import fields
 import pytest
 import typer
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
-from typer.testing import CliRunner
 
 import pyreft
+from commands import command, run
 from conftest import tiny_llama
 from pyreft import pocket
 from pyreft.errors import ReftError
@@ -22,21 +22,6 @@ from pyreft.jobs.settings import TrainingJob
 from pyreft.positions import Positions
 from pyreft_cli.app import app, as_typed
 from pyreft_cli.settings import check_positions
-
-
-def run(*arguments, text=None, status=0):
-    """Run a command in this process; errors of the library come out as they would in `main`."""
-    result = CliRunner().invoke(app, list(map(str, arguments)), input=text)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result
-
-
-def command(*arguments, cwd):
-    """Run a command in a process of its own."""
-    line = [sys.executable, "-m", "pyreft_cli", *map(str, arguments)]
-    return subprocess.run(line, cwd=cwd, text=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")

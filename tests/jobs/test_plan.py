@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import run
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import pyreft
+from commands import run
 from conftest import tiny_llama
 from pyreft import pocket
 from pyreft.jobs.job import PreparedJob, TrainingJob

@@ -133,7 +133,7 @@ def check_decoding(values: Any, where: str) -> dict[str, Any]:
     return read
 
 
-def check_numbers(job: TrainingJob) -> None:
+def check_settings(job: TrainingJob) -> None:
     """Refuse numbers that no training can have, and settings that contradict each other."""
     for name in ("epochs", "lr", "batch_size", "gradient_accumulation", "save_steps", "alpha", "limit"):
         if (value := getattr(job, name)) is not None and not value > 0:

@@ -1,4 +1,4 @@
-"""An adapter from a job's settings: representation edits, or LoRA on the same data to compare them with."""
+"""The methods that a job can train: representation edits, or LoRA on the same data to compare them with."""
 
 import math
 import os
@@ -9,17 +9,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..errors import ReftError
-from ..files.adapter import read_config, read_config_data, read_shapes, write_beside
+from ..files.adapter import read_config_data, read_shapes, write_beside
 from ..model import ReftModel, get_reft_model
-from ..tuner.config import ReftConfig, ReftPeftType, shape_differences
+from ..tuner.config import ReftConfig, ReftPeftType
 from .settings import LORA, METHODS, TrainingJob
 
-# what a checkpoint and the job that goes on from it have in common
-_SAME_REFT = (
-    *("layers", "positions", "component", "intervention", "low_rank_dimension", "share_weights"),
-    *("prompt_format", "base_model_shape"),
-)
-_SAME_LORA = ("r", "lora_alpha", "target_modules")
 _REFT_ALONE = ("layers", "positions", "component", "intervention", "share_weights")
 _LORA_ALONE = ("alpha", "target_modules")
 
@@ -74,7 +68,7 @@ def attach(model: nn.Module, config: PeftConfig, base: str | None) -> PeftModel:
     return adapted
 
 
-def heads_of(model: nn.Module) -> list[str]:
+def classifier_of(model: nn.Module) -> list[str]:
     """The names of a classifier's modules beside its backbone, which are trained with any adapter."""
     backbone = model.base_model_prefix
     return [
@@ -91,17 +85,17 @@ def save(model: PeftModel, directory: str | Path) -> None:
 
 
 def count(model: PeftModel) -> int:
-    """How many parameters a new adapter has, without a classifier's head."""
+    """How many parameters a new adapter has, without those of a classifier."""
     if isinstance(model, ReftModel):
         return model.count_parameters()
     return sum(parameter.numel() for name, parameter in model.named_parameters() if f"{LORA}_" in name)
 
 
 def count_saved(directory: str | os.PathLike) -> int:
-    """How many parameters a saved adapter has, without a classifier's head."""
-    heads = set(read_config_data(directory).get("modules_to_save") or ())
+    """How many parameters a saved adapter has, without those of a classifier."""
+    classifier = set(read_config_data(directory).get("modules_to_save") or ())
     shapes = read_shapes(directory)
-    return sum(math.prod(shape) for name, shape in shapes.items() if not heads & set(name.split(".")))
+    return sum(math.prod(shape) for name, shape in shapes.items() if not classifier & set(name.split(".")))
 
 
 def title(directory: str | os.PathLike) -> str | None:
@@ -110,25 +104,6 @@ def title(directory: str | os.PathLike) -> str | None:
     if data.get("peft_type") == ReftPeftType.REFT.value:
         return {"loreft": "LoReFT", "nodireft": "DiReFT"}.get(str(data.get("intervention")))
     return "LoRA" if data.get("peft_type") == "LORA" else None
-
-
-def check_same(checkpoint: str, now: PeftConfig) -> None:
-    """Refuse to go on from a checkpoint that was made with other settings.
-
-    Raises:
-        ReftError: naming the first setting that differs.
-    """
-    before = read_config(checkpoint) if isinstance(now, ReftConfig) else PeftConfig.from_pretrained(checkpoint)
-    for name in _SAME_REFT if isinstance(now, ReftConfig) else _SAME_LORA:
-        old, new = getattr(before, name, None), getattr(now, name)
-        if old != new:
-            what = f"with {name} = {old!r}, now it is {new!r}"
-            if name == "base_model_shape":
-                what = f"for another base model: this one has {shape_differences(old, new)}"
-            raise ReftError(
-                f"{checkpoint} was made {what}; resume with the same settings, or train to another output.",
-                setting="resume",
-            )
 
 
 def _refuse(job: TrainingJob, names: tuple[str, ...], why: str) -> None:
