@@ -99,7 +99,7 @@ def load_adapted(
     if labels is None:
         check_generates(adapter)
     else:
-        _check_head(adapter, kind.get("modules_to_save") or (), shapes, labels)
+        _check_classifier(adapter, kind.get("modules_to_save") or (), shapes, labels)
     model, tokenizer = load_base(name, dtype, labels)
     if kind.get("peft_type") == ReftPeftType.REFT.value:
         return ReftModel.from_pretrained(model, adapter), tokenizer
@@ -139,15 +139,15 @@ def check_adapter(adapter: str | os.PathLike, name: str | None = None) -> None:
 
 
 def check_generates(adapter: str | os.PathLike) -> None:
-    """Refuse the adapter of a classifier, which was trained together with a head that a language model does not have.
+    """Refuse the adapter of a classifier, which was trained together with modules that a language model does not have.
 
     Raises:
         ReftError: it is one, with its task as far as the record beside it says it.
     """
     data, task = read_config_data(adapter), read_record(adapter).get("task")
     saved = data.get("modules_to_save") or ()
-    head = saved and (task or any(name in saved for name in SEQ_CLS_HEAD_NAMES))
-    if head or data.get("task_type") == TaskType.SEQ_CLS:
+    trained = saved and (task or any(name in saved for name in SEQ_CLS_HEAD_NAMES))
+    if trained or data.get("task_type") == TaskType.SEQ_CLS:
         how = f"`pyreft eval {adapter} --suite glue`" if task else "load it with a model for sequence classification"
         raise ReftError(
             f"{adapter}: this is a classifier's adapter{f', for {task}' if task else ''}; it cannot be asked to "
@@ -217,14 +217,14 @@ def check_classifier(name: str | None) -> None:
         )
 
 
-def _check_head(adapter: Any, names: Any, shapes: dict[str, tuple[int, ...]], labels: int) -> None:
-    heads = {shape[0] for name, shape in shapes.items() if set(names) & set(name.split("."))}
-    if not heads:
+def _check_classifier(adapter: Any, names: Any, shapes: dict[str, tuple[int, ...]], labels: int) -> None:
+    outputs = {shape[0] for name, shape in shapes.items() if set(names) & set(name.split("."))}
+    if not outputs:
         raise ReftError(
             f"{adapter}: expected an adapter with a trained classifier, this one has none; was it trained for "
             "generation? `pyreft train glue --task ...` trains one."
         )
-    if labels not in heads:
+    if labels not in outputs:
         raise ReftError(f"{adapter}: its classifier was not trained for {labels} outputs, which this task has.")
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ReftError, did_you_mean
 from . import hub
-from .tables import Row, find, read_tsv
+from .layouts import Row, find, read_tsv
 
 SOURCE = "https://gluebenchmark.com/tasks"
 CHOOSING = 1000  # how many examples choose the epoch where the validation set is large; else half of it

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ReftError
-from .tables import Row
+from .layouts import Row
 
 
 @dataclass(frozen=True)

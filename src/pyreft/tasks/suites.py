@@ -13,7 +13,7 @@ from ..data.files import Example, alpaca_prompt
 from ..errors import ReftError, did_you_mean
 from . import hub
 from .answers import TRIGGER, choice, result
-from .tables import LLM_ADAPTERS, Row, answer_of, find, read_json, text_of
+from .layouts import LLM_ADAPTERS, Row, answer_of, find, read_json, text_of
 
 ULTRAFEEDBACK = "https://huggingface.co/datasets/openbmb/UltraFeedback, as rows of instruction, input and output"
 ALPACA_EVAL = "https://huggingface.co/datasets/tatsu-lab/alpaca_eval"

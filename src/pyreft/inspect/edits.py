@@ -15,7 +15,7 @@ from ..places.structure import has_stacks
 from ..positions import Positions
 from ..tuner.layer import ReftLayer
 from ..tuner.tuner import locator_of
-from .texts import Row, batches, check_edited
+from .rows import Row, batches, check_edited
 
 
 @dataclass(frozen=True)
