@@ -46,8 +46,9 @@ def plan(
     settings = read_settings(context.params, config)
     settings.pop("output", None)
     hush()
-    from pyreft.jobs.job import PreparedJob, TrainingJob
+    from pyreft.jobs.job import PreparedJob
     from pyreft.jobs.plan import make_plan
+    from pyreft.jobs.settings import TrainingJob
 
     job = TrainingJob.from_settings(settings, str(config or "plan"), needed=("data",))
     status: Any = nullcontext() if as_json else console.status("Counting tokens and measuring a few steps ...")
