@@ -89,8 +89,8 @@ class ReftModel(PeftModel):
             return super().generate(*args, **kwargs)
         if not kwargs.pop("intervene_on_prompt", True):
             raise ReftError(
-                "intervene_on_prompt: edits begin in the prompt; for tokens that are generated, too, use "
-                "ReftConfig(positions='all')."
+                "edits begin in the prompt; for tokens that are generated, too, use ReftConfig(positions='all').",
+                setting="intervene_on_prompt",
             )
         kwargs = self._translate(args, kwargs)
         base = None
@@ -105,7 +105,9 @@ class ReftModel(PeftModel):
             raise ReftError("Only the inputs go by position; name the other arguments, as in unit_locations=... .")
         call = {**(args[0] if args else kwargs.pop("base", {})), **kwargs}
         if call.pop("sources", None) not in (None, [None]):
-            raise ReftError("sources: ReFT learns its edits and takes none from another input; pass no sources.")
+            raise ReftError(
+                "ReFT learns its edits and takes none from another input; pass no sources.", setting="sources"
+            )
         unit_locations, subspaces = call.pop("unit_locations", None), call.pop(SUBSPACES, None)
         rows = len(next(call[name] for name in ("input_ids", "inputs_embeds") if name in call))
         count = len(self._edits.rules[self.active_adapter])
@@ -115,8 +117,9 @@ class ReftModel(PeftModel):
             call[LOCATIONS] = read_unit_locations(unit_locations, rows, count)
         elif None in self._edits.rules[self.active_adapter] and LOCATIONS not in call:
             raise ReftError(
-                "unit_locations: this model's config has no position rule, so each call says which tokens to edit: "
-                'unit_locations={"sources->base": (None, [interventions][batch][positions])}.'
+                "this model's config has no position rule, so each call says which tokens to edit: "
+                'unit_locations={"sources->base": (None, [interventions][batch][positions])}.',
+                setting="unit_locations",
             )
         return call
 
@@ -243,10 +246,11 @@ class ReftModel(PeftModel):
             trained = [name for name in trained if not name.startswith(heads)]
         if include_model and trained:
             raise ReftError(
-                f"include_model: an adapter's files do not hold the base model, of which {len(trained)} parameters are "
+                f"an adapter's files do not hold the base model, of which {len(trained)} parameters are "
                 f"trained ({trained[0]}, ...). Name these modules in ReftConfig(modules_to_save=[...]), which are "
                 "always saved, or use include_model=False here and save the base model with "
-                "reft_model.unload().save_pretrained(...)."
+                "reft_model.unload().save_pretrained(...).",
+                setting="include_model",
             )
         self.save_pretrained(save_directory)
         if save_to_hf_hub:
@@ -370,9 +374,11 @@ class ReftModel(PeftModel):
         if place is None:
             config = read_config(model_id)
             if act_fn is not None:
-                raise ReftError(f"act_fn: {model_id} says itself which activation it has; leave the argument out.")
+                raise ReftError(
+                    f"{model_id} says itself which activation it has; leave the argument out.", setting="act_fn"
+                )
         elif kwargs:
-            raise ReftError(f"{', '.join(kwargs)}: of no use for files of the original pyreft; leave them out.")
+            raise ReftError("of no use for files of the original pyreft; leave them out.", setting=", ".join(kwargs))
         else:
             config = read_legacy(place, act_fn)
             config.base_model_name_or_path = getattr(model, "name_or_path", None) or None

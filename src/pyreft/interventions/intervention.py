@@ -141,5 +141,6 @@ def check_rank(rank: int, embed_dim: int) -> None:
     """Refuse a rank below 1 or above the width."""
     if not isinstance(rank, int) or not 1 <= rank <= embed_dim:
         raise ReftError(
-            f"low_rank_dimension: expected a rank from 1 to the width {embed_dim} of the edited states, got {rank!r}."
+            f"expected a rank from 1 to the width {embed_dim} of the edited states, got {rank!r}.",
+            setting="low_rank_dimension",
         )

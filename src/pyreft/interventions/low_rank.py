@@ -43,7 +43,7 @@ class LowRankIntervention(Intervention):
         super().__init__(embed_dim=embed_dim, dropout=dropout)
         check_rank(low_rank_dimension, embed_dim)
         if act_fn is not None and act_fn not in ACT2FN:
-            raise ReftError(f"act_fn: no activation is called {act_fn!r}.{did_you_mean(act_fn, ACT2FN)}")
+            raise ReftError(f"no activation is called {act_fn!r}.{did_you_mean(act_fn, ACT2FN)}", setting="act_fn")
         self.low_rank_dimension = low_rank_dimension
         self.act_fn_name = act_fn
         self.add_bias = add_bias

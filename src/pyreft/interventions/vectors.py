@@ -50,7 +50,9 @@ class RoadIntervention(Intervention):
     def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
         if embed_dim % 2:
-            raise ReftError(f"intervention: 'road' rotates pairs of dimensions; the width {embed_dim} is odd.")
+            raise ReftError(
+                f"'road' rotates pairs of dimensions; the width {embed_dim} is odd.", setting="intervention"
+            )
         self.theta = nn.Parameter(torch.zeros(embed_dim // 2))
         self.alpha = nn.Parameter(torch.ones(embed_dim // 2))
 

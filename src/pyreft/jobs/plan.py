@@ -129,7 +129,7 @@ def make_plan(
     """
     if prepared.job.method == LORA:
         raise ReftError(
-            "method: a plan is of representation edits, which can leave tokens out; LoRA computes them all."
+            "a plan is of representation edits, which can leave tokens out; LoRA computes them all.", setting="method"
         )
     job, edits = prepared.job, cast(Edits, edits_of(prepared.model))
     names = {Positions.parse(rule): rule for rule in (REFERENCE, *rules, job.positions)}
@@ -149,8 +149,9 @@ def make_plan(
 def _refuse_nothing(plan: Plan, own: str) -> None:
     if any(cost.positions == own and not cost.edited for cost in plan.costs):
         raise ReftError(
-            f"positions: the rule {own!r} finds no token to edit in any of {plan.rows} prompts, which may be too short "
-            "for it; nothing could be learned. Choose another rule, such as 'l1'."
+            f"the rule {own!r} finds no token to edit in any of {plan.rows} prompts, which may be too short "
+            "for it; nothing could be learned. Choose another rule, such as 'l1'.",
+            setting="positions",
         )
 
 

@@ -58,7 +58,8 @@ class Edits:
             if name not in self.rules and not (base and name == BASE):
                 known = f"({', '.join(self.rules)}){f' or {BASE!r}' if base else ''}"
                 raise ReftError(
-                    f"{what}: expected adapters of this model {known}, got {name!r}.{did_you_mean(name, self.rules)}"
+                    f"expected adapters of this model {known}, got {name!r}.{did_you_mean(name, self.rules)}",
+                    setting=what,
                 )
 
     def check_given(self, given: dict[str, Any]) -> None:

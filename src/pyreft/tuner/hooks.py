@@ -195,8 +195,9 @@ class Entry:
         known = past_of(self.edits, cache)
         if known is None and cache.has_previous_state():
             raise ReftError(
-                "cache_params: this recurrent state does not say how many tokens it has seen. Begin with a state that "
-                "the adapted model has made itself, with its adapter active."
+                "this recurrent state does not say how many tokens it has seen. Begin with a state that "
+                "the adapted model has made itself, with its adapter active.",
+                setting="cache_params",
             )
         return 0 if known is None else known.tokens
 

@@ -150,7 +150,7 @@ def group_rows(
     times, rest = divmod(len(tokens), len(row_adapters) or 1)
     if rest or not times or (times > 1 and not beams):
         raise ReftError(
-            f"adapter_names: expected one name for each of the {len(tokens)} rows, got {len(row_adapters)}."
+            f"expected one name for each of the {len(tokens)} rows, got {len(row_adapters)}.", setting="adapter_names"
         )
     groups: dict[str, set[str]] = {}
     for name, kind in kinds.items():
@@ -180,17 +180,20 @@ def subspace_masks(
             raise TypeError
         for key, rank in ranks.items():
             if rank is None:
-                raise ReftError("subspaces: only an intervention with a rank has directions to choose from.")
+                raise ReftError("only an intervention with a rank has directions to choose from.", setting="subspaces")
             mask = torch.zeros(len(rows), rank, dtype=torch.bool)
             for row, entry in enumerate(rows):
                 chosen = range(rank) if entry[key[1]] is None else entry[key[1]]
                 if not all(0 <= direction < rank for direction in chosen):
-                    raise ReftError(f"subspaces: expected directions from 0 to {rank - 1}, got {list(chosen)}.")
+                    raise ReftError(
+                        f"expected directions from 0 to {rank - 1}, got {list(chosen)}.", setting="subspaces"
+                    )
                 mask[row, list(chosen)] = True
             masks[key] = mask.to(tokens.device)
     except TypeError:
         raise ReftError(
-            f"subspaces: expected [batch][interventions][directions] for a batch of {len(tokens)} and "
-            f"{' or '.join(map(str, wanted))} interventions, got {given!r}."
+            f"expected [batch][interventions][directions] for a batch of {len(tokens)} and "
+            f"{' or '.join(map(str, wanted))} interventions, got {given!r}.",
+            setting="subspaces",
         ) from None
     return masks

@@ -114,20 +114,23 @@ def _add_given(located: Located, edits: Edits, call: Call, keys: list[Key], toke
     at = torch.as_tensor(call.given[LOCATIONS], device=tokens.device)
     if at.dim() != 3 or at.shape[0] != len(tokens) or at.is_floating_point():
         raise ReftError(
-            f"{LOCATIONS}: expected whole numbers of the shape [batch, interventions, positions] for a batch of "
-            f"{len(tokens)}, got {list(at.shape)}{' of ' + str(at.dtype) if at.is_floating_point() else ''}."
+            f"expected whole numbers of the shape [batch, interventions, positions] for a batch of "
+            f"{len(tokens)}, got {list(at.shape)}{' of ' + str(at.dtype) if at.is_floating_point() else ''}.",
+            setting=LOCATIONS,
         )
     for name in call.active:
         if at.shape[1] != len(edits.rules[name]):
             raise ReftError(
-                f"{LOCATIONS}: the adapter {name!r} has {len(edits.rules[name])} interventions, "
-                f"locations came for {at.shape[1]} (shape [batch, interventions, positions] = {list(at.shape)})."
+                f"the adapter {name!r} has {len(edits.rules[name])} interventions, "
+                f"locations came for {at.shape[1]} (shape [batch, interventions, positions] = {list(at.shape)}).",
+                setting=LOCATIONS,
             )
     at = at[:, [index for _, index in keys]]
     if at.numel() and (int(at.max()) >= tokens.shape[1] or int(at.min()) < -1):
         raise ReftError(
-            f"{LOCATIONS}: expected indices from 0 to {tokens.shape[1] - 1} in rows of {tokens.shape[1]} tokens "
-            f"(-1 for none), got {int(at.min())} to {int(at.max())}."
+            f"expected indices from 0 to {tokens.shape[1] - 1} in rows of {tokens.shape[1]} tokens "
+            f"(-1 for none), got {int(at.min())} to {int(at.max())}.",
+            setting=LOCATIONS,
         )
     same = mask_of(at[:, 0], tokens.shape[1]) if at.shape[1] and bool((at == at[:, :1]).all()) else None
     for column, key in enumerate(keys):
@@ -138,6 +141,7 @@ def _lengths(lengths: Any, tokens: Tensor) -> Tensor:
     lengths = torch.as_tensor(lengths, device=tokens.device)
     if lengths.shape != (len(tokens),) or lengths.is_floating_point() or bool((lengths < 0).any()):
         raise ReftError(
-            f"{LENGTHS}: expected a number of prompt tokens for each of the {len(tokens)} rows, got {lengths.tolist()}."
+            f"expected a number of prompt tokens for each of the {len(tokens)} rows, got {lengths.tolist()}.",
+            setting=LENGTHS,
         )
     return lengths

@@ -126,7 +126,7 @@ class ReftTuner(BaseTuner):
             yield
             return
         if not names:
-            raise ReftError("adapter_names: expected one name for each row, got none.")
+            raise ReftError("expected one name for each row, got none.", setting="adapter_names")
         self.edits.check_names(names, "adapter_names")
         with within(Surroundings(self.edits, row_adapters=list(names))):
             yield

@@ -16,7 +16,7 @@ from ..positions import Positions
 from ..tuner.call import Call, innermost
 from ..tuner.layer import ReftLayer
 from ..tuner.tuner import edits_of
-from .texts import Row, batches, check_edited
+from .rows import Row, batches, check_edited
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def record_edits(
     name = active[0] if adapter_name is None and len(active) == 1 else adapter_name
     if edits is None or name not in active:
         raise ReftError(
-            f"adapter_name: expected one of the active adapters ({', '.join(active) or 'there is none'}), got "
-            f"{name!r}; activate it with model.set_adapter(...)."
+            f"expected one of the active adapters ({', '.join(active) or 'there is none'}), got "
+            f"{name!r}; activate it with model.set_adapter(...).",
+            setting="adapter_name",
         )
     if has_stacks(base):
         raise ReftError(f"{type(base).__name__}: a model with an encoder and a decoder cannot be looked at yet.")
