@@ -134,6 +134,15 @@ def reft_layers(model: nn.Module) -> list[ReftLayer]:
     return [module for module in model.modules() if isinstance(module, ReftLayer)]
 
 
+def interventions_of(model: nn.Module, adapter_name: str) -> dict[str, Intervention]:
+    """The interventions of an adapter by their places, in the order of its representations."""
+    named: dict[int, tuple[str, Intervention]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, ReftLayer):
+            named |= {index: (f"{name}.{index}", module) for index, module in layer.of(adapter_name)}
+    return dict(named[index] for index in sorted(named))
+
+
 def tuner_of(model: nn.Module) -> ReftTuner | None:
     """The tuner of a PEFT model with representation edits; none of any other model."""
     tuner = getattr(model, "base_model", None)
