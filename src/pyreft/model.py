@@ -18,7 +18,7 @@ from .original.members import OriginalMembers
 from .original.saving import OriginalSaving
 from .places.structure import without_adapters
 from .tuner.config import ReftConfig
-from .tuner.tuner import detach
+from .tuner.tuner import detach, tuner_of
 
 
 class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
@@ -42,24 +42,12 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         autocast_adapter_dtype: bool = False,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        base: Any = model
-        inner = base.peft_config if isinstance(base, PeftModel) else None  # of a LoRA, say: two sets, kept apart
-        if inner is not None:
-            base.peft_config = {}
-        try:
-            with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
-                warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-                warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-                super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-            if inner is not None:
-                self.base_model.peft_config = base.peft_config
-        finally:
-            if inner is not None:
-                base.peft_config = inner
+        with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
+            warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
+            super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
         self._edits: Any = self.base_model._locator
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_attached()
         if is_original(args, kwargs):
             return answer(super().forward, self._translate(args, kwargs), self.disable_adapter)
         return self.base_model.compute(super().forward, args, kwargs)
@@ -70,20 +58,12 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         Besides the arguments of transformers' `generate`, `prompt_lengths` (`[batch]`) and
         `intervention_locations` (`[batch, interventions, positions]`) say where the located tokens are.
         """
-        self._check_attached()
         if is_original(args, kwargs):
             return answer(super().generate, self._translate(args, kwargs), self.disable_adapter)
         return super().generate(*args, **kwargs)
 
     def _translate(self, args: tuple, kwargs: dict) -> dict:
         return translate(args, kwargs, self._edits.rules[self.active_adapter])
-
-    def _check_attached(self) -> None:
-        if self._edits.removed:
-            raise ReftError(
-                "This ReftModel's edits were taken off its base model when another ReftModel was made from it. "
-                "Load the adapter again, or add several to one model with load_adapter()."
-            )
 
     def set_strength(self, adapter_name: str, strength: float) -> None:
         """Multiply an adapter's edits: h' = h + strength (Φ(h) - h), until it is set again.
@@ -146,7 +126,7 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
             config = read_legacy(place, act_fn)
             config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
         config.inference_mode = not is_trainable
-        detach(model)
+        _release(model)
         adapted = cls(model, config, adapter_name)
         if place is None:
             try:
@@ -180,7 +160,7 @@ def get_reft_model(
     Raises:
         ReftError: a layer, component, rank or intervention that does not fit the model, before it is touched.
     """
-    detach(model)
+    _release(model)
     trained = [] if disable_model_grads else [p for p in model.parameters() if p.requires_grad]
     if reft_config.base_model_name_or_path is None:
         reft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
@@ -188,3 +168,14 @@ def get_reft_model(
     for parameter in trained:
         parameter.requires_grad_(True)
     return adapted
+
+
+def _release(model: nn.Module) -> None:
+    """Take the edits of an earlier model off a base model; the earlier one then refuses to be called."""
+    if tuner_of(model) is not None:
+        raise ReftError(
+            f"model: expected a base model, got a {type(model).__name__} with edits of its own. Add the adapter to it, "
+            "model.add_adapter(name, config) or model.load_adapter(directory, name), or give its base model, "
+            "model.get_base_model()."
+        )
+    detach(model)

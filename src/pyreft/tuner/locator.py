@@ -5,17 +5,19 @@ one `Stream` of tokens, or two if it has an encoder and a decoder; each turns th
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ReftError, did_you_mean
 from ..places.structure import without_adapters
 from ..positions import Positions
 from .continuous import Batches
+from .deletion import delete_edits
 from .located import Located
 from .recompute import Recomputation
 from .stream import GIVEN, LENGTHS, LOCATIONS, STRENGTH, SUBSPACES, Stream, unhook
@@ -42,6 +44,7 @@ class Locator:
         self.row_adapters: list[str] | None = None  # while each row of a batch has its own
         self.call: dict[str, Any] = {}  # what the running call gave
         self.generating = self.removed = False
+        self.wrapped = False  # whether a PEFT model holds the edits; if not, the model itself does
         self._recomputation = Recomputation(self, model)
         self.causal = hasattr(model, "can_generate") and model.can_generate()
         self._running: nn.Module | None = None
@@ -94,27 +97,21 @@ class Locator:
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """`delete_adapter` of the model, which takes our layers for parameters and passes them over."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        configs = dict(getattr(self.model, "peft_config", {}))
+        heads = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        if all(name in configs for name in names):  # else nothing is deleted
+            for name in names:
+                del configs[name]
+                if name in self.rules:
+                    self.forget(name, configs, heads)
         type(self.model).delete_adapter(self.model, adapter_names)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.rules:
-                self.forget(name)
 
-    def forget(self, name: str) -> list[str]:
-        """Let go of an adapter: its interventions, rules and strength; return the adapters that are active then.
-
-        If it was the only active one, the first that is left becomes active.
-        """
-        self.rules.pop(name, None)
-        active = list(dict.fromkeys(other for layer in self.layers for other in layer.active_adapters))
-        left = [other for other in active if other != name] or list(self.rules)[:1]
-        for layer in self.layers:
-            if name in layer:
-                del layer[name], layer.indices[name], layer.columns[name]
-            if name in active:
-                layer.set_adapter(left)
-        for known in (self.places, self.kinds, self.strengths):
+    def forget(self, name: str, others: Iterable[str], heads: Sequence[AuxiliaryTrainingWrapper]) -> list[str]:
+        """Let go of an adapter; return those that are active then (see `delete_edits`)."""
+        for known in (self.rules, self.places, self.kinds, self.strengths):
             known.pop(name, None)
-        return left
+        return delete_edits(name, others, self.layers, heads)
 
     def remove(self) -> None:
         """Take every hook off the model."""

@@ -5,18 +5,22 @@ the `Locator` of the model says.
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
 from peft import PeftModel
+from peft.functional import set_adapter
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ReftError
 from ..interventions import Intervention, intervention_class
 from ..places.components import Site, find_site, hidden_width, number_of_layers, stack_module
+from ..places.structure import path_of
 from .config import ReftConfig, Representation, shape_differences
 from .layer import ReftLayer, refuse_merge
 from .locator import Locator
@@ -34,14 +38,41 @@ class ReftTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
     reach: Any = None  # while steps compute only what the edits can reach, the `Reach` that does
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        wrapped = isinstance(peft_config, dict)  # by a `PeftModel`; else the model itself gets the adapter
+        _check_free(model, adapter_name, wrapped)
+        others = getattr(model, "peft_config", None) if wrapped else None  # of a LoRA, say: two sets, kept apart
+        if others is not None:
+            self.peft_config: dict[str, Any] = {}
+        with warnings.catch_warnings():
+            if wrapped:
+                warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if others is not None:
+            self.model.peft_config = others
+        self._locator.wrapped = wrapped
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.compute(super().forward, args, kwargs)
 
     def compute(self, ordinary: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call of the model, `ordinary(*args, **kwargs)`, in part while a `Reach` is at it."""
+        self.check_attached()
         if self.reach is None or args or torch.compiler.is_compiling():
             return ordinary(*args, **kwargs)
         return self.reach.forward(ordinary, kwargs)
+
+    def check_attached(self) -> None:
+        """Refuse to act for edits that are not on the base model any more, where another's may be now.
+
+        Raises:
+            ReftError: `unload()`, or another `ReftModel` of this base model, took them off.
+        """
+        if self._locator.removed:
+            raise ReftError(
+                "This model's edits were taken off its base model when another ReftModel was made from it, or by "
+                "unload(). Load the adapter again, or add several to one model with load_adapter()."
+            )
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
@@ -49,6 +80,8 @@ class ReftTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         try:
+            if "_locator" in vars(self):
+                self.check_attached()
             representations, sites, self._places = _plan(model, config)
         except ReftError:
             del self.peft_config[adapter_name]
@@ -80,10 +113,35 @@ class ReftTuner(BaseTuner):
             layer = getattr(target, name)
             layer.add_intervention(adapter_name, index, intervention.to(_device(target)), site.columns)
 
+    def _heads(self) -> list[AuxiliaryTrainingWrapper]:
+        """What adapters train beside their edits, but for that of a LoRA beneath."""
+        configs = self.peft_config.values()
+        names = tuple(name for config in configs for name in getattr(config, "modules_to_save", None) or ())
+        found = self.model.named_modules()
+        return [m for path, m in found if isinstance(m, AuxiliaryTrainingWrapper) and path.endswith(names)]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self.check_attached()
+        for module in (*self._heads(), *reft_layers(self.model)):  # heads refuse several at once
+            set_adapter(module, adapter_name, inference_mode, ReftLayer)
+        self.active_adapter = adapter_name
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for module in (*self._heads(), *reft_layers(self.model)):
+            module.enable_adapters(enabled)
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it was the only active one, the first that is left becomes active."""
-        super().delete_adapter(adapter_name)  # which takes our layers for parameters of its own and passes them over
-        self.active_adapter = self._locator.forget(adapter_name)
+        """Delete an adapter; if it was the only active one, another becomes active, with its trained head.
+
+        Raises:
+            ValueError: no such adapter.
+        """
+        self.check_attached()
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        heads = self._heads()
+        del self.peft_config[adapter_name]
+        self.active_adapter = self._locator.forget(adapter_name, self.peft_config, heads)
 
     def _unload_and_optionally_merge(
         self,
@@ -94,8 +152,13 @@ class ReftTuner(BaseTuner):
     ) -> nn.Module:
         if merge:
             refuse_merge()
+        self.check_attached()
+        for head in self._heads():
+            path = path_of(self.model, head)
+            plain = head.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+            self.model.set_submodule(path, plain)
         detach(self.model)
-        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        return self.model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> NoReturn:
         refuse_merge()
@@ -109,6 +172,7 @@ class ReftTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        self.check_attached()
         names = kwargs.get("adapter_names")
         if names is None:
             yield
@@ -122,6 +186,19 @@ class ReftTuner(BaseTuner):
             yield
         finally:
             locator.row_adapters = None
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if (tuner := tuner_of(model)) is not None:
+            tuner.check_attached()
+        found = super()._get_adapter_state_dict(model, *args, **kwargs)
+        return {key: value for key, value in found.items() if f".{cls.prefix}" in key}  # not that of a LoRA beneath
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if (tuner := tuner_of(model)) is not None:
+            tuner.check_attached()
+        return super()._remap_adapter_state_dict_for_load(model, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -177,7 +254,11 @@ def detach(model: nn.Module) -> None:
         locator.remove()
         for layer in locator.layers:
             delattr(layer._module[0], f"{ReftTuner.prefix}{layer.side}")
-        model.__dict__.pop("peft_config", None)
+        configs = {n: c for n, c in vars(model).pop("peft_config", {}).items() if not isinstance(c, ReftConfig)}
+        if configs:  # of a LoRA
+            model.peft_config = configs  # type: ignore[assignment]
+        elif getattr(model, "_hf_peft_config_loaded", False):  # by transformers' `add_adapter`
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 Places = dict[str, list[tuple[Site, int, Intervention]]]
@@ -198,6 +279,25 @@ def _plan(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], l
         entry.settle()
     config.base_model_shape = shape
     return representations, sites, places
+
+
+def _check_free(model: nn.Module, adapter_name: str, wrapped: bool) -> None:
+    """Refuse edits beside those of another PEFT model on one base model, which both would then have.
+
+    Args:
+        wrapped: whether a PEFT model is being made, not an adapter added to the model itself.
+    """
+    locator = locator_of(model)
+    if locator is None:
+        return
+    if wrapped or locator.wrapped:
+        raise ReftError(
+            f"This base model carries the edits of a model made before ({', '.join(locator.rules)}), and each of the "
+            "two would have those of the other. Add an adapter to that one, model.add_adapter(name, config), take its "
+            "edits off with model.unload(), or load the base model once more."
+        )
+    if adapter_name in locator.rules:
+        raise ReftError(f"adapter_name: the model has an adapter {adapter_name!r}; give the new one another name.")
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.Module]:
