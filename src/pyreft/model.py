@@ -32,6 +32,9 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         model: the base model; it is frozen, and edited in place.
         peft_config: what to edit.
         adapter_name: a name for the adapter.
+        autocast_adapter_dtype: the adapter's parameters in float32 (true) or in the type of the base model's (false);
+            if nothing is said as they are made, which is float32 or the type that an intervention was given.
+        low_cpu_mem_usage: leave the adapter's parameters without values, for those of a file to take their place.
     """
 
     def __init__(
@@ -39,12 +42,13 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         model: nn.Module,
         peft_config: ReftConfig,
         adapter_name: str = "default",
-        autocast_adapter_dtype: bool = False,
+        autocast_adapter_dtype: bool | None = None,
         low_cpu_mem_usage: bool = False,
     ) -> None:
         with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-            super().__init__(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            options: Any = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+            super().__init__(model, peft_config, adapter_name, **options)
         self._edits: Any = self.base_model._locator
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -99,6 +103,8 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         is_trainable: bool = False,
         *,
         act_fn: str | None = None,
+        autocast_adapter_dtype: bool | None = None,
+        low_cpu_mem_usage: bool = False,
         **kwargs: Any,
     ) -> "ReftModel":
         """Put a saved adapter on a base model, as `PeftModel.from_pretrained` does; files are checked first.
@@ -110,6 +116,8 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
             is_trainable: train it further.
             act_fn: for files of the original, which do not say it: the activation that the interventions were made
                 with, `"linear"` if none.
+            autocast_adapter_dtype: see the class.
+            low_cpu_mem_usage: make no parameters whose values are then replaced by those of the file.
             **kwargs: see `PeftModel.load_adapter`; nothing of it concerns files of the original.
 
         Raises:
@@ -127,16 +135,15 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
             config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
         config.inference_mode = not is_trainable
         _release(model)
-        adapted = cls(model, config, adapter_name)
+        options: Any = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+        adapted = cls(model, config, adapter_name, **options)
         if place is None:
             try:
                 check_tensors(model_id, expected_tensors(adapted, adapter_name))
             except ReftError:
                 detach(model)
                 raise
-            adapted.load_adapter(
-                str(model_id), adapter_name, is_trainable=is_trainable, autocast_adapter_dtype=False, **kwargs
-            )
+            adapted.load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **options, **kwargs)
         return adapted if is_trainable else adapted.eval()
 
 

@@ -7,12 +7,13 @@ the `Locator` of the model says.
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel
-from peft.functional import set_adapter
+from peft.functional import cast_adapter_dtype, set_adapter
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from ..interventions import Intervention, intervention_class
 from ..places.components import Site, find_site, hidden_width, number_of_layers, stack_module
 from ..places.structure import path_of
 from .config import ReftConfig, Representation, shape_differences
-from .layer import ReftLayer, refuse_merge
+from .layer import ReftLayer, device_of, refuse_merge, type_of
 from .locator import Locator
 
 
@@ -77,12 +78,20 @@ class ReftTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         config = self.peft_config[adapter_name]
         try:
             if "_locator" in vars(self):
                 self.check_attached()
-            representations, sites, self._places = _plan(model, config)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                representations, sites, self._places = _plan(model, config)
         except ReftError:
             del self.peft_config[adapter_name]
             raise
@@ -91,7 +100,7 @@ class ReftTuner(BaseTuner):
         self._locator.places[adapter_name] = [site.stack for site in sites]
         stackable = all(intervention_class(entry.intervention).stackable for entry in representations)
         self._locator.kinds[adapter_name] = representations if stackable else None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
         return key in self._places
@@ -110,8 +119,20 @@ class ReftTuner(BaseTuner):
             name = f"{self.prefix}{site.side}"
             if not hasattr(target, name):
                 target.add_module(name, ReftLayer(target, site.side, self._locator.streams[site.stack]))
-            layer = getattr(target, name)
-            layer.add_intervention(adapter_name, index, intervention.to(_device(target)), site.columns)
+            if not any(parameter.is_meta for parameter in intervention.parameters()):
+                intervention.to(device_of(target))
+            getattr(target, name).add_intervention(adapter_name, index, intervention, site.columns)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool | None = True) -> None:
+        """Cast an adapter's parameters to float32, or without autocast to the type of what they edit.
+
+        With none they stay as they were made: in float32, or in the type that an intervention was given.
+        """
+        for layer in reft_layers(self.model) if autocast_adapter_dtype is not None else ():
+            if autocast_adapter_dtype:
+                cast_adapter_dtype(layer, adapter_name)
+            elif adapter_name in layer and (dtype := type_of(layer.get_base_layer())) is not None:
+                layer[adapter_name].to(dtype)
 
     def _heads(self) -> list[AuxiliaryTrainingWrapper]:
         """What adapters train beside their edits, but for that of a LoRA beneath."""
@@ -314,9 +335,3 @@ def base_model_shape(model: nn.Module) -> dict[str, Any]:
         "hidden_size": hidden_width(model),
         "num_hidden_layers": number_of_layers(model),
     }
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Where the parameters of a module are; the CPU for those that are offloaded."""
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    return torch.device("cpu") if device.type == "meta" else device
