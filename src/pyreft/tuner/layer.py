@@ -249,8 +249,9 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             return (self.edit_located(args[0]), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self.edit_located(kwargs["hidden_states"])}
 
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError("A ReftLayer edits through the hook on its module.")
+    def forward(self, h: Any) -> Any:
+        """Nothing: the hook edits. An `nn.Sequential` that is edited runs this one after its own parts."""
+        return h
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         refuse_merge()

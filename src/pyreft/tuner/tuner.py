@@ -7,7 +7,7 @@ the `Locator` of the model says.
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NoReturn
 
 import torch
@@ -329,9 +329,13 @@ def _stacks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def base_model_shape(model: nn.Module) -> dict[str, Any]:
-    """What tells base models apart that an adapter cannot be moved between."""
-    return {
+    """What tells base models apart that an adapter cannot be moved between; no sizes where a network has no blocks."""
+    shape: dict[str, Any] = {
         "model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
-        "hidden_size": hidden_width(model),
-        "num_hidden_layers": number_of_layers(model),
+        "hidden_size": None,
+        "num_hidden_layers": None,
     }
+    with suppress(ReftError):
+        shape["num_hidden_layers"] = number_of_layers(model)
+        shape["hidden_size"] = hidden_width(model)
+    return shape
