@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..interventions import INTERVENTIONS, Intervention, LowRankIntervention
 from ..tuner.config import ReftConfig, Representation
+from .adapter import is_adapter
 
 CONFIG = "config.json"
 MODEL = "pytorch_model.bin"
@@ -36,8 +37,13 @@ _TOLERANCE = 0.05  # rounding to bfloat16 leaves up to about 0.01
 Values = list[tuple[nn.Parameter, Tensor]]  # parameters, and what a checkpoint has for them
 
 
-def find_legacy(directory: str | os.PathLike) -> Path | None:
-    """Return where files of the original are: in a directory, or in its `intervenable_model`; none if in neither."""
+def legacy_place(directory: str | os.PathLike) -> Path | None:
+    """Return where files of the original are: in a directory, or in its `intervenable_model`.
+
+    None if in neither, and of an adapter of this library.
+    """
+    if is_adapter(directory):
+        return None
     for place in (Path(directory), Path(directory, SUBFOLDER)):
         if any(place.glob("intkey_*.bin")):
             return place
@@ -56,7 +62,7 @@ def read_legacy(place: Path, act_fn: str | None = None) -> ReftConfig:
     A stored R may be rounded, as of a model in bfloat16: it is made orthonormal again.
 
     Args:
-        place: see `find_legacy`.
+        place: see `legacy_place`.
         act_fn: the activation the interventions were made with, `"linear"` if none. If it is not given, none is
             assumed, with a warning where it could matter.
 

@@ -302,6 +302,12 @@ def _find_path(model: nn.Module, component: str) -> Site:
             f"{component!r}.{did_you_mean(component, COMPONENTS)}",
             setting="component",
         )
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        part = next((name for name, _ in module.named_children()), "0")
+        raise ReftError(
+            f"{path!r} holds modules and is never called itself; name one of them, as in {path}.{part}.{end}.",
+            setting="component",
+        )
     return Site(path, side, _width_at(model, path, module, side), stack=_stack_of(model, path))
 
 
@@ -315,7 +321,26 @@ def _width_at(model: nn.Module, path: str, module: nn.Module, side: Side) -> int
         linears = [found for child in model.get_submodule(parent).children() if (found := widths_of(child))]
         if linears:
             return linears[-1][0]
-    return states_width(model, path)
+    try:
+        return states_width(model, path)
+    except ReftError:
+        if (width := _width_by_linears(model, path, module, side)) is None:
+            raise
+        return width
+
+
+def _width_by_linears(model: nn.Module, path: str, module: nn.Module, side: Side) -> int | None:
+    """The width at a module, by the linear layers inside it or, where there are none, by those beside it."""
+    if inside := [widths for _, part in _parts((path, module)) if (widths := widths_of(part))]:
+        return inside[0][0] if side == "input" else inside[-1][1]
+    if any(True for _ in module.parameters()):
+        return None
+    beside = list(model.get_submodule(path.rpartition(".")[0]).children())  # an activation, say, or dropout
+    at = next(number for number, child in enumerate(beside) if child is module)
+    if before := [widths for child in beside[:at] if (widths := widths_of(child))]:
+        return before[-1][1]
+    after = [widths for child in beside[at:] if (widths := widths_of(child))]
+    return after[0][0] if after else None
 
 
 def _stack_of(model: nn.Module, path: str) -> Stack:

@@ -100,7 +100,10 @@ def states_width(model: nn.Module, path: str) -> int:
     widths = [shape[0] for shape in shapes if len(shape) == 1]
     widths += [width for config in configs if isinstance(width := getattr(config, "hidden_size", None), int)]
     if not widths:
-        raise ReftError(f"The width of the states at {path!r} is neither in a norm there nor in a config.hidden_size.")
+        raise ReftError(
+            f"The width of the states at {path!r} is neither in a norm there nor in a config.hidden_size. Edit a "
+            "linear layer, a norm or embeddings there, by its path."
+        )
     return widths[0]
 
 

@@ -14,7 +14,7 @@ from ..interventions import Intervention, intervention_class, register, short_na
 from ..positions import Positions, rule_name
 
 
-class ReftPeftType(enum.StrEnum):
+class ReftPeftType(str, enum.Enum):  # noqa: UP042 (PEFT reads the name behind the dot of a member's text)
     """The key under which PEFT finds this method; PEFT's own enum is closed."""
 
     REFT = "REFT"

@@ -5,13 +5,16 @@ active at that moment, so that a change of adapters or strengths applies to call
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..errors import ReftError, did_you_mean
 from ..positions import Positions
 from .call import STRENGTH, Call, Surroundings, innermost, running, within
+from .deletion import delete_edits
 from .located import Located
 from .threads import Steps
 
@@ -37,6 +40,7 @@ class Edits:
         self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
         self.causal = hasattr(model, "can_generate") and model.can_generate()
         self.removed = False
+        self.wrapped = False  # whether a PEFT model holds the edits; if not, the model itself does
         self.steps = Steps()
         self.key = next(_keys)  # by which caches know this one's tokens
 
@@ -67,22 +71,11 @@ class Edits:
         if isinstance(given.get(STRENGTH), dict):
             self.check_names(given[STRENGTH], STRENGTH)
 
-    def forget(self, name: str) -> list[str]:
-        """Let go of an adapter: its interventions, rules and strength; return the adapters that are active then.
-
-        If it was the only active one, the first that is left becomes active.
-        """
-        self.rules.pop(name, None)
-        active = list(dict.fromkeys(other for layer in self.layers for other in layer.active_adapters))
-        left = [other for other in active if other != name] or list(self.rules)[:1]
-        for layer in self.layers:
-            if name in layer:
-                del layer[name], layer.indices[name], layer.columns[name]
-            if name in active:
-                layer.set_adapter(left)
-        for known in (self.places, self.kinds, self.strengths):
+    def forget(self, name: str, others: Iterable[str], heads: Sequence[AuxiliaryTrainingWrapper]) -> list[str]:
+        """Let go of an adapter; return those that are active then (see `delete_edits`)."""
+        for known in (self.rules, self.places, self.kinds, self.strengths):
             known.pop(name, None)
-        return left
+        return delete_edits(name, others, self.layers, heads)
 
     # -- calls ----------------------------------------------------------------------------------------------------
 

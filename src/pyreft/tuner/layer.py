@@ -64,6 +64,24 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         """Where PEFT finds the parameters by adapter: this dict itself."""
         return self
 
+    def get_base_layer(self) -> nn.Module:
+        """The module whose input or output is edited."""
+        return self._module[0]
+
+    @property
+    def weight(self) -> NoReturn:
+        """None of its own, and not that of the module, which is not replaced; so `hasattr` says no."""
+        raise AttributeError("A ReftLayer has no weight; its module has: get_base_layer().weight.")
+
+    @property
+    def bias(self) -> NoReturn:
+        raise AttributeError("A ReftLayer has no bias; its module has: get_base_layer().bias.")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to its module, in its own type; PEFT asks for it after loading with `low_cpu_mem_usage`."""
+        if adapter_name in self and not any(parameter.is_meta for parameter in self[adapter_name].parameters()):
+            self[adapter_name].to(device or device_of(self._module[0]))
+
     def add_intervention(
         self, adapter_name: str, index: int, intervention: Intervention, columns: tuple[int, int] | None = None
     ) -> None:
@@ -169,14 +187,27 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             call.stacked[key] = made  # for the steps of a generation
         return made
 
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError("A ReftLayer edits through the hook on its module.")
+    def forward(self, h: Any) -> Any:
+        """Nothing: the hook edits. An `nn.Sequential` that is edited runs this one after its own parts."""
+        return h
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         refuse_merge()
 
     def unmerge(self) -> NoReturn:
         refuse_merge()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the parameters of a module are; the CPU for those that are offloaded until they are needed."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    offloaded = device.type == "meta" and any(hasattr(part, "_hf_hook") for part in module.modules())
+    return torch.device("cpu") if offloaded else device
+
+
+def type_of(module: nn.Module) -> torch.dtype | None:
+    """The type of a module's parameters, but for quantized ones; none if all are."""
+    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
 
 
 _NOTHING: Any = object()

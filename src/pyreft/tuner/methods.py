@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from .call import Call, innermost, within
@@ -37,10 +38,15 @@ class Methods:
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """As the model's, which takes our layers for parameters and passes them over."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        configs = dict(getattr(self.model, "peft_config", {}))
+        heads = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        if all(name in configs for name in names):  # else nothing is deleted
+            for name in names:
+                del configs[name]
+                if name in self.edits.rules:
+                    self.edits.forget(name, configs, heads)
         type(self.model).delete_adapter(self.model, adapter_names)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.edits.rules:
-                self.edits.forget(name)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model, with the locations resolved on the whole prompt before its first forward.
