@@ -1,11 +1,14 @@
 """`ReftModel`: a PEFT model that also answers to the calls of the original library."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .errors import ReftError
@@ -17,6 +20,7 @@ from .original.calls import answer, is_original, translate
 from .original.members import OriginalMembers
 from .original.saving import OriginalSaving
 from .places.structure import without_adapters
+from .tuner.call import Surroundings, within
 from .tuner.config import ReftConfig
 from .tuner.edits import Edits
 from .tuner.tuner import detach, tuner_of
@@ -69,6 +73,16 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
     def _translate(self, args: tuple, kwargs: dict) -> dict:
         return translate(args, kwargs, self._edits.rules[self.active_adapter])
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute with the base model alone, in this thread; modules that an adapter trains beside are PEFT's to switch.
+
+        The edits of calls in other threads stay as they are.
+        """
+        trained = any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.modules())
+        with super().disable_adapter() if trained else nullcontext(), within(Surroundings(self._edits, off=True)):
+            yield
 
     def set_strength(self, adapter_name: str, strength: float) -> None:
         """Multiply an adapter's edits: h' = h + strength (Φ(h) - h), until it is set again.

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..errors import ReftError
 from ..positions import Positions
-from ..tuner.stream import GIVEN, LOCATIONS, SUBSPACES
+from ..tuner.call import GIVEN, LOCATIONS, SUBSPACES
 from .locations import read_subspaces, read_unit_locations
 
 

@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..errors import ReftError, did_you_mean
 from ..positions import Positions
-from .call import STRENGTH, Call, Surroundings, innermost, running, within
+from .call import STRENGTH, Call, Surroundings, running, within
 from .deletion import delete_edits
 from .located import Located
 from .threads import Steps
@@ -85,16 +85,16 @@ class Edits:
         Args:
             given: what it gives, by the names in `GIVEN`, and its `labels`.
         """
-        around = innermost(self) if running.frames else None
-        enabled, row_adapters = [layer.enabled_adapters for layer in self.layers], None
-        if isinstance(around, Surroundings):
-            if around.off:
-                enabled = [[] for _ in self.layers]
-            elif around.row_adapters is not None:
-                row_adapters = around.row_adapters
-                on = not any(layer.disable_adapters for layer in self.layers)
-                names = [name for name in dict.fromkeys(row_adapters) if name != BASE] if on else []
-                enabled = [names for _ in self.layers]
+        around = [frame for frame in running.frames if frame.edits is self]
+        row_adapters = around[-1].row_adapters if around and isinstance(around[-1], Surroundings) else None
+        if any(isinstance(frame, Surroundings) and frame.off for frame in around):
+            enabled: list[list[str]] = [[] for _ in self.layers]
+        elif row_adapters is None:
+            enabled = [layer.enabled_adapters for layer in self.layers]
+        else:
+            on = not any(layer.disable_adapters for layer in self.layers)
+            names = [name for name in dict.fromkeys(row_adapters) if name != BASE] if on else []
+            enabled = [names for _ in self.layers]
         return Call(self, given, enabled, row_adapters, dict(self.strengths))
 
     @contextmanager
