@@ -76,7 +76,7 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Compute with the base model alone, in this thread; modules that an adapter trains beside are PEFT's to switch.
+        """Compute with the base model alone, in this thread; trained modules are for PEFT to switch.
 
         The edits of calls in other threads stay as they are.
         """
