@@ -1,4 +1,4 @@
-"""A call is safe: from several threads, from inside another one, by an assistant, by replicas, when it is interrupted."""
+"""A call is safe: from several threads, inside another one, by an assistant, by replicas, when it is interrupted."""
 
 import asyncio
 import copy

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError
 from ..places.structure import find_blocks, hidden_width, widths_of
-from .edits import Place, PlaceEdits, RecordedEdits
+from .recorded import Place, PlaceEdits, RecordedEdits
 from .rows import token_texts
 
 # the components whose states are the residual stream, or are added to it as they are

@@ -9,8 +9,8 @@ from typing import Any
 
 from .compare import Comparison
 from .directions import Near
-from .edits import place_names
 from .plots import heat_map_size, new_axes, plot_comparison, plot_directions, plot_sizes, plot_strengths
+from .recorded import place_names
 from .report import Inspection
 from .sizes import EditSizes
 

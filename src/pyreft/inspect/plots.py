@@ -11,7 +11,7 @@ import torch
 from ..errors import ReftError
 from .compare import Comparison
 from .directions import WrittenDirections
-from .edits import place_names
+from .recorded import place_names
 from .sizes import EditSizes
 from .strength import StrengthCurve
 

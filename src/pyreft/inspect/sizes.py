@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError
-from .edits import Place, PlaceEdits, RecordedEdits
+from .recorded import Place, PlaceEdits, RecordedEdits
 from .rows import prompt_length, token_texts
 
 

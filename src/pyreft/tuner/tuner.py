@@ -28,7 +28,7 @@ from .config import ReftConfig, Representation, shape_differences
 from .continuous import Batches
 from .edits import Edits
 from .layer import PREFIX, ReftLayer, device_of, refuse_merge, type_of
-from .methods import METHODS, Methods
+from .overrides import METHODS, Methods
 
 
 class ReftTuner(BaseTuner):
