@@ -23,7 +23,7 @@ from ..interventions import Intervention, intervention_class
 from ..places.components import Site, find_site, hidden_width, number_of_layers, stack_module
 from ..places.structure import path_of
 from . import hooks
-from .call import Surroundings, running, within
+from .call import Surroundings, within
 from .config import ReftConfig, Representation, shape_differences
 from .continuous import Batches
 from .edits import Edits
@@ -63,15 +63,9 @@ class ReftTuner(BaseTuner):
     def compute(self, ordinary: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call of the model, `ordinary(*args, **kwargs)`, in part while a `Reach` is at it."""
         self.check_attached()
-        if torch.compiler.is_compiling():
+        if self.reach is None or args or torch.compiler.is_compiling():
             return ordinary(*args, **kwargs)
-        before = len(running.frames)
-        try:
-            if self.reach is None or args:
-                return ordinary(*args, **kwargs)
-            return self.reach.forward(ordinary, kwargs)
-        finally:
-            del running.frames[before:]  # of a forward that was interrupted
+        return self.reach.forward(ordinary, kwargs)
 
     def check_attached(self) -> None:
         """Refuse to act for edits that are not on the base model any more, where another's may be now.
@@ -206,14 +200,13 @@ class ReftTuner(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         self.check_attached()
-        names = kwargs.get("adapter_names")
-        if names is None:
-            yield
-            return
-        if not names:
-            raise ReftError("expected one name for each row, got none.", setting="adapter_names")
-        self.edits.check_names(names, "adapter_names")
-        with within(Surroundings(self.edits, row_adapters=list(names))):
+        names, around = kwargs.get("adapter_names"), []
+        if names is not None:
+            if not names:
+                raise ReftError("expected one name for each row, got none.", setting="adapter_names")
+            self.edits.check_names(names, "adapter_names")
+            around.append(Surroundings(self.edits, row_adapters=list(names)))
+        with within(*around):  # in any case: a call that is interrupted leaves nothing running
             yield
 
     @classmethod
