@@ -13,10 +13,11 @@ from .files.adapter import check_tensors, model_card, read_config, write_beside
 from .files.original import legacy_place, read_legacy
 from .files.trained_heads import add_heads
 from .files.weights import expected_tensors
-from .original.calls import answer, is_original, translate
+from .original.calls import FORWARD, GENERATE, answer, is_original, translate
 from .original.members import OriginalMembers
 from .original.saving import OriginalSaving
 from .places.structure import without_adapters
+from .positions import Positions
 from .tuner.config import ReftConfig
 from .tuner.tuner import detach, tuner_of
 
@@ -53,7 +54,8 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_original(args, kwargs):
-            return answer(super().forward, self._translate(args, kwargs), self.disable_adapter)
+            call = translate(args, kwargs, FORWARD, self.position_rules)
+            return answer(super().forward, call, self.disable_adapter)
         return self.base_model.compute(super().forward, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -63,11 +65,14 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         `intervention_locations` (`[batch, interventions, positions]`) say where the located tokens are.
         """
         if is_original(args, kwargs):
-            return answer(super().generate, self._translate(args, kwargs), self.disable_adapter)
+            call = translate(args, kwargs, GENERATE, self.position_rules)
+            return answer(super().generate, call, self.disable_adapter)
         return super().generate(*args, **kwargs)
 
-    def _translate(self, args: tuple, kwargs: dict) -> dict:
-        return translate(args, kwargs, self._edits.rules[self.active_adapter])
+    @property
+    def position_rules(self) -> list[Positions | None]:
+        """The active adapter's rules, in the order of its representations; none where each call gives locations."""
+        return self._edits.rules[self.active_adapter]
 
     def set_strength(self, adapter_name: str, strength: float) -> None:
         """Multiply an adapter's edits: h' = h + strength (Φ(h) - h), until it is set again.

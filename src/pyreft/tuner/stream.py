@@ -242,8 +242,9 @@ class Stream:
         kinds = {name: locator.kinds[name] for name in locator.active}
         located = Located(group_rows(locator.row_adapters, kinds, tokens, beams))
         keys = [(name, index) for name in located.groups or kinds for index in self._indices(name)]
-        if LOCATIONS in locator.call:
-            self._resolve_given(located, keys, tokens, locator.call[LOCATIONS])
+        given = locator.call.get(LOCATIONS)
+        if given is not None and not isinstance(given, str):
+            self._resolve_given(located, keys, tokens, given)
         else:
             self._resolve_rules(located, keys, tokens, labels, input_ids, packed)
         if SUBSPACES in locator.call:
@@ -280,8 +281,10 @@ class Stream:
             input_ids = input_ids if input_ids is None or not missing else nn.functional.pad(input_ids, (0, missing))
         prompt = prompt_tokens(tokens, labels, lengths)
         made: dict[Positions, Tensor] = {}
+        given = self.locator.call.get(LOCATIONS)  # a rule for those that have none
+        otherwise = None if given is None else Positions.parse(given)
         for name, index in keys:
-            rule = self.locator.rules[name][index]
+            rule = self.locator.rules[name][index] or otherwise
             if rule is None:
                 continue
             if rule not in made:  # an answer is covered by `all` from the beginning
