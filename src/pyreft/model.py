@@ -31,7 +31,7 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
     Args:
         model: the base model; it is frozen, and edited in place.
-        peft_config: what to edit.
+        peft_config: what to edit; it may also come first, as in the original.
         adapter_name: a name for the adapter.
         autocast_adapter_dtype: the adapter's parameters in float32 (true) or in the type of the base model's (false);
             if nothing is said as they are made, which is float32 or the type that an intervention was given.
@@ -40,16 +40,18 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
     def __init__(
         self,
-        model: nn.Module,
-        peft_config: ReftConfig,
+        model: nn.Module | ReftConfig,
+        peft_config: ReftConfig | nn.Module,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool | None = None,
         low_cpu_mem_usage: bool = False,
     ) -> None:
+        if isinstance(model, ReftConfig):
+            model, peft_config = peft_config, model
         with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-            options: Any = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-            super().__init__(model, peft_config, adapter_name, **options)
+            made: Any = (model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            super().__init__(*made)
         self._edits: Any = self.base_model._locator
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
