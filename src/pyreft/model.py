@@ -14,6 +14,7 @@ from .files.original import legacy_place, read_legacy
 from .files.trained_heads import add_heads
 from .files.weights import expected_tensors
 from .original.calls import FORWARD, GENERATE, answer, is_original, translate
+from .original.configs import as_config
 from .original.members import OriginalMembers
 from .original.saving import OriginalSaving
 from .places.structure import without_adapters
@@ -40,17 +41,17 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
     def __init__(
         self,
-        model: nn.Module | ReftConfig,
-        peft_config: ReftConfig | nn.Module,
+        model: Any,
+        peft_config: Any,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool | None = None,
         low_cpu_mem_usage: bool = False,
     ) -> None:
-        if isinstance(model, ReftConfig):
+        if not isinstance(model, nn.Module):
             model, peft_config = peft_config, model
         with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-            made: Any = (model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            made: Any = (model, as_config(peft_config), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             super().__init__(*made)
         self._edits: Any = self.base_model._locator
 
@@ -175,6 +176,7 @@ def get_reft_model(
         ReftError: a layer, component, rank or intervention that does not fit the model, before it is touched.
     """
     _release(model)
+    reft_config = as_config(reft_config)
     trained = [] if disable_model_grads else [p for p in model.parameters() if p.requires_grad]
     if reft_config.base_model_name_or_path is None:
         reft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
