@@ -1,5 +1,6 @@
 """What the original takes as a config: its own, pyvene's, or bare representations."""
 
+import enum
 from typing import Any
 
 from peft import PeftConfig
@@ -25,3 +26,10 @@ def as_config(config: Any) -> ReftConfig:
         types = getattr(config, "intervention_types", None)
         return ReftConfig(representations=config.representations, intervention_types=types)
     raise ReftError(f"reft_config: expected a ReftConfig, got {type(config).__name__}.")
+
+
+class ReftType(str, enum.Enum):  # noqa: UP042 (as it was)
+    """The original's list of methods, of which nothing made use."""
+
+    LOREFT = "LOREFT"
+    NLOREFT = "NOREFT"
