@@ -2,6 +2,11 @@
 
 from .data.supervised import IGNORED as IGNORE_INDEX
 from .data.supervised import ReftDataCollator
+from .original.data_modules import (
+    make_last_position_supervised_chat_data_module,
+    make_last_position_supervised_data_module,
+    make_multiple_position_supervised_data_module,
+)
 from .original.datasets import ReftDataset, ReftRawDataset
 from .original.instructions import (
     ReftClassificationDataset,
@@ -14,11 +19,6 @@ from .original.instructions import (
 )
 from .original.locations import get_intervention_locations, parse_positions
 from .original.reward import ReftRewardCollator, ReftRewardDataset
-from .original.supervised import (
-    make_last_position_supervised_chat_data_module,
-    make_last_position_supervised_data_module,
-    make_multiple_position_supervised_data_module,
-)
 
 __all__ = [
     "IGNORE_INDEX",

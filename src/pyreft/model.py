@@ -1,11 +1,14 @@
 """`ReftModel`: a PEFT model that also answers to the calls of the original library."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .errors import ReftError
@@ -19,7 +22,9 @@ from .original.members import OriginalMembers
 from .original.saving import OriginalSaving
 from .places.structure import without_adapters
 from .positions import Positions
+from .tuner.call import Surroundings, within
 from .tuner.config import ReftConfig
+from .tuner.edits import Edits
 from .tuner.tuner import detach, tuner_of
 
 
@@ -53,7 +58,7 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
             made: Any = (model, as_config(peft_config), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             super().__init__(*made)
-        self._edits: Any = self.base_model._locator
+        self._edits: Edits = self.base_model.edits
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_original(args, kwargs):
@@ -76,6 +81,16 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
     def position_rules(self) -> list[Positions | None]:
         """The active adapter's rules, in the order of its representations; none where each call gives locations."""
         return self._edits.rules[self.active_adapter]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute with the base model alone, in this thread; trained modules are for PEFT to switch.
+
+        The edits of calls in other threads stay as they are.
+        """
+        trained = any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.modules())
+        with super().disable_adapter() if trained else nullcontext(), within(Surroundings(self._edits, off=True)):
+            yield
 
     def set_strength(self, adapter_name: str, strength: float) -> None:
         """Multiply an adapter's edits: h' = h + strength (Φ(h) - h), until it is set again.
@@ -135,7 +150,9 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         if place is None:
             config = read_config(model_id)
             if act_fn is not None:
-                raise ReftError(f"act_fn: {model_id} says itself which activation it has; leave the argument out.")
+                raise ReftError(
+                    f"{model_id} says itself which activation it has; leave the argument out.", setting="act_fn"
+                )
         elif kwargs:
             raise ReftError(f"{', '.join(kwargs)}: of no use for files of the original pyreft; leave them out.")
         else:
@@ -190,8 +207,9 @@ def _release(model: nn.Module) -> None:
     """Take the edits of an earlier model off a base model; the earlier one then refuses to be called."""
     if tuner_of(model) is not None:
         raise ReftError(
-            f"model: expected a base model, got a {type(model).__name__} with edits of its own. Add the adapter to it, "
+            f"expected a base model, got a {type(model).__name__} with edits of its own. Add the adapter to it, "
             "model.add_adapter(name, config) or model.load_adapter(directory, name), or give its base model, "
-            "model.get_base_model()."
+            "model.get_base_model().",
+            setting="model",
         )
     detach(model)

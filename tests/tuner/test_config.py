@@ -76,7 +76,10 @@ TANH = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2, act_fn="tanh
             {"representations": {"layer": 1, "act_fn": "relu", "intervention": TANH}},
             "act_fn is relu beside an intervention made with tanh",
         ),
-        ({"representations": [{"layer": 1}] * 2, "intervention_types": ["loreft"]}, "expected 2, one for each entry"),
+        (
+            {"representations": [{"layer": 1}] * 2, "intervention_types": ["loreft"]},
+            "expected 2, one for each entry",
+        ),
     ],
 )
 def test_bad_settings(settings, message):

@@ -81,7 +81,7 @@ def read_legacy(place: Path, act_fn: str | None = None) -> ReftConfig:
         intervention = _make(_class(name, place), state, act_fn, place / _file(key))
         representations.append(Representation(layer=layer, component=component, intervention=intervention))
     config = ReftConfig(representations=representations)
-    if act_fn is None and not all(entry.intervention.constant for entry in representations):
+    if act_fn is None and any(isinstance(entry.intervention.learned_source, nn.Linear) for entry in representations):
         warnings.warn(
             f"{place}: the original's files do not name the activation of the interventions; none is assumed. If "
             "they were made with one, name it: ReftModel.load(..., act_fn='relu'); if not, act_fn='linear' says so.",
@@ -237,10 +237,10 @@ def _orthogonal(free: Tensor) -> Tensor:
 
 def _make(cls: type[LowRankIntervention], state: dict[str, Tensor], act_fn: str | None, file: Path) -> Intervention:
     """An intervention with the sizes and the values of a stored state."""
-    basis = state.get("rotate_layer.free" if cls.orthonormal else "proj_layer.weight")
+    basis = state.get("rotate_layer.free", state.get("proj_layer.weight"))
     if basis is None or basis.dim() != 2:
         raise ReftError(f"{file}: expected the tensors of {cls.__name__}, found {_listed(state)}.")
-    width, rank = basis.shape if cls.orthonormal else basis.T.shape
+    width, rank = basis.shape if "rotate_layer.free" in state else basis.T.shape
     bias = "proj_layer.bias" in state
     intervention = cls(embed_dim=width, low_rank_dimension=rank, act_fn=act_fn, add_bias=bias)
     fill(_values(intervention, state, file))

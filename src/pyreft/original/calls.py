@@ -8,7 +8,7 @@ from transformers.utils import ModelOutput
 
 from ..errors import ReftError
 from ..positions import Positions
-from ..tuner.stream import GIVEN, LOCATIONS, SUBSPACES
+from ..tuner.call import GIVEN, LOCATIONS, SUBSPACES
 from .locations import read_subspaces, read_unit_locations
 
 # the arguments in their order; `generate` takes those of transformers' beside them
@@ -55,7 +55,7 @@ def translate(
         raise ReftError(f"Expected at most {len(order)} arguments by position ({', '.join(order)}), got {len(args)}.")
     given = dict(zip(order, args, strict=False))
     if twice := given.keys() & kwargs.keys():
-        raise ReftError(f"{', '.join(sorted(twice))}: given by position and by name.")
+        raise ReftError("given by position and by name.", setting=min(twice))
     call = {**given, **kwargs}
     call = {**(call.pop("base", None) or {}), **call}
     generates = order is GENERATE
@@ -64,19 +64,21 @@ def translate(
     on_prompt = call.pop("intervene_on_prompt", None)
     if generates and everywhere and not on_prompt:
         raise ReftError(
-            "unit_locations: this model's config has no position rule, so each call says which tokens to edit: "
+            "this model's config has no position rule, so each call says which tokens to edit: "
             'unit_locations={"sources->base": (None, [interventions][batch][positions])}; or that all are, those that '
-            "are generated, too: intervene_on_prompt=True without unit_locations."
+            "are generated, too: intervene_on_prompt=True without unit_locations.",
+            setting="unit_locations",
         )
     if on_prompt is False:
         raise ReftError(
-            "intervene_on_prompt: edits begin in the prompt; for tokens that are generated, too, use "
-            "ReftConfig(positions='all')."
+            "edits begin in the prompt; for tokens that are generated, too, use ReftConfig(positions='all').",
+            setting="intervene_on_prompt",
         )
     if call.pop("sources", None) not in (None, [None]) or call.pop("source_representations", None) is not None:
-        raise ReftError("sources: ReFT learns its edits and takes none from another input; pass no sources.")
+        raise ReftError("ReFT learns its edits and takes none from another input; pass no sources.", setting="sources")
     if call.pop("intervention_additional_kwargs", None):
-        raise ReftError("intervention_additional_kwargs: the interventions of this model take no further arguments.")
+        setting = "intervention_additional_kwargs"
+        raise ReftError("the interventions of this model take no further arguments.", setting=setting)
     inputs = next(call[name] for name in ("input_ids", "inputs_embeds") if name in call)
     rows, tokens = inputs.shape[:2]
     if subspaces is not None and (chosen := read_subspaces(subspaces, rows, len(rules), repeated=generates)):

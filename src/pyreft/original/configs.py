@@ -25,7 +25,7 @@ def as_config(config: Any) -> ReftConfig:
     if hasattr(config, "representations") and not isinstance(config, PeftConfig):
         types = getattr(config, "intervention_types", None)
         return ReftConfig(representations=config.representations, intervention_types=types)
-    raise ReftError(f"reft_config: expected a ReftConfig, got {type(config).__name__}.")
+    raise ReftError(f"expected a ReftConfig, got {type(config).__name__}.", setting="reft_config")
 
 
 class ReftType(str, enum.Enum):  # noqa: UP042 (as it was)

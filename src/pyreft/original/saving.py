@@ -114,8 +114,9 @@ def _refuse_a_trained_base(model: PeftModel) -> None:
         trained = [name for name in trained if not name.startswith(heads)]
     if trained:
         raise ReftError(
-            f"include_model: an adapter's files do not hold the base model, of which {len(trained)} parameters are "
+            f"an adapter's files do not hold the base model, of which {len(trained)} parameters are "
             f"trained ({trained[0]}, ...). Name these modules in ReftConfig(modules_to_save=[...]), which are "
             "always saved, or use include_model=False here and save the base model with "
-            "reft_model.unload().save_pretrained(...)."
+            "reft_model.unload().save_pretrained(...).",
+            setting="include_model",
         )

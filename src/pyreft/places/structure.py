@@ -42,7 +42,7 @@ def stack_module(model: Any, stack: Stack = "") -> Any:
         return model
     if not has_stacks(model):
         raise ReftError(
-            f"component: {type(model).__name__} is no encoder-decoder model; leave out the prefix '{stack}.'."
+            f"{type(model).__name__} is no encoder-decoder model; leave out the prefix '{stack}.'.", setting="component"
         )
     return model.get_encoder() if stack == "encoder" else model.get_decoder()
 

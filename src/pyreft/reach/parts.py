@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
+from ..tuner.edits import Edits
 from ..tuner.located import Located
-from ..tuner.locator import Locator
 from .blocks import Blocks, replaced
 from .cache import Layout, Pair, is_ordinary, pairs_of, prefix_cache, sliding_window
 from .window import IGNORED, NotExactError, Rows
@@ -29,15 +29,15 @@ class Parts:
 
     Args:
         base: the model, with a head.
-        locator: of its edits.
+        edits: of its edits.
     """
 
-    def __init__(self, base: Any, locator: Locator) -> None:
+    def __init__(self, base: Any, edits: Edits) -> None:
         self.base = base
         self.blocks = Blocks(base)
         self.backbone = getattr(base, base.base_model_prefix, base)
         self.windows: list[int | None] = []  # see `sliding_window`; by block, once prefixes were run
-        self._stream = next(iter(locator.streams.values()))
+        self._edits = edits
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
 
     def prefixes(self, ids: Tensor, rows: Rows, positions: Tensor, blocks: int) -> list[list[Pair]]:
@@ -115,7 +115,7 @@ class Parts:
     def _head(self, hidden: Tensor, **given: Any) -> Any:
         output = _Final(last_hidden_state=hidden[None])
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        with self._stream.serving(Located()), replaced({self.base.get_decoder(): lambda *_, **__: output}):
+        with self._edits.serving(Located()), replaced({self.base.get_decoder(): lambda *_, **__: output}):
             return self.base.forward(input_ids=ids, use_cache=False, **given)
 
     def _run(
@@ -135,7 +135,7 @@ class Parts:
         if self._takes_positions:
             start = positions - torch.tensor(rows.first, device=rows.device)
             given["position_ids"] = (rows.columns + start[:, None]).clamp(min=0)
-        with self._stream.serving(located):
+        with self._edits.serving(located):
             return self.backbone(
                 input_ids=rows.take(ids),
                 attention_mask=rows.attention_mask.long(),

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tuner.call import LOCATIONS
+from ..tuner.edits import Edits
 from ..tuner.layer import ReftLayer
-from ..tuner.locator import LOCATIONS, Locator
 from .parts import Parts
 from .store import Store
 from .ways import FUSED, TYPES, Above, Behind
@@ -37,12 +38,12 @@ class Probe:
 
     Args:
         parts: of the base model.
-        locator: of its edits.
+        edits: of its edits.
         limit: the longest row whose angles do not depend on its length.
     """
 
-    def __init__(self, parts: Parts, locator: Locator, limit: int | None) -> None:
-        self._parts, self._locator, self._limit, self._base = parts, locator, limit, parts.base
+    def __init__(self, parts: Parts, edits: Edits, limit: int | None) -> None:
+        self._parts, self._edits, self._limit, self._base = parts, edits, limit, parts.base
         self.why_not = f"parts of {type(parts.base).__name__} computed apart differ from the whole"
 
     def find(
@@ -61,20 +62,20 @@ class Probe:
         """
         parts, kind = self._parts, call["input_ids"].device.type
         config = self._base.config.get_text_config()
-        causal = causal and self._locator.causal and parts.backbone is not self._base and call.get(TYPES) is None
+        causal = causal and self._edits.causal and parts.backbone is not self._base and call.get(TYPES) is None
         causal = causal and set(getattr(config, "layer_types", None) or ()) <= _ATTENTIONS
         mixed = torch.is_autocast_enabled(kind) and self._base.dtype != torch.float32
         devices = [call["input_ids"].device] if kind == "cuda" else []
         with (
             torch.no_grad(),
-            _without_dropout(self._locator.layers),
+            _without_dropout(self._edits.layers),
             torch.autocast(kind, enabled=mixed),
             torch.random.fork_rng(devices),  # the training draws as if nothing had been tried
         ):
             if causal and (way := self._behind(call, ordinary, kept, key)) is not None:
                 return way
             for padding in (False, True) if kept else ():
-                above = Above(parts, self._locator, kept, padding, key)
+                above = Above(parts, self._edits, kept, padding, key)
                 if self._is_exact_above(above, call, ordinary):
                     return above
         return None
@@ -85,7 +86,7 @@ class Probe:
         Where a row's padding changes them only in a rounding, as with rotary positions, they are counted without it:
         then what is held serves the row in any batch.
         """
-        ways = [Behind(self._parts, self._locator, kept, offsets, key) for offsets in (False, True)]
+        ways = [Behind(self._parts, self._edits, kept, offsets, key) for offsets in (False, True)]
         far, near = self._few(call, *ways[0].cut_at(call))
         try:
             expected = [ordinary(**each) for each in (far, near)]
@@ -109,7 +110,7 @@ class Probe:
         first = max(rows.first[number], rows.start[number] - _PROBED)
         last = max(rows.start[number] + _PROBED, first + 3)
         ids, where = call["input_ids"][number, first:last], edited[number, first:last]
-        count = max(len(self._locator.rules[name]) for name in self._locator.active)
+        count = max(len(self._edits.rules[name]) for name in self._edits.active)
         width = self._limit or getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
         room = min(_SHIFT, max(0, (width or _SHIFT + len(ids)) - len(ids)))
         return _padded_left(ids, where, count, room), _padded_right(ids, where, count)

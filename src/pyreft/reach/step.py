@@ -18,8 +18,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ReftError
 from ..places.structure import without_adapters
+from ..tuner.call import GIVEN
+from ..tuner.edits import Edits
 from ..tuner.layer import ReftLayer
-from ..tuner.locator import GIVEN, Locator
+from ..tuner.recompute import recomputes
 from ..tuner.tuner import calls_tuner, tuner_of
 from .frozen import fingerprint, longest_plain_row, outside_of_edits, state_of, sums_of, why_not_frozen
 from .parts import Parts
@@ -72,10 +74,10 @@ class Reach:
         self.store = Store(read_budget(memory), directory)
         self.why_not: str | None = None
         self._base: Any = without_adapters(model)
-        self._locator: Locator = tuner._locator
-        self._parts = Parts(self._base, self._locator)
+        self._edits: Edits = tuner.edits
+        self._parts = Parts(self._base, self._edits)
         self._limit = longest_plain_row(self._base.config)
-        self._probe = Probe(self._parts, self._locator, self._limit)
+        self._probe = Probe(self._parts, self._edits, self._limit)
         self._spills = directory is not None
         self._base_print = ""  # a digest of the base model, by which files tell it from others
         self._modules: list[nn.Module] = []  # what the ways rest on
@@ -181,15 +183,15 @@ class Reach:
         ids = call.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or call.get("labels") is None:
             raise NotExactError("the call has no input_ids or no labels")
-        if list(self._locator.streams) != [""]:
+        if self._edits.stacks != ("",):
             raise NotExactError("an encoder and a decoder have tokens of their own")
-        if not self._active_layers() or self._locator.row_adapters is not None:
+        if not self._active_layers() or self._edits.row_adapters is not None:
             raise NotExactError("no adapter is active, or each row has its own")
-        if len({len(self._locator.rules[name]) for name in self._locator.active}) > 1:
+        if len({len(self._edits.rules[name]) for name in self._edits.active}) > 1:
             raise NotExactError("the active adapters have different numbers of interventions")
         if self._limit is not None and ids.shape[1] > self._limit:
             raise NotExactError(f"rotary angles depend on the length of rows of more than {self._limit} tokens")
-        if self._locator.recomputes():
+        if recomputes(self._base):
             raise NotExactError("gradient checkpointing recomputes whole blocks; turned off, less memory is needed")
         kept = self._parts.blocks.below((layer._module[0], layer.side) for layer in self._active_layers())
         causal, modules = True, list(outside_of_edits(self._base))
@@ -206,7 +208,7 @@ class Reach:
             if self._spills:
                 self._base_print = fingerprint(modules, self._base.config)
         kind = bool(call.get(FUSED)), call.get(TYPES) is not None, self._base.training
-        state = *settings, causal, *kind, tuple(self._locator.active)
+        state = *settings, causal, *kind, tuple(self._edits.active)
         self._way = None
         if state not in self._ways:
             key = xxhash.xxh3_128_digest(f"{self._base_print} {settings}".encode())
@@ -217,7 +219,7 @@ class Reach:
         return self._way
 
     def _active_layers(self) -> list[ReftLayer]:
-        return [layer for layer in self._locator.layers if layer.enabled_adapters]
+        return [layer for layer in self._edits.layers if layer.enabled_adapters]
 
     def _below(self, kept: int) -> list[nn.Module]:
         """What the output of the first blocks may depend on; what else there is may be trained."""

@@ -10,8 +10,10 @@ import xxhash
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
+from ..tuner.call import GIVEN, LENGTHS, STRENGTH
+from ..tuner.edits import Edits
 from ..tuner.located import Located
-from ..tuner.locator import GIVEN, LENGTHS, STRENGTH, Locator
+from ..tuner.resolve import locate
 from .blocks import Blocks
 from .cache import Layout, Pair
 from .loss import log_probs
@@ -37,15 +39,15 @@ class Behind:
 
     Args:
         parts: the model.
-        locator: of its edits.
+        edits: of its edits.
         kept: how many blocks lie below the first edit.
         offsets: whether states depend on the number of columns before a row.
         key: of what the base model computes now.
     """
 
-    def __init__(self, parts: Parts, locator: Locator, kept: int, offsets: bool, key: bytes) -> None:
+    def __init__(self, parts: Parts, edits: Edits, kept: int, offsets: bool, key: bytes) -> None:
         self.parts, self.kept, self.tokens, self.computed = parts, kept, 0, 0
-        self._locator, self.offsets, self._key = locator, offsets, key
+        self._edits, self.offsets, self._key = edits, offsets, key
         self.layout: Layout | None = None
 
     def __call__(self, call: dict[str, Any], ordinary: Callable[..., Any], store: Store) -> ModelOutput:
@@ -98,7 +100,7 @@ class Behind:
             raise NotExactError("labels or the attention mask are not [batch, tokens]")
         tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         given = {name: call[name] for name in GIVEN if call.get(name) is not None}
-        located = self._locator.locate(tokens, labels, ids, given)
+        located = locate(self._edits, tokens, labels, ids, given)
         if located.length > ids.shape[1]:
             raise NotExactError(f"{LENGTHS} exceed the rows")
         return located, cut(tokens, located.masks.values(), labels)
@@ -177,13 +179,13 @@ class Above:
     """The way of any other model: whole rows, above the states of the blocks below the edits.
 
     Args:
-        parts, locator, kept, key: see `Behind`.
+        parts, edits, kept, key: see `Behind`.
         padding: whether the states of padding matter, too, as where a head reads the first column.
     """
 
-    def __init__(self, parts: Parts, locator: Locator, kept: int, padding: bool, key: bytes) -> None:
+    def __init__(self, parts: Parts, edits: Edits, kept: int, padding: bool, key: bytes) -> None:
         self.parts, self.kept, self.padding = parts, kept, padding
-        self._stream = next(iter(locator.streams.values()))
+        self._edits = edits
         self._key = key
 
     def __call__(self, call: dict[str, Any], ordinary: Callable[..., Any], store: Store) -> Any:
@@ -199,7 +201,7 @@ class Above:
         states = {key: store.get(key) for key in dict.fromkeys(keys)}
         lacking = [keys.index(key) for key, held in states.items() if held is None]
         if lacking:
-            with torch.no_grad(), self._stream.serving(Located()), self.parts.blocks.stopping_after(self.kept) as found:
+            with torch.no_grad(), self._edits.serving(Located()), self.parts.blocks.stopping_after(self.kept) as found:
                 self.parts.backbone(**{name: value[lacking] for name, value in inputs.items()})
             for row, output in zip(lacking, found[0], strict=True):
                 states[keys[row]] = state = [output[slice(*spans[row])].clone()]

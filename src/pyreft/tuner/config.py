@@ -74,8 +74,8 @@ class Representation:
                 )
             elif value is not None and given not in (None, value):
                 raise ReftError(
-                    f"representations: {name} is {given} beside an intervention made with {value}; "
-                    "give it once, or twice the same."
+                    f"{name} is {given} beside an intervention made with {value}; give it once, or twice the same.",
+                    setting="representations",
                 )
             setattr(self, name, value)
         self.intervention_kwargs = settings or None
@@ -92,8 +92,9 @@ class Representation:
         if isinstance(self.intervention, Intervention):
             if self.intervention.embed_dim != width:
                 raise ReftError(
-                    f"embed_dim: the {self.component} of layer {self.layer} is {width} wide, "
-                    f"the intervention given for it {self.intervention.embed_dim}."
+                    f"the {self.component} of layer {self.layer} is {width} wide, "
+                    f"the intervention given for it {self.intervention.embed_dim}.",
+                    setting="embed_dim",
                 )
             return self.intervention
         cls = intervention_class(self.intervention)
@@ -105,11 +106,14 @@ class Representation:
         for name in settings:
             if name not in taken:
                 raise ReftError(
-                    f"{name}: the intervention {self.intervention!r} does not take it, only "
-                    f"{', '.join(sorted(taken))}.{did_you_mean(name, taken)}"
+                    f"the intervention {self.intervention!r} does not take it, only "
+                    f"{', '.join(sorted(taken))}.{did_you_mean(name, taken)}",
+                    setting=name,
                 )
         if "low_rank_dimension" in taken and self.low_rank_dimension is None:
-            raise ReftError(f"low_rank_dimension: no rank was given for the {self.component} of layer {self.layer}.")
+            raise ReftError(
+                f"no rank was given for the {self.component} of layer {self.layer}.", setting="low_rank_dimension"
+            )
         return cls(embed_dim=width, **settings)
 
     def settle(self) -> None:
@@ -125,7 +129,7 @@ class Representation:
         return {key: value for key, value in data.items() if value is not None}
 
 
-DEFAULT_POSITIONS = "l16"  # by `pyreft study`; the paper's is f7+l7
+DEFAULT_POSITIONS = "l16"  # by `benchmarks/study.py`; the paper's is f7+l7
 _SETTINGS = ("low_rank_dimension", "dropout", "act_fn", "add_bias")
 DEFAULT_RANK = 8
 # keys of the original's representations that say what is always so here
@@ -194,16 +198,20 @@ class ReftConfig(PeftConfig):
         self.peft_type = ReftPeftType.REFT
         self.layers = _read_layers(self.layers)
         if not isinstance(self.low_rank_dimension, int | None):
-            raise ReftError(f"low_rank_dimension: expected a whole number, got {self.low_rank_dimension!r}.")
+            raise ReftError(f"expected a whole number, got {self.low_rank_dimension!r}.", setting="low_rank_dimension")
         if self.representations is not None:
             if self.layers != "all":
-                raise ReftError("layers: each of the representations names its own layer; give one or the other.")
+                raise ReftError(
+                    "each of the representations names its own layer; give one or the other.", setting="layers"
+                )
             given = [self.representations] if isinstance(self.representations, dict) else list(self.representations)
             if not given:
-                raise ReftError("representations: expected at least one edited place, got an empty list.")
+                raise ReftError("expected at least one edited place, got an empty list.", setting="representations")
             types = intervention_types if isinstance(intervention_types, list) else [intervention_types] * len(given)
             if len(types) != len(given):
-                raise ReftError(f"intervention_types: expected {len(given)}, one for each entry, got {len(types)}.")
+                raise ReftError(
+                    f"expected {len(given)}, one for each entry, got {len(types)}.", setting="intervention_types"
+                )
             self.representations = [self._read(*each) for each in zip(given, types, strict=True)]
         else:
             cls = intervention_class(self.intervention)
@@ -225,14 +233,17 @@ class ReftConfig(PeftConfig):
         for key in entry:
             if key not in known and key not in _IMPLIED:
                 raise ReftError(
-                    f"representations: expected the keys {', '.join(known)}, got {key!r}.{did_you_mean(key, known)}"
+                    f"expected the keys {', '.join(known)}, got {key!r}.{did_you_mean(key, known)}",
+                    setting="representations",
                 )
         values = {key: value for key, value in entry.items() if key in known}
         unit = entry.get("unit", "pos")
         if isinstance(unit, int):
             values.setdefault("head", unit)
         elif unit not in ("pos", "h", "h.pos"):
-            raise ReftError(f"representations: expected the unit 'pos', or the number of a head, got {unit!r}.")
+            raise ReftError(
+                f"expected the unit 'pos', or the number of a head, got {unit!r}.", setting="representations"
+            )
         given = values.get("intervention", self.intervention)
         inherited = ["positions", "component"]
         if not isinstance(given, Intervention):
@@ -285,14 +296,18 @@ def _read_layers(layers: Any) -> Any:
             return "all"
         parts = [part for part in re.split(r"[;,\s]+", layers.strip()) if part]
         if not parts or not all(part.isdigit() for part in parts):
-            raise ReftError(f"layers: expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.")
+            raise ReftError(
+                f"expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.", setting="layers"
+            )
         layers = [int(part) for part in parts]
     if isinstance(layers, int):
         layers = [layers]
     if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, int) for layer in layers):
-        raise ReftError(f"layers: expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.")
+        raise ReftError(
+            f"expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.", setting="layers"
+        )
     if len(set(layers)) < len(layers):
-        raise ReftError(f"layers: a layer stands twice in {list(layers)}.")
+        raise ReftError(f"a layer stands twice in {list(layers)}.", setting="layers")
     return list(layers)
 
 

@@ -22,9 +22,13 @@ from ..errors import ReftError
 from ..interventions import Intervention, intervention_class
 from ..places.components import Site, find_site, hidden_width, number_of_layers, stack_module
 from ..places.structure import path_of
+from . import hooks
+from .call import Surroundings, running, within
 from .config import ReftConfig, Representation, shape_differences
-from .layer import ReftLayer, device_of, refuse_merge, type_of
-from .locator import Locator
+from .continuous import Batches
+from .edits import Edits
+from .layer import PREFIX, ReftLayer, device_of, refuse_merge, type_of
+from .overrides import METHODS, Methods
 
 
 class ReftTuner(BaseTuner):
@@ -34,7 +38,7 @@ class ReftTuner(BaseTuner):
         ReftError: a layer, component, rank or intervention that does not fit the model, before it is touched.
     """
 
-    prefix = "reft_"
+    prefix = PREFIX
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
     reach: Any = None  # while steps compute only what the edits can reach, the `Reach` that does
@@ -51,7 +55,7 @@ class ReftTuner(BaseTuner):
             super().__init__(model, peft_config, adapter_name, *args, **kwargs)
         if others is not None:
             self.model.peft_config = others
-        self._locator.wrapped = wrapped
+        self.edits.wrapped = wrapped
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.compute(super().forward, args, kwargs)
@@ -59,9 +63,15 @@ class ReftTuner(BaseTuner):
     def compute(self, ordinary: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """A call of the model, `ordinary(*args, **kwargs)`, in part while a `Reach` is at it."""
         self.check_attached()
-        if self.reach is None or args or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return ordinary(*args, **kwargs)
-        return self.reach.forward(ordinary, kwargs)
+        before = len(running.frames)
+        try:
+            if self.reach is None or args:
+                return ordinary(*args, **kwargs)
+            return self.reach.forward(ordinary, kwargs)
+        finally:
+            del running.frames[before:]  # of a forward that was interrupted
 
     def check_attached(self) -> None:
         """Refuse to act for edits that are not on the base model any more, where another's may be now.
@@ -69,7 +79,7 @@ class ReftTuner(BaseTuner):
         Raises:
             ReftError: `unload()`, or another `ReftModel` of this base model, took them off.
         """
-        if self._locator.removed:
+        if self.edits.removed:
             raise ReftError(
                 "This model's edits were taken off its base model when another ReftModel was made from it, or by "
                 "unload(). Load the adapter again, or add several to one model with load_adapter()."
@@ -88,18 +98,18 @@ class ReftTuner(BaseTuner):
     ) -> None:
         config = self.peft_config[adapter_name]
         try:
-            if "_locator" in vars(self):
+            if "edits" in vars(self):
                 self.check_attached()
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 representations, sites, self._places = _plan(model, config)
         except ReftError:
             del self.peft_config[adapter_name]
             raise
-        self._locator = locator_of(model) or Locator(model, _stacks(model))
-        self._locator.rules[adapter_name] = [entry.rule() for entry in representations]
-        self._locator.places[adapter_name] = [site.stack for site in sites]
+        self.edits = edits_of(model) or _watched(model)
+        self.edits.rules[adapter_name] = [entry.rule() for entry in representations]
+        self.edits.places[adapter_name] = [site.stack for site in sites]
         stackable = all(intervention_class(entry.intervention).stackable for entry in representations)
-        self._locator.kinds[adapter_name] = representations if stackable else None
+        self.edits.kinds[adapter_name] = representations if stackable else None
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
@@ -118,7 +128,9 @@ class ReftTuner(BaseTuner):
         for site, index, intervention in self._places[current_key]:
             name = f"{self.prefix}{site.side}"
             if not hasattr(target, name):
-                target.add_module(name, ReftLayer(target, site.side, self._locator.streams[site.stack]))
+                layer = ReftLayer(target, site.side, self.edits, site.stack, len(self.edits.layers))
+                target.add_module(name, layer)
+                self.edits.layers.append(layer)
             if not any(parameter.is_meta for parameter in intervention.parameters()):
                 intervention.to(device_of(target))
             getattr(target, name).add_intervention(adapter_name, index, intervention, site.columns)
@@ -162,7 +174,7 @@ class ReftTuner(BaseTuner):
             raise ValueError(f"Adapter {adapter_name} does not exist")
         heads = self._heads()
         del self.peft_config[adapter_name]
-        self.active_adapter = self._locator.forget(adapter_name, self.peft_config, heads)
+        self.active_adapter = self.edits.forget(adapter_name, self.peft_config, heads)
 
     def _unload_and_optionally_merge(
         self,
@@ -198,15 +210,11 @@ class ReftTuner(BaseTuner):
         if names is None:
             yield
             return
-        locator = self._locator
         if not names:
-            raise ReftError("adapter_names: expected one name for each row, got none.")
-        locator.check_names(names, "adapter_names")
-        locator.row_adapters = list(names)
-        try:
+            raise ReftError("expected one name for each row, got none.", setting="adapter_names")
+        self.edits.check_names(names, "adapter_names")
+        with within(Surroundings(self.edits, row_adapters=list(names))):
             yield
-        finally:
-            locator.row_adapters = None
 
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -263,18 +271,21 @@ def penalty(model: nn.Module) -> Tensor | None:
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
 
 
-def locator_of(model: nn.Module) -> Locator | None:
-    """The locator of an adapted model, none if it has no representation edits."""
-    return next((layer.stream.locator for layer in reft_layers(model)), None)
+def edits_of(model: nn.Module) -> Edits | None:
+    """The edits of an adapted model, none if it has no representation edits."""
+    return next((layer.edits for layer in reft_layers(model)), None)
 
 
 def detach(model: nn.Module) -> None:
     """Take all representation edits off a model: every hook and every child module."""
-    locator = locator_of(model)
-    if locator is not None:
-        locator.remove()
-        for layer in locator.layers:
-            delattr(layer._module[0], f"{ReftTuner.prefix}{layer.side}")
+    edits = edits_of(model)
+    if edits is not None:
+        edits.removed = True
+        hooks.detach(edits)
+        for name in METHODS:
+            edits.model.__dict__.pop(name, None)
+        for layer in edits.layers:
+            layer.detach()
         configs = {n: c for n, c in vars(model).pop("peft_config", {}).items() if not isinstance(c, ReftConfig)}
         if configs:  # of a LoRA
             model.peft_config = configs  # type: ignore[assignment]
@@ -302,23 +313,35 @@ def _plan(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], l
     return representations, sites, places
 
 
+def _watched(model: nn.Module) -> Edits:
+    """New edits of a model, whose calls are watched from now on."""
+    stacks = _stacks(model)
+    edits = Edits(model, tuple(stacks) or ("",))
+    batches = Batches(edits)
+    hooks.attach(edits, batches, stacks)
+    Methods(edits, batches).attach()
+    return edits
+
+
 def _check_free(model: nn.Module, adapter_name: str, wrapped: bool) -> None:
     """Refuse edits beside those of another PEFT model on one base model, which both would then have.
 
     Args:
         wrapped: whether a PEFT model is being made, not an adapter added to the model itself.
     """
-    locator = locator_of(model)
-    if locator is None:
+    edits = edits_of(model)
+    if edits is None:
         return
-    if wrapped or locator.wrapped:
+    if wrapped or edits.wrapped:
         raise ReftError(
-            f"This base model carries the edits of a model made before ({', '.join(locator.rules)}), and each of the "
+            f"This base model carries the edits of a model made before ({', '.join(edits.rules)}), and each of the "
             "two would have those of the other. Add an adapter to that one, model.add_adapter(name, config), take its "
             "edits off with model.unload(), or load the base model once more."
         )
-    if adapter_name in locator.rules:
-        raise ReftError(f"adapter_name: the model has an adapter {adapter_name!r}; give the new one another name.")
+    if adapter_name in edits.rules:
+        raise ReftError(
+            f"the model has an adapter {adapter_name!r}; give the new one another name.", setting="adapter_name"
+        )
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.Module]:
