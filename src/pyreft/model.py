@@ -16,10 +16,12 @@ from .files.adapter import check_tensors, model_card, read_config, write_beside
 from .files.original import legacy_place, read_legacy
 from .files.trained_heads import add_heads
 from .files.weights import expected_tensors
-from .original.calls import answer, is_original, translate
+from .original.calls import FORWARD, GENERATE, answer, is_original, translate
+from .original.configs import as_config
 from .original.members import OriginalMembers
 from .original.saving import OriginalSaving
 from .places.structure import without_adapters
+from .positions import Positions
 from .tuner.call import Surroundings, within
 from .tuner.config import ReftConfig
 from .tuner.edits import Edits
@@ -35,7 +37,7 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
     Args:
         model: the base model; it is frozen, and edited in place.
-        peft_config: what to edit.
+        peft_config: what to edit; it may also come first, as in the original.
         adapter_name: a name for the adapter.
         autocast_adapter_dtype: the adapter's parameters in float32 (true) or in the type of the base model's (false);
             if nothing is said as they are made, which is float32 or the type that an intervention was given.
@@ -44,21 +46,24 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
     def __init__(
         self,
-        model: nn.Module,
-        peft_config: ReftConfig,
+        model: Any,
+        peft_config: Any,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool | None = None,
         low_cpu_mem_usage: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            model, peft_config = peft_config, model
         with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-            options: Any = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-            super().__init__(model, peft_config, adapter_name, **options)
+            made: Any = (model, as_config(peft_config), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            super().__init__(*made)
         self._edits: Edits = self.base_model.edits
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_original(args, kwargs):
-            return answer(super().forward, self._translate(args, kwargs), self.disable_adapter)
+            call = translate(args, kwargs, FORWARD, self.position_rules)
+            return answer(super().forward, call, self.disable_adapter)
         return self.base_model.compute(super().forward, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,11 +73,14 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         `intervention_locations` (`[batch, interventions, positions]`) say where the located tokens are.
         """
         if is_original(args, kwargs):
-            return answer(super().generate, self._translate(args, kwargs), self.disable_adapter)
+            call = translate(args, kwargs, GENERATE, self.position_rules)
+            return answer(super().generate, call, self.disable_adapter)
         return super().generate(*args, **kwargs)
 
-    def _translate(self, args: tuple, kwargs: dict) -> dict:
-        return translate(args, kwargs, self._edits.rules[self.active_adapter])
+    @property
+    def position_rules(self) -> list[Positions | None]:
+        """The active adapter's rules, in the order of its representations; none where each call gives locations."""
+        return self._edits.rules[self.active_adapter]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -185,6 +193,7 @@ def get_reft_model(
         ReftError: a layer, component, rank or intervention that does not fit the model, before it is touched.
     """
     _release(model)
+    reft_config = as_config(reft_config)
     trained = [] if disable_model_grads else [p for p in model.parameters() if p.requires_grad]
     if reft_config.base_model_name_or_path is None:
         reft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None

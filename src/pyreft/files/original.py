@@ -53,6 +53,12 @@ def legacy_place(directory: str | os.PathLike) -> Path | None:
     return None
 
 
+def adapter_place(directory: str | os.PathLike) -> Path:
+    """Return where an adapter is; callers of the original look in `intervenable_model` of a checkpoint, ours is not."""
+    place = Path(directory)
+    return place.parent if place.name == SUBFOLDER and not place.exists() and is_adapter(place.parent) else place
+
+
 def read_legacy(place: Path, act_fn: str | None = None) -> ReftConfig:
     """Return the config of a checkpoint of the original, with its interventions ready and in their order.
 

@@ -123,7 +123,10 @@ class ReftTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in super()._prepare_inputs(inputs).items() if name != "id"}
+        inputs = {name: value for name, value in super()._prepare_inputs(inputs).items() if name != "id"}
+        if LOCATIONS not in inputs and isinstance(self.model, ReftModel) and None in self.model.position_rules:
+            inputs[LOCATIONS] = "all"  # as in the original, where neither the config nor the data say which tokens
+        return inputs
 
 
 class _UnreachedWarner(TrainerCallback):

@@ -2,8 +2,9 @@
 
 import enum
 import re
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import InitVar, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -63,11 +64,17 @@ class Representation:
         register(type(module))
         settings = dict(module.settings)
         for name in _SETTINGS:
-            value = settings.pop(name, None)
-            if value is not None and getattr(self, name) not in (None, value):
+            value, given = settings.pop(name, None), getattr(self, name)
+            if name == "low_rank_dimension" and given not in (None, value):
+                warnings.warn(
+                    f"representations: low_rank_dimension is {given} beside an intervention made with {value}, "
+                    "which is the one that counts.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            elif value is not None and given not in (None, value):
                 raise ReftError(
-                    f"{name} is {getattr(self, name)} beside an intervention made with {value}; "
-                    "give it once, or twice the same.",
+                    f"{name} is {given} beside an intervention made with {value}; give it once, or twice the same.",
                     setting="representations",
                 )
             setattr(self, name, value)
@@ -126,7 +133,7 @@ DEFAULT_POSITIONS = "l16"  # by `benchmarks/study.py`; the paper's is f7+l7
 _SETTINGS = ("low_rank_dimension", "dropout", "act_fn", "add_bias")
 DEFAULT_RANK = 8
 # keys of the original's representations that say what is always so here
-_IMPLIED = ("unit", "max_number_of_units")
+_IMPLIED = ("unit", "max_number_of_units", "intervention_type")
 
 
 @dataclass
@@ -152,6 +159,8 @@ class ReftConfig(PeftConfig):
         modules_to_save: further modules to train and save, such as a classifier's head.
         prompt_format: how prompts were written in training from files, for those who ask the adapter later.
         base_model_shape: type and sizes of the base model, filled in; an adapter fits no other.
+        model_type: accepted for the original's callers.
+        intervention_types: a class for all representations that name none, or a list with one for each.
 
     Raises:
         ReftError: an unknown rule, intervention or key of a representation, or a rank that is no whole number.
@@ -181,8 +190,10 @@ class ReftConfig(PeftConfig):
     base_model_shape: dict | None = field(
         default=None, metadata={"help": "Type and sizes of the model that the adapter was made for; filled in."}
     )
+    model_type: InitVar[Any] = None
+    intervention_types: InitVar[Any] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, model_type: Any, intervention_types: Any) -> None:
         super().__post_init__()
         self.peft_type = ReftPeftType.REFT
         self.layers = _read_layers(self.layers)
@@ -196,8 +207,12 @@ class ReftConfig(PeftConfig):
             given = [self.representations] if isinstance(self.representations, dict) else list(self.representations)
             if not given:
                 raise ReftError("expected at least one edited place, got an empty list.", setting="representations")
-            self.representations = [self._read(entry) for entry in given]
-            self._refuse_double_modules()
+            types = intervention_types if isinstance(intervention_types, list) else [intervention_types] * len(given)
+            if len(types) != len(given):
+                raise ReftError(
+                    f"expected {len(given)}, one for each entry, got {len(types)}.", setting="intervention_types"
+                )
+            self.representations = [self._read(*each) for each in zip(given, types, strict=True)]
         else:
             cls = intervention_class(self.intervention)
             self.intervention = short_name(cls)
@@ -205,9 +220,15 @@ class ReftConfig(PeftConfig):
                 self.low_rank_dimension = None
             self.positions = rule_name(DEFAULT_POSITIONS if self.positions is None else self.positions)
 
-    def _read(self, entry: Any) -> Representation:
+    def _read(self, entry: Any, kind: Any) -> Representation:
+        """One of the representations, in any form that the original takes; `kind` is its class, if it names none."""
         if isinstance(entry, Representation):
             return entry
+        if hasattr(entry, "_asdict"):  # pyvene's RepresentationConfig
+            entry = {key: value for key, value in entry._asdict().items() if value is not None}
+        kind = entry.get("intervention_type") or kind
+        if kind is not None and entry.get("intervention") is None:
+            entry = {**entry, "intervention": kind}
         known = [f.name for f in fields(Representation)]
         for key in entry:
             if key not in known and key not in _IMPLIED:
@@ -231,13 +252,6 @@ class ReftConfig(PeftConfig):
             if "intervention" not in values:
                 inherited.append("intervention_kwargs")
         return Representation(**{name: getattr(self, name) for name in inherited} | values)
-
-    def _refuse_double_modules(self) -> None:
-        modules = [id(r.intervention) for r in self.representations if isinstance(r.intervention, Intervention)]
-        if len(set(modules)) < len(modules):
-            raise ReftError(
-                "the same intervention module stands in two of them; make one for each.", setting="representations"
-            )
 
     def expand(self, number_of_layers: int) -> list[Representation]:
         """The edited places one by one, for a model of so many layers.
