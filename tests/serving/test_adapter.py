@@ -115,7 +115,7 @@ def test_files_that_do_not_fit_are_refused(tmp_path):
         ({first: tensors[first] / 0}, "not finite"),
         ({"base_model.model.lm_head.weight": torch.ones(2)}, "lm_head.weight is not known"),
         ({first.replace(".1.", ".3."): tensors[first].clone()}, "0 edits are missing, 1 are not known"),
-        ({first: torch.ones(3, 3)}, "the weights do not fit the config|coordinates|wide"),
+        ({first: torch.ones(3, 3)}, "has .*3, 3.*its config asks for"),
     ):
         save_file({**tensors, **change}, weights)
         with pytest.raises(ReftError, match=message):

@@ -39,6 +39,7 @@ class _Part:
     intervention: str
     act: str | None
     rank: int  # of its form
+    shapes: dict[str, tuple[int, ...]]  # of its parameters
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,10 @@ class Adapter:
             made = orthonormal_columns(torch.stack([tensors["rotate_layer.free"] for tensors in group])).mT
             for tensors, rotation in zip(group, made, strict=True):
                 tensors["R"] = rotation
-        try:
-            found = {
-                part.place: affine(part.intervention, tensors, part.act)
-                for part, tensors in zip(self.parts, parts, strict=True)
-            }
-        except (KeyError, RuntimeError) as error:
-            raise ReftError(f"{self.directory}: the weights do not fit the config ({error}).") from None
-        return found
+        return {
+            part.place: affine(part.intervention, tensors, part.act)
+            for part, tensors in zip(self.parts, parts, strict=True)
+        }
 
 
 def digest_of(config: bytes, weights: bytes) -> str:
@@ -109,7 +106,7 @@ def read_adapter(directory: str | os.PathLike, digest: str | None = None) -> Ada
     path = Path(directory)
     config = read_config(path)
     shape = config.base_model_shape or {}
-    if not shape.get("num_hidden_layers"):
+    if not shape.get("num_hidden_layers") or not shape.get("hidden_size"):
         raise ReftError(f"{path}: the config does not say what base model it is for; save it again from the model.")
     if config.modules_to_save:
         raise ReftError(f"{path}: modules_to_save: the trained {config.modules_to_save} cannot be served, only edits.")
@@ -128,7 +125,8 @@ def read_adapter(directory: str | os.PathLike, digest: str | None = None) -> Ada
             rules.append(rule)
         pattern[place] = rules.index(rule)
         rank = rank_of(entry.intervention, entry.low_rank_dimension, entry.act_fn)
-        parts.append(_Part(place, layer, side, number, entry.intervention, entry.act_fn, rank))
+        shapes = _shapes(entry, shape["hidden_size"])
+        parts.append(_Part(place, layer, side, number, entry.intervention, entry.act_fn, rank, shapes))
     if digest is None:
         digest = digest_of((path / CONFIG).read_bytes(), _weights_bytes(path))
     return Adapter(digest, path, tuple(rules), same(pattern), max(part.rank for part in parts), shape, tuple(parts))
@@ -155,6 +153,11 @@ def _check_entry(path: Path, entry: Any, layers: int) -> tuple[int, Positions]:
     except ReftError as error:
         raise ReftError(f"{path}: {error}") from None
     return entry.layer, rule
+
+
+def _shapes(entry: Any, width: int) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in entry.make(width).state_dict().items()}
 
 
 def _weights_bytes(path: Path) -> bytes:
@@ -192,4 +195,8 @@ def _sort_tensors(path: Path, tensors: dict[str, Tensor], parts: Sequence[_Part]
             f"{path}: the file does not fit its config: {len(set(asked) - found.keys())} edits are missing, "
             f"{len(found.keys() - set(asked))} are not known."
         )
+    for part, key in zip(parts, asked, strict=True):
+        shapes = {name: tuple(tensor.shape) for name, tensor in found[key].items()}
+        if shapes != part.shapes:
+            raise ReftError(f"{path}: the edit of layer {part.layer} has {shapes}, its config asks for {part.shapes}.")
     return [found[key] for key in asked]
