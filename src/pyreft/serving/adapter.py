@@ -195,8 +195,8 @@ def _sort_tensors(path: Path, tensors: dict[str, Tensor], parts: Sequence[_Part]
             f"{path}: the file does not fit its config: {len(set(asked) - found.keys())} edits are missing, "
             f"{len(found.keys() - set(asked))} are not known."
         )
-    for part, key in zip(parts, asked, strict=True):
-        shapes = {name: tuple(tensor.shape) for name, tensor in found[key].items()}
+    for part, where in zip(parts, asked, strict=True):
+        shapes = {name: tuple(tensor.shape) for name, tensor in found[where].items()}
         if shapes != part.shapes:
             raise ReftError(f"{path}: the edit of layer {part.layer} has {shapes}, its config asks for {part.shapes}.")
     return [found[key] for key in asked]

@@ -138,6 +138,7 @@ class Step:
         self._active = active  # rows, each with its first flat index, its first token and how many it computes
         self._patterns = list({id(row.pattern): row.pattern for row, *_ in active}.values())
         self._known: dict[tuple, Tokens | None] = {}
+        self._tiles: dict[tuple, list[Tile]] = {}
 
     def key(self, place: Place) -> tuple[int | None, ...]:
         """What decides which tokens are located at a place: places with equal keys share them."""
@@ -149,6 +150,14 @@ class Step:
         if key not in self._known:
             self._known[key] = self._find(place)
         return self._known[key]
+
+    def tiles(self, place: Place, device: torch.device) -> list[Tile]:
+        """The tokens to edit at a place, as tables on a device."""
+        key = self.key(place)
+        if key not in self._tiles:
+            tokens = self.at(place)
+            self._tiles[key] = [] if tokens is None else [tile.to(device) for tile in tokens.tiles()]
+        return self._tiles[key]
 
     def _find(self, place: Place) -> Tokens | None:
         runs = []
