@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pyreft_cli import ask, demo, eval, info, inspect, plan, study, train
+from pyreft_cli import ask, demo, eval, info, inspect, plan, serve, study, train
 
 app = typer.Typer(
     name="pyreft",
@@ -45,6 +45,7 @@ app.command()(ask.generate)
 app.command()(ask.chat)
 app.command()(info.info)
 app.command()(inspect.inspect)
+app.command(context_settings={"allow_extra_args": True})(serve.serve)
 app.command()(study.study)
 
 
