@@ -59,7 +59,7 @@ def serve(
         store=str((store or default_store()).absolute()),
     )
     more = ["--host", host, "--port", str(port), "--served-model-name", name or model or "pocket", *context.args]
-    command = launch.vllm_arguments(launch.base_path(model), settings, launch.architecture_of(model), more)
+    command = [launch.base_path(model), *launch.vllm_arguments(settings, launch.architecture_of(model), more)]
     variables = launch.environment(settings) | ({"PYREFT_ALLOW_LOADING": "1"} if allow_loading else {})
     if show:
         words = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]

@@ -6,6 +6,8 @@ of adapters is taken out of its request.
 
 import asyncio
 import json
+import logging
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -19,6 +21,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
+_log = logging.getLogger(__name__)
 LIMIT = 64 * 2**20  # bytes of a request's body
 EXTRAS = ("vllm_xargs", "extra_args")  # where a body may hold a request's extra arguments
 # paths whose answers hold the model's name
@@ -86,6 +89,9 @@ class Front:
             adapter = await asyncio.to_thread(catalog_of(state).resolve, name)
         except KeyError:
             return None  # vLLM answers that there is no such model
+        except ReftError as error:  # without the server's paths
+            _log.warning("%s: %s", name, error)
+            raise ReftError(re.sub(r"(?<![^\s'(])/\S+(?=: )", repr(name), str(error))) from None
         if data.get("use_beam_search"):
             raise ReftError("use_beam_search: beams cannot have an adapter; sample, or ask the base model.")
         extra = data.get("vllm_xargs")

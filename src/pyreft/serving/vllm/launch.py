@@ -25,14 +25,14 @@ _FLAGS = {
 }
 
 
-def vllm_arguments(model: str, settings: Settings, architecture: str, more: Sequence[str] = ()) -> list[str]:
-    """The arguments of `vllm serve`, those of a caller last.
+def vllm_arguments(settings: Settings, architecture: str, more: Sequence[str] = ()) -> list[str]:
+    """The arguments of `vllm serve` beside the model, those of a caller last.
 
     Raises:
         ReftError: a caller's own value for one that the plug-in needs.
     """
     given = {word.split("=")[0].replace("_", "-") for word in more if word.startswith("--")}
-    arguments = ["--model", model]
+    arguments: list[str] = []
     for name, value in flags(settings, architecture).items():
         flag = _FLAGS[name]
         if flag in given:
@@ -49,8 +49,8 @@ def environment(settings: Settings) -> dict[str, str]:
 
 
 def server_command() -> list[str]:
-    """The program that takes the arguments; `vllm serve` is the same where it is installed."""
-    return [sys.executable, "-m", SERVER]
+    """What takes the arguments after `--model`; `vllm serve`, with the model right behind it, is the same."""
+    return [sys.executable, "-m", SERVER, "--model"]
 
 
 def check_installed() -> None:

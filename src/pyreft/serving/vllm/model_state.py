@@ -50,6 +50,7 @@ class ReftModelState:
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
         """Plan the step, whose rows the runner has put into an order of its own."""
         state, count = self._reft, input_batch.num_reqs
+        state.settle()
         starts = input_batch.query_start_loc_np[: count + 1].tolist()
         order = input_batch.idx_mapping_np[:count].tolist()
         state.plan(starts, input_batch.num_computed_tokens_np[:count].tolist(), order)

@@ -44,12 +44,11 @@ class ReftRows(LogitsProcessor, LogitsProcessorV2):
             return
         for number in batch_update.removed:
             state.remove(number)
-        for number, *_ in batch_update.added:  # before any slot is needed
-            state.remove(number)
         for number, params, prompt, _ in batch_update.added:
             state.add(number, digest_of(params.extra_args), len(prompt))
         for old, new, how in batch_update.moved:
             state.move(old, new, how == MoveDirectionality.SWAP)
+        state.settle()
 
 
 _stores: dict[str, Store] = {}

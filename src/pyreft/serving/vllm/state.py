@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +14,16 @@ from ..bank import Bank, Slots
 from ..catalog import Store
 from ..plan import Place, Row, Step, plan
 from .settings import Settings, check_adapter, shape_of
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request in the batch."""
+
+    digest: str
+    strength: float
+    prompt: int
+    row: Row | None = None
 
 
 class ReftState:
@@ -36,8 +48,9 @@ class ReftState:
             width=self.shape["hidden_size"],
             device=self.device,
         )
-        self.rows: dict[int, Row] = {}  # by the number of the row
-        self.digests: dict[int, str] = {}
+        self._batch: dict[int, _Request] = {}  # by the number of the row
+        self._settled: set[_Request] = set()  # those that have a slot
+        self.rows: dict[int, Row] = {}  # as of the last `settle`
         self.step: Step | None = None
         self.here: dict[int, list[Place]] = {}  # the places behind each block
         self.counts = {"steps": 0, "edited_steps": 0, "loads": 0}
@@ -52,30 +65,33 @@ class ReftState:
 
     def add(self, number: int, asked: tuple[str, float] | None, prompt: int) -> None:
         """A request takes a row: the digest and the strength that it asks for, none for the base model."""
-        self.remove(number)
+        self._batch.pop(number, None)
         if asked is not None:
-            digest, strength = asked
-            adapter = self.store.get(digest)
-            slot = self.slots.take(digest, lambda slot: self._load(adapter, slot))
-            self.rows[number] = adapter.row(slot, prompt, strength)
-            self.digests[number] = digest
+            self._batch[number] = _Request(*asked, prompt)
 
     def remove(self, number: int) -> None:
         """A row is free."""
-        if self.rows.pop(number, None) is not None:
-            self.slots.release(self.digests.pop(number))
+        self._batch.pop(number, None)
 
     def move(self, old: int, new: int, swap: bool) -> None:
         """A request goes to another row; what is there goes, or takes the old one."""
-        if not swap:
-            self.remove(new)
-        tables: tuple[dict[int, Any], ...] = (self.rows, self.digests)
-        for table in tables:
-            one, two = table.pop(old, None), table.pop(new, None)
-            if one is not None:
-                table[new] = one
-            if two is not None:
-                table[old] = two
+        one, two = self._batch.pop(old, None), self._batch.pop(new, None)
+        if one is not None:
+            self._batch[new] = one
+        if two is not None and swap:
+            self._batch[old] = two
+
+    def settle(self) -> None:
+        """All rows of a step are known: those that have left give up their slots, and only then others take one."""
+        here = set(self._batch.values())
+        for request in self._settled - here:
+            self.slots.release(request.digest)
+        for request in (request for request in self._batch.values() if request.row is None):
+            adapter = self.store.get(request.digest)
+            slot = self.slots.take(request.digest, partial(self._load, adapter))
+            request.row = adapter.row(slot, request.prompt, request.strength)
+        self._settled = here
+        self.rows = {number: request.row for number, request in self._batch.items() if request.row is not None}
 
     def _load(self, adapter: Adapter, slot: int) -> None:
         check_adapter(adapter, self.settings, self.shape)
