@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
+
 from ... import pocket
 from ...errors import ReftError
 from ...loading import EMBEDDED, check_language_model, read_model_config
@@ -31,7 +33,7 @@ def vllm_arguments(settings: Settings, architecture: str, more: Sequence[str] = 
     Raises:
         ReftError: a caller's own value for one that the plug-in needs.
     """
-    given = {word.split("=")[0].replace("_", "-") for word in more if word.startswith("--")}
+    given = {word.split("=")[0].replace("_", "-") for word in more if word.startswith("-")}
     arguments: list[str] = []
     for name, value in flags(settings, architecture).items():
         flag = _FLAGS[name]
@@ -39,6 +41,8 @@ def vllm_arguments(settings: Settings, architecture: str, more: Sequence[str] = 
             raise ReftError(f"{flag}: the adapters need it with a value of their own; leave it out.")
         words = value if isinstance(value, list) else [value if isinstance(value, str) else json.dumps(value)]
         arguments += [flag, *words]
+    if torch.cuda.is_available() and not given & {"--compilation-config", "-cc", "--enforce-eager"}:
+        arguments += ["--compilation-config", json.dumps({"cudagraph_mode": "NONE"})]  # see `settings.check_engine`
     return [*arguments, *more]
 
 

@@ -97,6 +97,12 @@ def check_engine(vllm_config: Any) -> None:
     for what, asked in refused.items():
         if asked:
             raise ReftError(f"vLLM: {what} cannot be used together with adapters; start the engine without.")
+    graphs = getattr(vllm_config.compilation_config, "cudagraph_mode", None)
+    if vllm_config.device_config.device_type != "cpu" and graphs is not None and graphs.name != "NONE":
+        raise ReftError(
+            "vLLM: CUDA graphs replay no edits; start the engine with --compilation-config "
+            '\'{"cudagraph_mode": "NONE"}\', which still compiles, or with --enforce-eager.'
+        )
 
 
 def shape_of(vllm_config: Any) -> dict[str, Any]:
