@@ -65,14 +65,21 @@ def serve(
         words = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
         print(" ".join([*words, "vllm serve", *map(shlex.quote, command)]))
         return
+    check_port(host, port)
+    if not quiet:
+        count = f"{len(found)} adapter{'' if len(found) == 1 else 's'}"
+        console.print(f"Serving {name or model or 'pocket'} and {count} of {adapters} at http://{host}:{port}/v1")
+    program = launch.server_command()
+    os.execve(program[0], [*program, *command], {**os.environ, **variables})
+
+
+def check_port(host: str, port: int) -> None:
+    """Refuse a port at which another program listens, before a model is loaded."""
+    from pyreft.errors import ReftError
+
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except OSError as error:
             raise ReftError(f"port: cannot listen at {host}:{port} ({error.strerror}); choose another.") from None
-    if not quiet:
-        count = f"{len(found)} adapter{'' if len(found) == 1 else 's'}"
-        console.print(f"Serving {name or model or 'pocket'} and {count} of {adapters} at http://{host}:{port}/v1")
-    program = launch.server_command()
-    os.execve(program[0], [*program, *command], {**os.environ, **variables})
