@@ -1,14 +1,15 @@
 """Tokens a second through vLLM: one batch with many adapters against the base model, in one process.
 
 A random Llama, requests of equal length, no prefix shared. Every figure is the median ratio of pairs of runs, each of
-the adapters' and the base's in turn. Needs vLLM (see `.ci/vllm`); its versions are recorded.
+the adapters' and the base's in turn, in seconds of the processor. Needs vLLM (see `.ci/vllm`); versions are recorded.
 
-python benchmarks/serving.py [--requests 64] [--prompt 112] [--new 32] [--runs 5]
+python benchmarks/serving.py [--requests 64] [--prompt 112] [--new 32] [--runs 5] [--adapters 1 16 64] [--rules l16 all]
 """
 
 import argparse
 import os
 import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pyreft
-from _common import paired, ratio, report
+from _common import ratio, report
 from pyreft.serving.catalog import Catalog
 
 SIZES = {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1408, "num_attention_heads": 8}
@@ -65,6 +66,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("requests", 64), ("prompt", 112), ("new", 32), ("runs", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(Path(folder), options)
@@ -78,7 +81,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     base, root, store = folder / "base", folder / "adapters", folder / "store"
     os.environ["PYREFT_STORE"] = str(store)
     make_base(base)
-    make_adapters(base, root, 64)
+    make_adapters(base, root, max(options.adapters))
     catalog = Catalog(root)
     settings = flags(Settings(adapters=str(root), slots=64, rank=8, store=str(store)), "LlamaForCausalLM")
     llm = LLM(
@@ -92,15 +95,18 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         **settings,
     )
 
-    def run(names: list[str | None]) -> None:
+    def run(names: list[str | None]) -> float:
         prompts, params = requests(catalog, options.requests, options.prompt, options.new, names, seed=1)
+        start = time.process_time()
         llm.generate(prompts, params, use_tqdm=False)
+        return time.process_time() - start
 
     rows = []
-    for rule in RULES:
-        for count in (1, 16, 64):
+    for rule in options.rules:
+        for count in options.adapters:
             names: list[str | None] = [f"{rule.replace('+', '')}-{number}" for number in range(count)]
-            times = paired(lambda names=names: run(names), lambda: run([None]), runs=options.runs)  # type: ignore[misc]
+            pairs = [(run(names), run([None])) for _ in range(options.runs + 1)][1:]  # the first loads and warms up
+            times = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             speed = options.requests * options.new * options.runs
             rows.append(
                 {
