@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
-from safetensors.torch import load_file
-from torch import nn
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from .errors import ReftError
-from .files.adapter import check_tensors, is_adapter, model_card, read_config, write_beside
+from .files.adapter import check_room, is_adapter, load_tensors, model_card, read_config
 from .files.original import fill, find_legacy, read_interventions, read_legacy, read_model
+from .files.together import reading, save_together
 from .files.trained_heads import add_heads, saved_heads, trained_heads
 from .interventions import Intervention, register
 from .original.locations import read_subspaces, read_unit_locations
@@ -209,7 +209,13 @@ class ReftModel(PeftModel):
     # -- files ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
-        """Save the adapters in PEFT's layout; a save is complete or leaves nothing behind."""
+        """Save the adapters in PEFT's layout, all of them or none; see `pyreft.files`.
+
+        Raises:
+            ReftError: `safe_serialization=False`; the weights of an earlier save would be read before a pickle's.
+        """
+        if not kwargs.get("safe_serialization", True):
+            raise ReftError("safe_serialization: adapters are saved as safetensors alone; leave the argument out.")
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(str(save_directory), **kwargs)
 
@@ -217,7 +223,7 @@ class ReftModel(PeftModel):
             super(ReftModel, self).save_pretrained(staged, **kwargs)
             add_heads(staged, self.get_base_model())
 
-        write_beside(save_directory, write)
+        save_together(save_directory, write)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the model card of the active adapter."""
@@ -282,12 +288,12 @@ class ReftModel(PeftModel):
         layers = self.peft_config[name].base_model_shape["num_hidden_layers"]
         representations = self.peft_config[name].expand(layers)
         if place is None:
-            theirs = _edits(read_config(load_directory).expand(layers))
-            if theirs != (ours := _edits(representations)):
-                raise ReftError(f"{load_directory}: expected the edits of this model, {ours}; it holds {theirs}.")
-            heads = saved_heads(load_directory, self.get_base_model())
-            check_tensors(load_directory, self._shapes(name) | {key: tuple(t.shape) for key, t in heads.items()})
-            state = load_file(Path(load_directory, SAFETENSORS_WEIGHTS_NAME))
+            with reading(load_directory):
+                theirs = _edits(read_config(load_directory).expand(layers))
+                if theirs != (ours := _edits(representations)):
+                    raise ReftError(f"{load_directory}: expected the edits of this model, {ours}; it holds {theirs}.")
+                heads = saved_heads(load_directory, self.get_base_model())
+                state = load_tensors(load_directory, self._saved(name) | heads)
             with torch.no_grad():
                 for key, tensor in heads.items():
                     tensor.copy_(state.pop(key))
@@ -365,34 +371,38 @@ class ReftModel(PeftModel):
         Raises:
             ReftError: a damaged adapter, or one that was made for another base model.
         """
-        place = _legacy_place(model_id)
-        if place is None:
-            config = read_config(model_id)
-            if act_fn is not None:
-                raise ReftError(f"act_fn: {model_id} says itself which activation it has; leave the argument out.")
-        elif kwargs:
-            raise ReftError(f"{', '.join(kwargs)}: of no use for files of the original pyreft; leave them out.")
-        else:
-            config = read_legacy(place, act_fn)
-            config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-        config.inference_mode = not is_trainable
-        _release(model)
-        adapted = cls(model, config, adapter_name)
-        if place is None:
-            try:
-                check_tensors(model_id, adapted._shapes(adapter_name))
-            except ReftError:
-                detach(model)
-                raise
-            adapted.load_adapter(
-                str(model_id), adapter_name, is_trainable=is_trainable, autocast_adapter_dtype=False, **kwargs
-            )
+        if (subfolder := kwargs.pop("subfolder", None)) is not None:
+            model_id = Path(model_id, subfolder)
+        with reading(model_id):
+            place = _legacy_place(model_id)
+            if place is None:
+                config = read_config(model_id)
+                if act_fn is not None:
+                    raise ReftError(f"act_fn: {model_id} says itself which activation it has; leave the argument out.")
+            elif kwargs:
+                raise ReftError(f"{', '.join(kwargs)}: of no use for files of the original pyreft; leave them out.")
+            else:
+                config = read_legacy(place, act_fn)
+                config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+            config.inference_mode = not is_trainable
+            _release(model)
+            if place is None:
+                check_room(model_id, config, model)
+            adapted = cls(model, config, adapter_name)
+            if place is None:
+                try:
+                    load_tensors(model_id, adapted._saved(adapter_name))  # PEFT would load whatever the file holds
+                    adapted.load_adapter(
+                        str(model_id), adapter_name, is_trainable=is_trainable, autocast_adapter_dtype=False, **kwargs
+                    )
+                except Exception:
+                    detach(model)
+                    raise
         return adapted if is_trainable else adapted.eval()
 
-    def _shapes(self, adapter_name: str) -> dict[str, tuple[int, ...]]:
-        """The tensors of an adapter's file."""
-        state = get_peft_model_state_dict(self, adapter_name=adapter_name)
-        return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    def _saved(self, adapter_name: str) -> dict[str, Tensor]:
+        """The tensors of an adapter, by their names in its file."""
+        return get_peft_model_state_dict(self, adapter_name=adapter_name)
 
 
 def _edits(representations: list[Representation]) -> list[tuple]:

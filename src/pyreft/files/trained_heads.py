@@ -7,7 +7,6 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from ..tuner.layer import ReftLayer
 from .adapter import read_config
+from .text import read_json
 
 _PREFIX = "base_model.model."  # of the names in an adapter's file
 
@@ -60,7 +60,7 @@ def add_heads(directory: str, base: nn.Module) -> None:
     for path in Path(directory).rglob(CONFIG_NAME) if heads else ():
         weights = path.parent / SAFETENSORS_WEIGHTS_NAME
         save_file({**load_file(weights), **tensors}, weights, metadata={"format": "pt"})
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        config = read_json(path)
         config["modules_to_save"] = sorted({*(config.get("modules_to_save") or ()), *heads})
         path.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
 

@@ -29,6 +29,7 @@ from ..data.files import Example, read_examples
 from ..data.supervised import IGNORED
 from ..errors import ReftError
 from ..files.adapter import is_adapter
+from ..files.record import FILE as RECORD
 from ..files.record import write_record
 from ..loading import load_base
 from ..model import ReftModel
@@ -45,7 +46,7 @@ from ..training.checkpoints import (
 )
 from ..tuner.config import ReftConfig
 from .adapters import attach, check_same, count, make_config, save
-from .losses import write_losses
+from .losses import PICTURE, TABLE, losses_of, write_losses
 from .settings import LORA, TrainingJob, check_numbers
 
 CHECKPOINTS = "checkpoints"
@@ -144,7 +145,7 @@ class PreparedJob:
     def _check_steps(self, checkpoint: str) -> None:
         """Refuse to resume where nothing is left to train or, where a training was cut off at its end, to write."""
         done, steps = steps_done(checkpoint), math.ceil(self._steps())
-        losses, last = self.output / "loss.csv", Path(checkpoint) / LAST_FILE  # each is written last
+        losses, last = self.output / TABLE, Path(checkpoint) / LAST_FILE  # each is written last
         complete = is_adapter(self.output) and losses.is_file() and losses.stat().st_mtime >= last.stat().st_mtime
         if done >= steps and complete:
             raise ReftError(
@@ -186,11 +187,15 @@ class PreparedJob:
             shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)
         outcome = trainer.train(resume_from_checkpoint=self.checkpoint)
         self.model.eval()
-        with disk_full_as_os_error():
-            save(self.model, self.output)
+        losses = losses_of(trainer.state.log_history)
+
+        def beside(directory: str) -> None:
             if self.job.suite or self.job.method == LORA:
-                write_record(self.output, asdict(replace(self.job, format=self.format)))
-            losses = write_losses(self.output, trainer.state.log_history)
+                write_record(directory, asdict(replace(self.job, format=self.format)))
+            write_losses(directory, losses)
+
+        with disk_full_as_os_error():
+            save(self.model, self.output, beside, without=(RECORD, PICTURE))
         self.tokenizer.padding_side = "left"
         return {
             "output": str(self.output),
@@ -205,7 +210,7 @@ class PreparedJob:
             "best": trainer.state.best_metric,
             "parameters": count(self.model),
             "computed": self.reach.describe() if self.reach else "Whole rows are computed in each step.",
-            "plot": (self.output / "loss.png").exists(),
+            "plot": (self.output / PICTURE).exists(),
         }
 
     def last_checkpoint(self) -> str | None:

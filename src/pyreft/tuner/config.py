@@ -2,14 +2,15 @@
 
 import enum
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from ..errors import ReftError, did_you_mean
+from ..errors import ReftError, check_type, did_you_mean
 from ..interventions import Intervention, intervention_class, register, short_name
 from ..positions import Positions, rule_name
 
@@ -49,8 +50,11 @@ class Representation:
     intervention_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        _check(self, _SETTING_TYPES | {"component": (str,), "layer": (int, str), "head": (int,)})
         if isinstance(self.layer, str):
-            self.layer = int(self.layer)
+            (self.layer,) = _read_layers(self.layer)
+        if self.side not in (None, "prefix", "suffix"):
+            raise ReftError(f"side: expected prefix or suffix, got {self.side!r}.")
         if isinstance(self.intervention, Intervention):
             self._take_settings(self.intervention)
         else:
@@ -102,7 +106,12 @@ class Representation:
                 )
         if "low_rank_dimension" in taken and self.low_rank_dimension is None:
             raise ReftError(f"low_rank_dimension: no rank was given for the {self.component} of layer {self.layer}.")
-        return cls(embed_dim=width, **settings)
+        try:
+            return cls(embed_dim=width, **settings)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ReftError):
+                raise
+            raise ReftError(f"intervention: no {cls.__name__} can be made with {settings} ({error}).") from error
 
     def settle(self) -> None:
         """Let go of a ready module, which now belongs to a model, and remember its class by name."""
@@ -119,7 +128,22 @@ class Representation:
 
 DEFAULT_POSITIONS = "l16"  # by `pyreft study`; the paper's is f7+l7
 _SETTINGS = ("low_rank_dimension", "dropout", "act_fn", "add_bias")
+_SETTING_TYPES: dict[str, tuple[type, ...]] = {
+    "low_rank_dimension": (int,),
+    "dropout": (float,),
+    "act_fn": (str,),
+    "add_bias": (bool,),
+    "intervention_kwargs": (dict,),
+}
+_TYPES: dict[str, tuple[type, ...]] = _SETTING_TYPES | {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_version"), (str,)),
+    **dict.fromkeys(("component", "prompt_format"), (str,)),
+    **dict.fromkeys(("inference_mode", "share_weights"), (bool,)),
+    **dict.fromkeys(("auto_mapping", "base_model_shape"), (dict,)),
+    **dict.fromkeys(("modules_to_save", "representations"), (list, tuple, dict)),
+}
 DEFAULT_RANK = 8
+_MOST = 10**6  # layers or dimensions; nothing is made for a file that says more
 # keys of the original's representations that say what is always so here
 _IMPLIED = ("unit", "max_number_of_units")
 
@@ -178,11 +202,15 @@ class ReftConfig(PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        _check(self, _TYPES)
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise ReftError(
+                f"task_type: expected one of {', '.join(TaskType)}, got {self.task_type!r}."
+                f"{did_you_mean(self.task_type.upper(), TaskType)}"
+            )
         super().__post_init__()
         self.peft_type = ReftPeftType.REFT
         self.layers = _read_layers(self.layers)
-        if not isinstance(self.low_rank_dimension, int | None):
-            raise ReftError(f"low_rank_dimension: expected a whole number, got {self.low_rank_dimension!r}.")
         if self.representations is not None:
             if self.layers != "all":
                 raise ReftError("layers: each of the representations names its own layer; give one or the other.")
@@ -201,6 +229,7 @@ class ReftConfig(PeftConfig):
     def _read(self, entry: Any) -> Representation:
         if isinstance(entry, Representation):
             return entry
+        check_type("representations", entry, dict)
         known = [f.name for f in fields(Representation)]
         for key in entry:
             if key not in known and key not in _IMPLIED:
@@ -264,20 +293,38 @@ class ReftConfig(PeftConfig):
         return data
 
 
-def _read_layers(layers: Any) -> Any:
+def _check(given: Any, types: dict[str, tuple[type, ...]]) -> None:
+    """Refuse fields of a config with values that they cannot have: those of a file may be anything."""
+    for name, kinds in types.items():
+        value = getattr(given, name)
+        if value is not None or name == "component":
+            check_type(name, value, *kinds)
+        if isinstance(value, dict) or name == "modules_to_save":
+            for key in value or ():
+                check_type(name, key, str)
+    if given.dropout is not None and not 0 <= given.dropout <= 1:
+        raise ReftError(f"dropout: expected a share from 0 to 1, got {given.dropout!r}.")
+    shape = getattr(given, "base_model_shape", None) or {}
+    for name in ("hidden_size", "num_hidden_layers"):
+        if not isinstance(number := shape.get(name, 1), int) or not 1 <= number <= _MOST:
+            raise ReftError(f"base_model_shape: {name}: expected a number from 1 to {_MOST:,}, got {number!r}.")
+
+
+def _read_layers(given: Any) -> Any:
+    layers = given
     if isinstance(layers, str):
         if layers.strip().lower() == "all":
             return "all"
         parts = [part for part in re.split(r"[;,\s]+", layers.strip()) if part]
-        if not parts or not all(part.isdigit() for part in parts):
-            raise ReftError(f"layers: expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.")
-        layers = [int(part) for part in parts]
+        layers = [int(part) if re.fullmatch(r"\d{1,9}", part) else part for part in parts]
     if isinstance(layers, int):
         layers = [layers]
-    if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, int) for layer in layers):
-        raise ReftError(f"layers: expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.")
+    if not isinstance(layers, Sequence) or not layers or not all(type(layer) is int for layer in layers):
+        raise ReftError(
+            f"layers: expected 'all', a number, a list, or text such as '3;9;18', got {reprlib.repr(given)}."
+        )
     if len(set(layers)) < len(layers):
-        raise ReftError(f"layers: a layer stands twice in {list(layers)}.")
+        raise ReftError(f"layers: a layer stands twice in {reprlib.repr(list(layers))}.")
     return list(layers)
 
 

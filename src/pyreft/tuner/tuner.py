@@ -20,6 +20,7 @@ from ..places.components import Site, find_site, hidden_width, number_of_layers,
 from .config import ReftConfig, Representation, shape_differences
 from .layer import ReftLayer, refuse_merge
 from .locator import Locator
+from .values import check_values, leave_inference
 
 
 class ReftTuner(BaseTuner):
@@ -59,6 +60,7 @@ class ReftTuner(BaseTuner):
         stackable = all(intervention_class(entry.intervention).stackable for entry in representations)
         self._locator.kinds[adapter_name] = representations if stackable else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        leave_inference(model)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
         return key in self._places
@@ -127,6 +129,16 @@ class ReftTuner(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         short, found = re.subn(rf"(\.{cls.prefix}(?:input|output))\.{re.escape(adapter_name)}\.", r"\1.", key)
         return short if found else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        for name, tensor in state_dict.items():  # however PEFT came by it
+            check_values(name, tensor, floats=f".{cls.prefix}" in name)
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
 
 
 def reft_layers(model: nn.Module) -> list[ReftLayer]:
