@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -388,21 +389,57 @@ class ReftModel(PeftModel):
             _release(model)
             if place is None:
                 check_room(model_id, config, model)
-            adapted = cls(model, config, adapter_name)
-            if place is None:
-                try:
-                    load_tensors(model_id, adapted._saved(adapter_name))  # PEFT would load whatever the file holds
+            with _as_it_was(model, model_id):
+                adapted = cls(model, config, adapter_name)
+                if place is None:
                     adapted.load_adapter(
-                        str(model_id), adapter_name, is_trainable=is_trainable, autocast_adapter_dtype=False, **kwargs
+                        model_id, adapter_name, is_trainable=is_trainable, autocast_adapter_dtype=False, **kwargs
                     )
-                except Exception:
-                    detach(model)
-                    raise
         return adapted if is_trainable else adapted.eval()
+
+    def load_adapter(self, model_id: str | PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved adapter beside the others, as PEFT does; a directory is checked first.
+
+        Raises:
+            ReftError: a damaged adapter, or one that does not fit; it is then not there.
+        """
+        place, known = Path(model_id, kwargs.get("subfolder") or ""), adapter_name in self.peft_config
+        with reading(place):
+            if is_adapter(place) and not known:
+                check_room(place, read_config(place), self.get_base_model())
+            elif is_adapter(place):
+                load_tensors(place, self._saved(adapter_name))  # PEFT would load whatever the file holds
+            try:
+                found = super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
+                if found.missing_keys or found.unexpected_keys:
+                    raise ReftError(f"{place}: the file does not fit its config: {found}.")
+            except Exception as error:
+                if not known and adapter_name in self.peft_config:
+                    self.delete_adapter(adapter_name)
+                if "size mismatch" in str(error):
+                    raise ReftError(f"{place}: {error}") from error
+                raise
+        return found
 
     def _saved(self, adapter_name: str) -> dict[str, Tensor]:
         """The tensors of an adapter, by their names in its file."""
         return get_peft_model_state_dict(self, adapter_name=adapter_name)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module, directory: str | PathLike) -> Iterator[None]:
+    """Leave a base model without edits if they cannot be loaded."""
+    modules = dict(model.named_modules())
+    try:
+        yield
+    except Exception as error:
+        detach(model)
+        for name, module in modules.items():
+            if name and model.get_submodule(name) is not module:  # PEFT has put it into a wrapper
+                model.set_submodule(name, module)
+        if isinstance(error, ReftError) or not isinstance(error, (ValueError, TypeError)):
+            raise
+        raise ReftError(f"{directory}: {error}") from error
 
 
 def _edits(representations: list[Representation]) -> list[tuple]:

@@ -24,6 +24,7 @@ from ..tuner.values import check_values
 from .text import read_json
 from .together import reading
 
+_PREFIX = "base_model.model."  # of the names in an adapter's file
 _EDITS = "reft_"  # how the modules that hold edits are called
 _SLACK = 10**7  # numbers that may be made in vain; what is a little wrong is said more exactly later
 
@@ -146,7 +147,14 @@ def check_room(directory: str | os.PathLike, config: ReftConfig, model: nn.Modul
     Raises:
         ReftError: with the numbers; or places and ranks that the model does not have.
     """
-    stored = sum(math.prod(shape) for name, shape in read_shapes(directory).items() if f".{_EDITS}" in name)
+    shapes = read_shapes(directory)
+    wanted = tuple(config.modules_to_save or ())
+    for path, _ in model.named_modules() if wanted else ():
+        if path.endswith(wanted) and not any(name.startswith(f"{_PREFIX}{path}.") for name in shapes):
+            raise ReftError(
+                f"{directory}: modules_to_save: the file does not fit its config, it has nothing of {path!r}."
+            )
+    stored = sum(math.prod(shape) for name, shape in shapes.items() if f".{_EDITS}" in name)
     asked = 0
     for entry in config.expand(number_of_layers(model, config.component) if config.representations is None else 0):
         width = find_site(model, entry.component, entry.layer, entry.head).width

@@ -1,6 +1,7 @@
 """`ReftConfig`: what to edit, where, at which tokens and with what; a PEFT config, so plain data on disk."""
 
 import enum
+import inspect
 import re
 import reprlib
 from collections.abc import Sequence
@@ -106,6 +107,7 @@ class Representation:
                 )
         if "low_rank_dimension" in taken and self.low_rank_dimension is None:
             raise ReftError(f"low_rank_dimension: no rank was given for the {self.component} of layer {self.layer}.")
+        _check_numbers(cls, settings)
         try:
             return cls(embed_dim=width, **settings)
         except (TypeError, ValueError) as error:
@@ -204,10 +206,7 @@ class ReftConfig(PeftConfig):
     def __post_init__(self) -> None:
         _check(self, _TYPES)
         if self.task_type is not None and self.task_type not in list(TaskType):
-            raise ReftError(
-                f"task_type: expected one of {', '.join(TaskType)}, got {self.task_type!r}."
-                f"{did_you_mean(self.task_type.upper(), TaskType)}"
-            )
+            raise ReftError(f"task_type: expected one of {', '.join(TaskType)}, got {self.task_type!r}.")
         super().__post_init__()
         self.peft_type = ReftPeftType.REFT
         self.layers = _read_layers(self.layers)
@@ -308,6 +307,15 @@ def _check(given: Any, types: dict[str, tuple[type, ...]]) -> None:
     for name in ("hidden_size", "num_hidden_layers"):
         if not isinstance(number := shape.get(name, 1), int) or not 1 <= number <= _MOST:
             raise ReftError(f"base_model_shape: {name}: expected a number from 1 to {_MOST:,}, got {number!r}.")
+
+
+def _check_numbers(cls: type[Intervention], settings: dict[str, Any]) -> None:
+    """Refuse anything else for an argument of a class that is a number by default, or true or false."""
+    for owner in cls.__mro__:
+        arguments = inspect.signature(vars(owner)["__init__"]).parameters if "__init__" in vars(owner) else {}
+        for name, argument in arguments.items():
+            if name in settings and isinstance(argument.default, (bool, int, float)):
+                check_type(name, settings[name], bool if isinstance(argument.default, bool) else float)
 
 
 def _read_layers(given: Any) -> Any:
