@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .errors import ReftError
-from .files.adapter import check_room, is_adapter, load_tensors, model_card, read_config
+from .files.adapter import WEIGHTS, check_room, is_adapter, load_tensors, model_card, read_config
 from .files.original import fill, find_legacy, read_interventions, read_legacy, read_model
-from .files.together import reading, save_together
+from .files.together import leave_out, reading, save_together
 from .files.trained_heads import add_heads, saved_heads, trained_heads
 from .interventions import Intervention, register
 from .original.locations import read_subspaces, read_unit_locations
@@ -210,19 +210,15 @@ class ReftModel(PeftModel):
     # -- files ----------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
-        """Save the adapters in PEFT's layout, all of them or none; see `pyreft.files`.
-
-        Raises:
-            ReftError: `safe_serialization=False`; the weights of an earlier save would be read before a pickle's.
-        """
-        if not kwargs.get("safe_serialization", True):
-            raise ReftError("safe_serialization: adapters are saved as safetensors alone; leave the argument out.")
+        """Save the adapters in PEFT's layout, all of them or none; see `pyreft.files`."""
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(str(save_directory), **kwargs)
 
         def write(staged: str) -> None:
             super(ReftModel, self).save_pretrained(staged, **kwargs)
             add_heads(staged, self.get_base_model())
+            for config in Path(staged).rglob(CONFIG_NAME):
+                leave_out(config.parent, *WEIGHTS)
 
         save_together(save_directory, write)
 

@@ -346,9 +346,18 @@ def test_an_adapter_below_a_directory(tmp_path):
     assert torch.equal(again(IDS).logits, expected)
 
 
-def test_no_pickle_is_written_beside_older_weights(adapter):
-    with pytest.raises(pyreft.ReftError, match="safe_serialization: adapters are saved as safetensors alone"):
-        by_ours(adapter).save_pretrained(adapter, safe_serialization=False)
+def test_a_pickle_is_read_and_replaces_older_weights(tmp_path):
+    for number, safe in enumerate((True, False, False, True)):
+        adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(**UNIFORM | {"layers": [number]}))
+        adapted.get_base_model().lm_head.weight.requires_grad_(True)
+        adapted.add_adapter("second", pyreft.ReftConfig(**UNIFORM))
+        expected = shaken(adapted)(IDS).logits
+        adapted.save_pretrained(tmp_path, safe_serialization=safe)
+        for place in (tmp_path, tmp_path / "second"):
+            names = {path.name for path in place.iterdir()} - {"second", "README.md", "adapter_config.json"}
+            assert names == {"adapter_model.safetensors" if safe else "adapter_model.bin"}
+        for reader in (by_ours, by_peft):
+            assert torch.equal(reader(tmp_path)(IDS).logits, expected)
 
 
 # -- the record ---------------------------------------------------------------------------------------------------

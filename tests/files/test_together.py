@@ -12,7 +12,7 @@ from peft import PeftModel
 import pyreft
 from conftest import shaken, tiny_llama
 from killing import kills
-from pyreft.files.together import reading, save_together
+from pyreft.files.together import leave_out, reading, save_together
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -44,7 +44,12 @@ def read(directory):
 def test_other_files_stay_and_those_that_are_said_to_go_go(tmp_path):
     (tmp_path / "mine").write_text("note")
     save_together(tmp_path, write("old", (*NAMES, "picture.png")))
-    save_together(tmp_path, write("new"), without=("picture.png", "a.txt", "none"))
+
+    def newer(directory):
+        write("new")(directory)
+        leave_out(directory, "picture.png", "a.txt", "none")
+
+    save_together(tmp_path, newer)
     assert {path.name for path in tmp_path.iterdir()} == {"mine", *TOP}
     assert (tmp_path / "mine").read_text() == "note"
     assert read(tmp_path) == "new"
@@ -59,7 +64,7 @@ def test_killed_at_any_moment_it_is_old_or_new(tmp_path, before):
     target = tmp_path / "target"
 
     def save():
-        save_together(target, write("new"), without=("gone.txt",))
+        save_together(target, lambda staged: (write("new")(staged), leave_out(staged, "gone.txt")))
 
     def renew():
         shutil.rmtree(target, ignore_errors=True)

@@ -13,6 +13,7 @@ from killing import kills
 from pyreft import pocket
 from pyreft.files.adapter import read_config_data
 from pyreft.files.record import read_record, write_record
+from pyreft.files.together import leave_out
 from pyreft.jobs.adapters import save
 from pyreft.jobs.job import PreparedJob, TrainingJob
 from pyreft.jobs.losses import losses_of, write_losses
@@ -34,6 +35,7 @@ def beside(number, record):
         write_losses(directory, losses_of([{"step": 1, "loss": float(number)}]))
         if record:
             write_record(directory, {"seed": number})
+        leave_out(directory, "recipe.json", "loss.png")
 
     return write
 
@@ -50,12 +52,12 @@ def numbers(directory):
 @pytest.mark.parametrize("record", [True, False])
 def test_adapter_losses_and_record_are_of_one_save(tmp_path, monkeypatch, record):
     out = tmp_path / "out"
-    save(adapted(1), out, beside(1, True), without=("recipe.json", "loss.png"))
+    save(adapted(1), out, beside(1, True))
     assert numbers(out) == (1, 1, 1, True)
     shutil.copytree(out, tmp_path / "kept")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)  # so that the new one has no picture
     new, seen = adapted(2), []
-    for _ in kills(lambda: save(new, out, beside(2, record), without=("recipe.json", "loss.png"))):
+    for _ in kills(lambda: save(new, out, beside(2, record))):
         seen.append(numbers(out))
         shutil.rmtree(out)
         shutil.copytree(tmp_path / "kept", out)

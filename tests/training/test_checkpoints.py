@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 import pyreft
 from conftest import tiny_llama
 from killing import kills
 from pyreft import pocket
+from pyreft.files.checkpoints import check_complete, last_complete
 from pyreft.jobs.job import PreparedJob, TrainingJob
-from pyreft.training.checkpoints import CheckpointingTrainer, check_complete, last_complete
+from pyreft.training.checkpoints import CheckpointingTrainer
 
 SMALL = {"layers": "3", "positions": "l1", "rank": 2, "epochs": 3, "batch_size": 5, "lr": 0.01, "save_steps": 2}
 NEEDED = [
@@ -122,19 +123,42 @@ def test_where_none_is_left_it_is_told(out, tmp_path):
         prepared(tmp_path, resume=True)
 
 
-def test_a_checkpoint_that_is_killed_at_any_moment_is_complete_or_passed_over(tmp_path):
+def trainer_of(directory, kind, steps):
+    torch.manual_seed(0)
     adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(layers=[1], positions="l1", low_rank_dimension=2))
     rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]}] * 4
-    arguments = TrainingArguments(
-        tmp_path, max_steps=2, save_steps=1, save_total_limit=2, report_to="none", use_cpu=True, disable_tqdm=True
-    )
-    trainer = CheckpointingTrainer(model=adapted, args=arguments, train_dataset=rows, reach=False)
+    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(directory, max_steps=steps, save_steps=1, save_total_limit=2, **quiet)
+    return kind(model=adapted, args=arguments, train_dataset=rows, reach=False)
+
+
+def test_a_trainer_told_to_resume_goes_on_from_the_checkpoint_before(tmp_path):
+    trainer_of(tmp_path, pyreft.ReftTrainer, 3).train()
+    halve(tmp_path / "checkpoint-3" / "trainer_state.json")
+    trainer = trainer_of(tmp_path, pyreft.ReftTrainer, 4)
+    first = []
+    trainer.add_callback(FirstStep(first))
+    with pytest.warns(UserWarning, match="checkpoint-3 is passed over"):
+        trainer.train(resume_from_checkpoint=True)
+    assert (first, trainer.state.global_step) == ([2], 4)
+
+
+class FirstStep(TrainerCallback):
+    def __init__(self, told):
+        self.told = told
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.told.append(state.global_step)
+
+
+def test_a_checkpoint_that_is_killed_at_any_moment_is_complete_or_passed_over(tmp_path):
+    trainer = trainer_of(tmp_path, CheckpointingTrainer, 2)
     trainer.train()
     trainer.state.global_step = 3
     seen = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for _ in kills(lambda: trainer._save_checkpoint(adapted, None)):
+        for _ in kills(lambda: trainer._save_checkpoint(trainer.model, None)):
             seen.append(Path(last_complete(tmp_path)).name)
             pyreft.ReftModel.load(tmp_path / seen[-1], tiny_llama())
             shutil.rmtree(tmp_path / "checkpoint-3", ignore_errors=True)

@@ -7,13 +7,13 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -21,8 +21,11 @@ from ..errors import ReftError, check_type, did_you_mean
 from ..places.components import find_site, number_of_layers
 from ..tuner.config import ReftConfig, ReftPeftType
 from ..tuner.values import check_values
+from .pickles import read_pickle
 from .text import read_json
 from .together import reading
+
+WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # either, the first one preferred
 
 _PREFIX = "base_model.model."  # of the names in an adapter's file
 _EDITS = "reft_"  # how the modules that hold edits are called
@@ -138,7 +141,7 @@ def read_shapes(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     Raises:
         ReftError: the file is missing, damaged or cut short.
     """
-    return _read(directory, lambda file, name: tuple(file.get_slice(name).get_shape()))
+    return _read(directory, shapes=True)
 
 
 def check_room(directory: str | os.PathLike, config: ReftConfig, model: nn.Module) -> None:
@@ -196,20 +199,33 @@ def load_tensors(directory: str | os.PathLike, expected: Mapping[str, Tensor]) -
             numbers that are not finite.
     """
     check_tensors(directory, expected)
-    tensors: dict[str, Tensor] = _read(directory, lambda file, name: file.get_tensor(name))
+    tensors: dict[str, Tensor] = _read(directory)
     for name, tensor in tensors.items():
         check_values(f"{directory}: {name}", tensor, expected[name].is_floating_point())
     return tensors
 
 
-def _read(directory: str | os.PathLike, read: Callable[[Any, str], Any]) -> dict[str, Any]:
-    """What a function of the opened file and a name gives for each tensor."""
+def weights_file(directory: Path) -> Path:
+    """The file of an adapter's weights: PEFT prefers safetensors to a pickle, of which we read nothing but tensors.
+
+    Raises:
+        ReftError: there is none.
+    """
+    for name in WEIGHTS:
+        if (path := directory / name).is_file():
+            return path
+    raise ReftError(f"{directory}: the adapter has no {WEIGHTS[0]}; was it copied completely?")
+
+
+def _read(directory: str | os.PathLike, shapes: bool = False) -> dict[str, Any]:
+    """The tensors of an adapter, or their shapes, by name."""
     with reading(directory) as place:
-        path = place / SAFETENSORS_WEIGHTS_NAME
-        if not path.is_file():
-            raise ReftError(f"{directory}: the adapter has no {SAFETENSORS_WEIGHTS_NAME}; was it copied completely?")
+        path = weights_file(place)
+        if path.suffix != ".safetensors":
+            return {name: tuple(tensor.shape) if shapes else tensor for name, tensor in read_pickle(path).items()}
         try:
             with safe_open(path, framework="pt") as file:
-                return {name: read(file, name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                names = file.keys()
+                return {n: tuple(file.get_slice(n).get_shape()) if shapes else file.get_tensor(n) for n in names}
         except (SafetensorError, OSError) as error:
             raise ReftError(f"{path}: the file is damaged or was cut short ({error}). Save or copy it again.") from None

@@ -12,7 +12,7 @@ removed first and put back last, so that they find the old adapter, the new one 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -29,15 +29,14 @@ _UNFINISHED = ".saving-"
 _SAVED = ".saved"
 
 
-def save_together(directory: str | os.PathLike, write: Callable[[str], object], *, without: Sequence[str] = ()) -> None:
+def save_together(directory: str | os.PathLike, write: Callable[[str], object]) -> None:
     """Let `write` fill a new directory, and replace the files of the target with its files, all or none.
 
-    Other files of the target stay. If `write` fails, the target is as it was.
+    Other files of the target stay, but for those that `leave_out` names. If `write` fails, the target is as it was.
 
     Args:
         directory: the target; made if it is not there.
         write: is given the new directory.
-        without: names of files that are removed from the target unless `write` brings them.
 
     Raises:
         ReftError: the target is a file.
@@ -54,8 +53,6 @@ def save_together(directory: str | os.PathLike, write: Callable[[str], object], 
         staged = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=target))
         try:
             write(str(staged))
-            for name in without:
-                (staged / name).touch()  # an empty file stands for none
             _flush(staged)
             os.replace(staged, target / _SAVED)
         except BaseException:
@@ -65,6 +62,12 @@ def save_together(directory: str | os.PathLike, write: Callable[[str], object], 
                     target.rmdir()
             raise
         _put_in_place(target)
+
+
+def leave_out(directory: str | os.PathLike, *names: str) -> None:
+    """Have a save remove files of an earlier one that it does not bring; to be called by its `write`."""
+    for name in names:
+        (Path(directory) / name).touch()  # an empty file stands for none
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +84,7 @@ def heads_of(model: nn.Module) -> list[str]:
     ]
 
 
-def save(
-    model: PeftModel,
-    directory: str | Path,
-    beside: Callable[[str], object] = lambda directory: None,
-    without: Sequence[str] = (),
-) -> None:
+def save(model: PeftModel, directory: str | Path, beside: Callable[[str], object] = lambda directory: None) -> None:
     """Save an adapter and what `beside` writes with it, completely or not at all; see `files.together`."""
 
     def write(staged: str) -> None:
@@ -99,7 +94,7 @@ def save(
             model.save_pretrained(staged)
         beside(staged)
 
-    save_together(directory, write, without=without)
+    save_together(directory, write)
 
 
 def count(model: PeftModel) -> int:

@@ -29,21 +29,16 @@ from ..data.files import Example, read_examples
 from ..data.supervised import IGNORED
 from ..errors import ReftError
 from ..files.adapter import is_adapter
+from ..files.checkpoints import LAST_FILE, last_complete, steps_done
 from ..files.record import FILE as RECORD
 from ..files.record import write_record
+from ..files.together import leave_out
 from ..loading import load_base
 from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import ReachPrinter
 from ..tasks.suites import GENERATED, GLUE
-from ..training.checkpoints import (
-    LAST_FILE,
-    CheckpointingTrainer,
-    check_same_rows,
-    disk_full_as_os_error,
-    last_complete,
-    steps_done,
-)
+from ..training.checkpoints import CheckpointingTrainer, check_same_rows, disk_full_as_os_error
 from ..tuner.config import ReftConfig
 from .adapters import attach, check_same, count, make_config, save
 from .losses import PICTURE, TABLE, losses_of, write_losses
@@ -193,9 +188,10 @@ class PreparedJob:
             if self.job.suite or self.job.method == LORA:
                 write_record(directory, asdict(replace(self.job, format=self.format)))
             write_losses(directory, losses)
+            leave_out(directory, RECORD, PICTURE)
 
         with disk_full_as_os_error():
-            save(self.model, self.output, beside, without=(RECORD, PICTURE))
+            save(self.model, self.output, beside)
         self.tokenizer.padding_side = "left"
         return {
             "output": str(self.output),
