@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .errors import ReftError
-from .files.adapter import check_tensors, model_card, read_config, write_beside
+from .files.adapter import WEIGHTS, check_room, model_card, read_config
 from .files.original import legacy_place, read_legacy
+from .files.together import leave_out, reading, save_together
 from .files.trained_heads import add_heads
-from .files.weights import expected_tensors
+from .files.weights import checked_load, unchanged_if_not_loaded
 from .original.calls import FORWARD, GENERATE, answer, is_original, translate
 from .original.configs import as_config
 from .original.members import OriginalMembers
@@ -102,15 +104,17 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         self._edits.strengths[adapter_name] = float(strength)
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
-        """Save the adapters in PEFT's layout; a save is complete or leaves nothing behind."""
+        """Save the adapters in PEFT's layout, all of them or none; see `pyreft.files`."""
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(str(save_directory), **kwargs)
 
         def write(staged: str) -> None:
             super(ReftModel, self).save_pretrained(staged, **kwargs)
             add_heads(staged, self.get_base_model())
+            for config in Path(staged).rglob(CONFIG_NAME):
+                leave_out(config.parent, *WEIGHTS)
 
-        write_beside(save_directory, write)
+        save_together(save_directory, write)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the model card of the active adapter."""
@@ -146,30 +150,44 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         Raises:
             ReftError: a damaged adapter, or one that was made for another base model.
         """
-        place = legacy_place(model_id)
-        if place is None:
-            config = read_config(model_id)
-            if act_fn is not None:
-                raise ReftError(
-                    f"{model_id} says itself which activation it has; leave the argument out.", setting="act_fn"
-                )
-        elif kwargs:
-            raise ReftError(f"{', '.join(kwargs)}: of no use for files of the original pyreft; leave them out.")
-        else:
-            config = read_legacy(place, act_fn)
-            config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-        config.inference_mode = not is_trainable
-        _release(model)
+        if (subfolder := kwargs.pop("subfolder", None)) is not None:
+            model_id = Path(model_id, subfolder)
         options: Any = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-        adapted = cls(model, config, adapter_name, **options)
-        if place is None:
-            try:
-                check_tensors(model_id, expected_tensors(adapted, adapter_name))
-            except ReftError:
-                detach(model)
-                raise
-            adapted.load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **options, **kwargs)
+        with reading(model_id):
+            place = legacy_place(model_id)
+            if place is None:
+                config = read_config(model_id)
+                if act_fn is not None:
+                    raise ReftError(
+                        f"{model_id} says itself which activation it has; leave the argument out.", setting="act_fn"
+                    )
+            elif kwargs:
+                raise ReftError(f"{', '.join(kwargs)}: of no use for files of the original pyreft; leave them out.")
+            else:
+                config = read_legacy(place, act_fn)
+                config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+            config.inference_mode = not is_trainable
+            _release(model)
+            if place is None:
+                check_room(model_id, config, model)
+            with unchanged_if_not_loaded(model, model_id):
+                adapted = cls(model, config, adapter_name, **options)
+                if place is None:
+                    adapted.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **options, **kwargs)
         return adapted if is_trainable else adapted.eval()
+
+    def load_adapter(self, model_id: str | PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved adapter beside the others, as PEFT does; a directory is checked first.
+
+        Raises:
+            ReftError: a damaged adapter, or one that does not fit; it is then not there.
+        """
+        place = Path(model_id, kwargs.get("subfolder") or "")
+
+        def load() -> Any:
+            return super(ReftModel, self).load_adapter(str(model_id), adapter_name, *args, **kwargs)
+
+        return checked_load(self, adapter_name, place, load)
 
 
 def get_reft_model(

@@ -1,26 +1,69 @@
 """The weights of an adapter in a model: which tensors its file must have, and others put in their place."""
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from ..errors import ReftError
 from ..tuner.config import Representation
-from ..tuner.tuner import interventions_of
-from .adapter import check_tensors, read_config
+from ..tuner.tuner import detach, interventions_of
+from .adapter import check_room, is_adapter, load_tensors, read_config
 from .original import Values, fill, legacy_place, read_interventions, read_model
+from .together import reading
 from .trained_heads import saved_heads
 
 
-def expected_tensors(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors in an adapter's file."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+def expected_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter in a model, by their names in its file."""
+    return get_peft_model_state_dict(model, adapter_name=adapter_name)
+
+
+def checked_load(model: PeftModel, adapter_name: str, place: Path, load: Callable[[], Any]) -> Any:
+    """Let PEFT load an adapter from a directory, which is checked first; an adapter that does not fit is not there.
+
+    Raises:
+        ReftError: a damaged adapter, or one that does not fit.
+    """
+    known = adapter_name in model.peft_config
+    with reading(place):
+        if is_adapter(place) and not known:
+            check_room(place, read_config(place), model.get_base_model())
+        elif is_adapter(place):
+            load_tensors(place, expected_tensors(model, adapter_name))  # PEFT would load whatever the file holds
+        try:
+            found = load()
+            if found.missing_keys or found.unexpected_keys:
+                raise ReftError(f"{place}: the file does not fit its config: {found}.")
+        except Exception as error:
+            if not known and adapter_name in model.peft_config:
+                model.delete_adapter(adapter_name)
+            if "size mismatch" in str(error):
+                raise ReftError(f"{place}: {error}") from error
+            raise
+    return found
+
+
+@contextmanager
+def unchanged_if_not_loaded(model: nn.Module, directory: str | PathLike) -> Iterator[None]:
+    """Leave a base model without edits if they cannot be loaded."""
+    modules = dict(model.named_modules())
+    try:
+        yield
+    except Exception as error:
+        detach(model)
+        for name, module in modules.items():
+            if name and model.get_submodule(name) is not module:  # PEFT has put it into a wrapper
+                model.set_submodule(name, module)
+        if isinstance(error, ReftError) or not isinstance(error, (ValueError, TypeError)):
+            raise
+        raise ReftError(f"{directory}: {error}") from error
 
 
 def overwrite(model: PeftModel, adapter_name: str, directory: str | PathLike, include_model: bool) -> None:
@@ -42,12 +85,12 @@ def overwrite(model: PeftModel, adapter_name: str, directory: str | PathLike, in
     if place is not None:
         fill(_legacy_values(model, adapter_name, place, representations, include_model))
         return
-    theirs = _edits(read_config(directory).expand(layers))
-    if theirs != (ours := _edits(representations)):
-        raise ReftError(f"{directory}: expected the edits of this model, {ours}; it holds {theirs}.")
-    heads = saved_heads(directory, model.get_base_model())
-    check_tensors(directory, expected_tensors(model, adapter_name) | {k: tuple(t.shape) for k, t in heads.items()})
-    state = load_file(Path(directory, SAFETENSORS_WEIGHTS_NAME))
+    with reading(directory):
+        theirs = _edits(read_config(directory).expand(layers))
+        if theirs != (ours := _edits(representations)):
+            raise ReftError(f"{directory}: expected the edits of this model, {ours}; it holds {theirs}.")
+        heads = saved_heads(directory, model.get_base_model())
+        state = load_tensors(directory, expected_tensors(model, adapter_name) | heads)
     with torch.no_grad():
         for key, tensor in heads.items():
             tensor.copy_(state.pop(key))

@@ -5,15 +5,18 @@ import inspect
 import os
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import ReftError
+from ..files.checkpoints import last_complete
 from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import EpochTeller, ReachPrinter
@@ -77,6 +80,12 @@ class ReftTrainer(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns: list[str] = [*self._signature_columns, LOCATIONS, LENGTHS, SUBSPACES]
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer` does it; true goes on from the newest checkpoint of which nothing is cut off or damaged."""
+        if resume_from_checkpoint is True and isinstance(self.model, PeftModel):
+            resume_from_checkpoint = last_complete(Path(self.args.output_dir), needed=()) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer` makes it.

@@ -1,16 +1,18 @@
 """`ReftConfig`: what to edit, where, at which tokens and with what; a PEFT config, so plain data on disk."""
 
 import enum
+import inspect
 import re
+import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import InitVar, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from ..errors import ReftError, did_you_mean
+from ..errors import ReftError, check_type, did_you_mean
 from ..interventions import Intervention, intervention_class, register, short_name
 from ..positions import Positions, rule_name
 
@@ -50,8 +52,11 @@ class Representation:
     intervention_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        _check(self, _SETTING_TYPES | {"component": (str,), "layer": (int, str), "head": (int,)})
         if isinstance(self.layer, str):
-            self.layer = int(self.layer)
+            (self.layer,) = _read_layers(self.layer)
+        if self.side not in (None, "prefix", "suffix"):
+            raise ReftError(f"expected prefix or suffix, got {self.side!r}.", setting="side")
         if isinstance(self.intervention, Intervention):
             self._take_settings(self.intervention)
         else:
@@ -114,7 +119,15 @@ class Representation:
             raise ReftError(
                 f"no rank was given for the {self.component} of layer {self.layer}.", setting="low_rank_dimension"
             )
-        return cls(embed_dim=width, **settings)
+        _check_numbers(cls, settings)
+        try:
+            return cls(embed_dim=width, **settings)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ReftError):
+                raise
+            raise ReftError(
+                f"no {cls.__name__} can be made with {settings} ({error}).", setting="intervention"
+            ) from error
 
     def settle(self) -> None:
         """Let go of a ready module, which now belongs to a model, and remember its class by name."""
@@ -131,7 +144,22 @@ class Representation:
 
 DEFAULT_POSITIONS = "l16"  # by `benchmarks/study.py`; the paper's is f7+l7
 _SETTINGS = ("low_rank_dimension", "dropout", "act_fn", "add_bias")
+_SETTING_TYPES: dict[str, tuple[type, ...]] = {
+    "low_rank_dimension": (int,),
+    "dropout": (float,),
+    "act_fn": (str,),
+    "add_bias": (bool,),
+    "intervention_kwargs": (dict,),
+}
+_TYPES: dict[str, tuple[type, ...]] = _SETTING_TYPES | {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_version"), (str,)),
+    **dict.fromkeys(("component", "prompt_format"), (str,)),
+    **dict.fromkeys(("inference_mode", "share_weights"), (bool,)),
+    **dict.fromkeys(("auto_mapping", "base_model_shape"), (dict,)),
+    **dict.fromkeys(("modules_to_save", "representations"), (list, tuple, dict)),
+}
 DEFAULT_RANK = 8
+_MOST = 10**6  # layers or dimensions; nothing is made for a file that says more
 # keys of the original's representations that say what is always so here
 _IMPLIED = ("unit", "max_number_of_units", "intervention_type")
 
@@ -194,11 +222,12 @@ class ReftConfig(PeftConfig):
     intervention_types: InitVar[Any] = None
 
     def __post_init__(self, model_type: Any, intervention_types: Any) -> None:
+        _check(self, _TYPES)
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise ReftError(f"expected one of {', '.join(TaskType)}, got {self.task_type!r}.", setting="task_type")
         super().__post_init__()
         self.peft_type = ReftPeftType.REFT
         self.layers = _read_layers(self.layers)
-        if not isinstance(self.low_rank_dimension, int | None):
-            raise ReftError(f"expected a whole number, got {self.low_rank_dimension!r}.", setting="low_rank_dimension")
         if self.representations is not None:
             if self.layers != "all":
                 raise ReftError(
@@ -226,6 +255,7 @@ class ReftConfig(PeftConfig):
             return entry
         if hasattr(entry, "_asdict"):  # pyvene's RepresentationConfig
             entry = {key: value for key, value in entry._asdict().items() if value is not None}
+        check_type("representations", entry, dict)
         kind = entry.get("intervention_type") or kind
         if kind is not None and entry.get("intervention") is None:
             entry = {**entry, "intervention": kind}
@@ -290,24 +320,49 @@ class ReftConfig(PeftConfig):
         return data
 
 
-def _read_layers(layers: Any) -> Any:
+def _check(given: Any, types: dict[str, tuple[type, ...]]) -> None:
+    """Refuse fields of a config with values that they cannot have: those of a file may be anything."""
+    for name, kinds in types.items():
+        value = getattr(given, name)
+        if value is not None or name == "component":
+            check_type(name, value, *kinds)
+        if isinstance(value, dict) or name == "modules_to_save":
+            for key in value or ():
+                check_type(name, key, str)
+    if given.dropout is not None and not 0 <= given.dropout <= 1:
+        raise ReftError(f"expected a share from 0 to 1, got {given.dropout!r}.", setting="dropout")
+    shape = getattr(given, "base_model_shape", None) or {}
+    for name in ("hidden_size", "num_hidden_layers"):
+        if not isinstance(number := shape.get(name, 1), int) or not 1 <= number <= _MOST:
+            raise ReftError(
+                f"{name}: expected a number from 1 to {_MOST:,}, got {number!r}.", setting="base_model_shape"
+            )
+
+
+def _check_numbers(cls: type[Intervention], settings: dict[str, Any]) -> None:
+    """Refuse anything else for an argument of a class that is a number by default, or true or false."""
+    for owner in cls.__mro__:
+        arguments = inspect.signature(vars(owner)["__init__"]).parameters if "__init__" in vars(owner) else {}
+        for name, argument in arguments.items():
+            if name in settings and isinstance(argument.default, (bool, int, float)):
+                check_type(name, settings[name], bool if isinstance(argument.default, bool) else float)
+
+
+def _read_layers(given: Any) -> Any:
+    layers = given
     if isinstance(layers, str):
         if layers.strip().lower() == "all":
             return "all"
         parts = [part for part in re.split(r"[;,\s]+", layers.strip()) if part]
-        if not parts or not all(part.isdigit() for part in parts):
-            raise ReftError(
-                f"expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.", setting="layers"
-            )
-        layers = [int(part) for part in parts]
+        layers = [int(part) if re.fullmatch(r"\d{1,9}", part) else part for part in parts]
     if isinstance(layers, int):
         layers = [layers]
-    if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, int) for layer in layers):
+    if not isinstance(layers, Sequence) or not layers or not all(type(layer) is int for layer in layers):
         raise ReftError(
-            f"expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.", setting="layers"
+            f"expected 'all', a number, a list, or text such as '3;9;18', got {reprlib.repr(given)}.", setting="layers"
         )
     if len(set(layers)) < len(layers):
-        raise ReftError(f"a layer stands twice in {list(layers)}.", setting="layers")
+        raise ReftError(f"a layer stands twice in {reprlib.repr(list(layers))}.", setting="layers")
     return list(layers)
 
 

@@ -29,6 +29,7 @@ from .continuous import Batches
 from .edits import Edits
 from .layer import PREFIX, ReftLayer, device_of, refuse_merge, type_of
 from .overrides import METHODS, Methods
+from .values import check_values, leave_inference
 
 
 class ReftTuner(BaseTuner):
@@ -105,6 +106,7 @@ class ReftTuner(BaseTuner):
         stackable = all(intervention_class(entry.intervention).stackable for entry in representations)
         self.edits.kinds[adapter_name] = representations if stackable else None
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        leave_inference(model)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
         return key in self._places
@@ -217,15 +219,21 @@ class ReftTuner(BaseTuner):
         return {key: value for key, value in found.items() if f".{cls.prefix}" in key}  # not that of a LoRA beneath
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        if (tuner := tuner_of(model)) is not None:
-            tuner.check_attached()
-        return super()._remap_adapter_state_dict_for_load(model, *args, **kwargs)
-
-    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         short, found = re.subn(rf"(\.{cls.prefix}(?:input|output))\.{re.escape(adapter_name)}\.", r"\1.", key)
         return short if found else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        if (tuner := tuner_of(model)) is not None:
+            tuner.check_attached()
+        for name, tensor in state_dict.items():  # however PEFT came by it
+            check_values(name, tensor, floats=f".{cls.prefix}" in name)
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
 
 
 def reft_layers(model: nn.Module) -> list[ReftLayer]:
