@@ -3,7 +3,6 @@
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .errors import ReftError
-from .files.adapter import WEIGHTS, check_room, is_adapter, load_tensors, model_card, read_config
+from .files.adapter import WEIGHTS, as_it_was, check_room, is_adapter, load_tensors, model_card, read_config
 from .files.original import fill, find_legacy, read_interventions, read_legacy, read_model
 from .files.together import leave_out, reading, save_together
 from .files.trained_heads import add_heads, saved_heads, trained_heads
 from .interventions import Intervention, register
 from .original.locations import read_subspaces, read_unit_locations
 from .places.structure import without_adapters
+from .sharded import is_sharded
 from .tuner.config import ReftConfig, Representation
 from .tuner.layer import ReftLayer
 from .tuner.locator import GIVEN, LOCATIONS, SUBSPACES, Locator
@@ -385,7 +385,7 @@ class ReftModel(PeftModel):
             _release(model)
             if place is None:
                 check_room(model_id, config, model)
-            with _as_it_was(model, model_id):
+            with as_it_was(model, model_id):
                 adapted = cls(model, config, adapter_name)
                 if place is None:
                     adapted.load_adapter(
@@ -403,8 +403,9 @@ class ReftModel(PeftModel):
         with reading(place):
             if is_adapter(place) and not known:
                 check_room(place, read_config(place), self.get_base_model())
-            elif is_adapter(place):
-                load_tensors(place, self._saved(adapter_name))  # PEFT would load whatever the file holds
+            elif is_adapter(place) and not kwargs.get("key_mapping") and not any(map(is_sharded, self.parameters())):
+                heads = saved_heads(place, self.get_base_model())
+                load_tensors(place, self._saved(adapter_name) | heads)  # PEFT would load whatever the file holds
             try:
                 found = super().load_adapter(str(model_id), adapter_name, *args, **kwargs)
                 if found.missing_keys or found.unexpected_keys:
@@ -420,22 +421,6 @@ class ReftModel(PeftModel):
     def _saved(self, adapter_name: str) -> dict[str, Tensor]:
         """The tensors of an adapter, by their names in its file."""
         return get_peft_model_state_dict(self, adapter_name=adapter_name)
-
-
-@contextmanager
-def _as_it_was(model: nn.Module, directory: str | PathLike) -> Iterator[None]:
-    """Leave a base model without edits if they cannot be loaded."""
-    modules = dict(model.named_modules())
-    try:
-        yield
-    except Exception as error:
-        detach(model)
-        for name, module in modules.items():
-            if name and model.get_submodule(name) is not module:  # PEFT has put it into a wrapper
-                model.set_submodule(name, module)
-        if isinstance(error, ReftError) or not isinstance(error, (ValueError, TypeError)):
-            raise
-        raise ReftError(f"{directory}: {error}") from error
 
 
 def _edits(representations: list[Representation]) -> list[tuple]:
