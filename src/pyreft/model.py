@@ -27,7 +27,8 @@ from .positions import Positions
 from .tuner.call import Surroundings, within
 from .tuner.config import ReftConfig
 from .tuner.edits import Edits
-from .tuner.tuner import detach, tuner_of
+from .tuner.injection import detach
+from .tuner.tuner import tuner_of
 
 
 class ReftModel(OriginalMembers, OriginalSaving, PeftModel):

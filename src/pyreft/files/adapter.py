@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import ReftError, check_type, did_you_mean
 from ..places.components import find_site, number_of_layers
 from ..tuner.config import ReftConfig, ReftPeftType
-from ..tuner.tuner import detach
+from ..tuner.injection import detach
 from ..tuner.values import check_values
 from .pickles import read_pickle
 from .text import read_json
