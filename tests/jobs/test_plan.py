@@ -15,7 +15,7 @@ from pyreft.jobs.job import PreparedJob, TrainingJob
 from pyreft.jobs.plan import RULES, make_plan
 from pyreft.jobs.timing import Measured, Rates
 from pyreft.loading import load_base
-from pyreft.reach.ways import Behind
+from pyreft.reach.prefixes import SkipPrefixes
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
 MODELS = {
@@ -89,7 +89,7 @@ def assert_counted(data, tmp_path, positions, part="mlp", **settings):
 
 
 def _tokens(reach):
-    return (reach._way.tokens, reach._way.computed) if isinstance(reach._way, Behind) else ()
+    return (reach._way.tokens, reach._way.computed) if isinstance(reach._way, SkipPrefixes) else ()
 
 
 @pytest.mark.parametrize(

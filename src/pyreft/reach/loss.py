@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .origin import functions_of, module_of
+
+_LOSSES = "transformers.loss.loss_utils"
+_WITH_THAT_LOSS = ("transformers.", "accelerate.", "trl.", "torch.utils.")  # whose code leaves it as it is
 CHUNK_BYTES = 128 * 2**20  # of float32 logits at a time
 
 
@@ -44,3 +48,19 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return None if gradient is None else gradient * scale[:, None].to(gradient.dtype), None, None, None
+
+
+def own_loss(base: Any) -> str | None:
+    """Why the loss of a language model may be another than transformers' mean over the labels, if it may.
+
+    It may be set: `model.loss_function`, on the model, its class or in transformers' table. And it may be computed by
+    code that is not transformers': a `forward` of a subclass, or one that was put in the place of the model's.
+    """
+    loss = getattr(base, "loss_function", None)
+    inner = getattr(loss, "__globals__", {}).get("fixed_cross_entropy")
+    if any(module_of(part) != _LOSSES for part in (loss, inner)) or getattr(loss, "__name__", "") != "ForCausalLMLoss":
+        return f"{type(base).__name__} has a loss function of its own"
+    for function in functions_of(base.forward):
+        if not module_of(function).startswith(_WITH_THAT_LOSS):
+            return f"{type(base).__name__} may compute another loss: its forward is that of {module_of(function)}"
+    return None

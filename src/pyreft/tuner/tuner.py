@@ -5,6 +5,7 @@ the `Locator` of the model says.
 """
 
 import re
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -32,16 +33,16 @@ class ReftTuner(BaseTuner):
     prefix = "reft_"
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
-    reach: Any = None  # while steps compute only what the edits can reach, the `Reach` that does
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.compute(super().forward, args, kwargs)
 
     def compute(self, ordinary: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A call of the model, `ordinary(*args, **kwargs)`, in part while a `Reach` is at it."""
-        if self.reach is None or args or torch.compiler.is_compiling():
+        """A call of the model, `ordinary(*args, **kwargs)`, or what this thread lets compute it, see `in_part`."""
+        if args or torch.compiler.is_compiling():
             return ordinary(*args, **kwargs)
-        return self.reach.forward(ordinary, kwargs)
+        served = next((compute for tuner, compute in reversed(_in_part.served) if tuner is self), None)
+        return ordinary(**kwargs) if served is None else served(ordinary, kwargs)
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
@@ -127,6 +128,30 @@ class ReftTuner(BaseTuner):
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         short, found = re.subn(rf"(\.{cls.prefix}(?:input|output))\.{re.escape(adapter_name)}\.", r"\1.", key)
         return short if found else super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+class _InPart(threading.local):
+    served: tuple[tuple[ReftTuner, Any], ...] = ()  # the innermost last
+
+
+_in_part = _InPart()
+
+
+@contextmanager
+def in_part(tuner: ReftTuner, compute: Callable[[Callable[..., Any], dict[str, Any]], Any] | None) -> Iterator[None]:
+    """Let calls of a model that this thread makes be computed by something else.
+
+    Args:
+        tuner: of the model.
+        compute: gets the ordinary call and its arguments, and returns what the model is to return; none to let the
+            model itself do it.
+    """
+    entry = tuner, compute
+    _in_part.served = (*_in_part.served, entry)
+    try:
+        yield
+    finally:  # in another thread, if the one that entered has ended, there is nothing to take back
+        _in_part.served = tuple(one for one in _in_part.served if one is not entry)
 
 
 def reft_layers(model: nn.Module) -> list[ReftLayer]:

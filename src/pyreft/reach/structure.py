@@ -1,0 +1,169 @@
+"""What a base model is made of, but for the numbers in its tensors, and whether it is still that.
+
+Compared are, by identity, all attributes of its modules, their hooks, tensors and children, the members of their
+classes and what the files of transformers' models define; by value, the containers among them, configs included.
+"""
+
+import copy
+import operator
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+import xxhash
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..tuner.layer import ReftLayer
+from .origin import functions_of, module_of
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_OF_TORCH = set(vars(nn.Module())) - {"training"}  # attributes that every module has
+_NEUTRAL = {"warnings_issued", "name_or_path", "_name_or_path", "_commit_hash", "transformers_version", "use_cache"}
+_NEUTRAL |= {"peft_config", "rope_deltas"}  # what acts is in the modules; what one forward leaves to a generation
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
+_CONTAINERS = (dict, list, tuple, set, frozenset)
+
+
+def outside_of_edits(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and those in it, but for the interventions."""
+    yield module
+    for child in module.children():
+        if not isinstance(child, ReftLayer):
+            yield from outside_of_edits(child)
+
+
+def hooks_of(module: nn.Module) -> Iterator[Any]:
+    """The hooks on a module."""
+    for name in _HOOKS:
+        yield from getattr(module, name).values()
+
+
+def hooks_everywhere() -> Iterator[Any]:
+    """The hooks that PyTorch calls for every module there is."""
+    for name in _HOOKS:
+        yield from getattr(torch.nn.modules.module, f"_global{name}", {}).values()
+
+
+class Structure:
+    """What a model is made of at the moment.
+
+    Args:
+        base: the model.
+
+    Attributes:
+        modules: those outside of the interventions.
+        facts: a digest of all that has a value or a name; see `has_objects_of` for the rest.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        self.modules = list(dict.fromkeys(outside_of_edits(base)))
+        self._attributes = [
+            values
+            for module in self.modules
+            for values in (vars(module), module._parameters, module._buffers, module._modules)
+        ]
+        configs = {id(value): value for value in self._values() if isinstance(value, PreTrainedConfig)}
+        for config in list(configs.values()):
+            configs |= {id(inner): inner for inner in vars(config).values() if isinstance(inner, PreTrainedConfig)}
+        self._attributes += map(vars, configs.values())
+        classes = dict.fromkeys(type(module) for module in self.modules)
+        owners = dict.fromkeys(
+            owner for one in classes for owner in one.__mro__ if owner not in PreTrainedModel.__mro__
+        )
+        files = dict.fromkeys(
+            owner.__module__ for owner in owners if owner.__module__.startswith("transformers.models.")
+        )
+        self._code = [*map(vars, owners), *(vars(sys.modules[name]) for name in files)]
+        self._parameters = [p for module in self.modules for p in module._parameters.values() if p is not None]
+        self._then = self._now()
+        self._containers = [(found, copy.copy(found)) for found in self._find_containers()]
+        self._opaque: list[Any] = []
+        self.facts = self._digest(classes)
+
+    def is_same(self) -> bool:
+        """Whether nothing has changed since."""
+        values, code, *rest = self._now()
+        return (
+            _are_same(values, self._then[0])
+            and _are_same(code, self._then[1])
+            and rest == self._then[2:]
+            and all(_equal(*pair) for pair in self._containers)
+        )
+
+    def has_objects_of(self, other: "Structure") -> bool:
+        """Whether functions and other objects without a value, and the code of the classes, are the same in both."""
+        return _are_same(self._opaque, other._opaque) and _are_same(self._then[1], other._then[1])
+
+    def _now(self) -> list[list]:
+        code = [value for values in self._code for value in values.values()]
+        hooks = [hook for module in self.modules for hook in hooks_of(module)]
+        trained = [parameter.requires_grad for parameter in self._parameters]
+        return [[*self._values()], code, [*hooks, *hooks_everywhere()], trained]
+
+    def _values(self) -> Iterator[Any]:
+        for values in self._attributes:
+            yield from values.values()
+
+    def _find_containers(self) -> Iterator[Any]:
+        found: set[int] = set()
+        waiting = [value for values in self._attributes for name, value in values.items() if name not in _OF_TORCH]
+        while waiting:
+            value = waiting.pop()
+            if isinstance(value, _CONTAINERS) and id(value) not in found:
+                found.add(id(value))
+                yield value
+                waiting += value.values() if isinstance(value, dict) else value
+
+    def _digest(self, classes: Iterable[type]) -> str:
+        digest = xxhash.xxh3_128()
+        described: dict[int, str] = {}
+        for module in self.modules:
+            children = [name for name, child in module._modules.items() if not isinstance(child, ReftLayer)]
+            text = f"{_name(type(module))} {children} {self._describe_attributes(vars(module), described)}"
+            digest.update(text.encode())
+        for one in classes:
+            for function in functions_of(cast(Any, one).forward):
+                digest.update(f"{_name(function)} {module_of(function)}".encode())
+                if (code := getattr(function, "__code__", None)) is not None:
+                    digest.update(code.co_code)
+        return digest.hexdigest()
+
+    def _describe_attributes(self, attributes: dict[str, Any], configs: dict[int, str]) -> list[str]:
+        names = sorted(attributes.keys() - _OF_TORCH - _NEUTRAL)
+        return [f"{name} {self._describe(attributes[name], configs)}" for name in names]
+
+    def _describe(self, value: Any, configs: dict[int, str]) -> str:
+        """Its value, or its name and that it is opaque."""
+        if isinstance(value, _PLAIN):
+            return repr(value)
+        if isinstance(value, dict):
+            return f"{{{', '.join(f'{key!r}: {self._describe(one, configs)}' for key, one in value.items())}}}"
+        if isinstance(value, _CONTAINERS):
+            parts = [self._describe(one, configs) for one in value]
+            return f"[{', '.join(sorted(parts) if isinstance(value, set | frozenset) else parts)}]"
+        if isinstance(value, PreTrainedConfig):
+            if id(value) not in configs:
+                configs[id(value)] = ""
+                configs[id(value)] = f"{_name(type(value))} {self._describe_attributes(vars(value), configs)}"
+            return configs[id(value)]
+        if not isinstance(value, Tensor | nn.Module):  # the numbers of the one and what is in the other are seen to
+            self._opaque.append(value)
+        return _name(value)
+
+
+def _name(value: Any) -> str:
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def _are_same(one: list, other: list) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError, TypeError):  # tensors in it that are others
+        return False
