@@ -5,6 +5,7 @@ classes and what the files of transformers' models define; by value, the contain
 """
 
 import copy
+import itertools
 import operator
 import sys
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ _OF_TORCH = set(vars(nn.Module())) - {"training"}  # attributes that every modul
 _NEUTRAL = {"warnings_issued", "name_or_path", "_name_or_path", "_commit_hash", "transformers_version", "use_cache"}
 _NEUTRAL |= {"peft_config", "rope_deltas"}  # what acts is in the modules; what one forward leaves to a generation
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
+_MODELS = "transformers.models."
 _CONTAINERS = (dict, list, tuple, set, frozenset)
 
 
@@ -59,56 +61,43 @@ class Structure:
 
     def __init__(self, base: nn.Module) -> None:
         self.modules = list(dict.fromkeys(outside_of_edits(base)))
-        self._attributes = [
-            values
-            for module in self.modules
-            for values in (vars(module), module._parameters, module._buffers, module._modules)
-        ]
-        configs = {id(value): value for value in self._values() if isinstance(value, PreTrainedConfig)}
-        for config in list(configs.values()):
-            configs |= {id(inner): inner for inner in vars(config).values() if isinstance(inner, PreTrainedConfig)}
-        self._attributes += map(vars, configs.values())
+        self._attributes = [values for module in self.modules for values in (vars(module), module._modules)]
+        self._attributes += [vars(config) for config in _configs_in(self._attributes)]
         classes = dict.fromkeys(type(module) for module in self.modules)
-        owners = dict.fromkeys(
-            owner for one in classes for owner in one.__mro__ if owner not in PreTrainedModel.__mro__
-        )
-        files = dict.fromkeys(
-            owner.__module__ for owner in owners if owner.__module__.startswith("transformers.models.")
-        )
-        self._code = [*map(vars, owners), *(vars(sys.modules[name]) for name in files)]
+        owners = dict.fromkeys(owner for one in classes for owner in one.__mro__)
+        own = [owner for owner in owners if owner not in PreTrainedModel.__mro__]
+        files = dict.fromkeys(owner.__module__ for owner in own)
+        code = [*map(vars, own), *(vars(sys.modules[name]) for name in files if name.startswith(_MODELS))]
+        tensors = [kind for module in self.modules for kind in (module._parameters, module._buffers)]
+        hooks = [getattr(module, name) for module in self.modules for name in _HOOKS]
+        self._views = [[values.values() for values in group] for group in (self._attributes, code, tensors, hooks)]
         self._parameters = [p for module in self.modules for p in module._parameters.values() if p is not None]
         self._then = self._now()
-        self._containers = [(found, copy.copy(found)) for found in self._find_containers()]
+        self._containers = [(one, copy.copy(one)) for one in self._find_containers()]
         self._opaque: list[Any] = []
         self.facts = self._digest(classes)
 
     def is_same(self) -> bool:
         """Whether nothing has changed since."""
-        values, code, *rest = self._now()
-        return (
-            _are_same(values, self._then[0])
-            and _are_same(code, self._then[1])
-            and rest == self._then[2:]
-            and all(_equal(*pair) for pair in self._containers)
-        )
+        now = self._now()
+        # what is identical is equal; equal hooks that are methods need not be identical, tensors must be
+        same = all(map(_equal, now, self._then)) and all(map(operator.is_, now[2], self._then[2]))
+        return same and all(_equal(*pair) for pair in self._containers)
 
     def has_objects_of(self, other: "Structure") -> bool:
         """Whether functions and other objects without a value, and the code of the classes, are the same in both."""
-        return _are_same(self._opaque, other._opaque) and _are_same(self._then[1], other._then[1])
+        return _equal(self._opaque, other._opaque) and _equal(self._then[1], other._then[1])
 
     def _now(self) -> list[list]:
-        code = [value for values in self._code for value in values.values()]
-        hooks = [hook for module in self.modules for hook in hooks_of(module)]
-        trained = [parameter.requires_grad for parameter in self._parameters]
-        return [[*self._values()], code, [*hooks, *hooks_everywhere()], trained]
-
-    def _values(self) -> Iterator[Any]:
-        for values in self._attributes:
-            yield from values.values()
+        """Attributes and children; what classes and files define; tensors; hooks; which tensors are trained."""
+        found = [list(itertools.chain.from_iterable(group)) for group in self._views]
+        found[3] += hooks_everywhere()
+        return [*found, [parameter.requires_grad for parameter in self._parameters]]
 
     def _find_containers(self) -> Iterator[Any]:
         found: set[int] = set()
-        waiting = [value for values in self._attributes for name, value in values.items() if name not in _OF_TORCH]
+        named = [pair for values in self._attributes for pair in list(values.items())]
+        waiting = [value for name, value in named if name not in _OF_TORCH]
         while waiting:
             value = waiting.pop()
             if isinstance(value, _CONTAINERS) and id(value) not in found:
@@ -153,13 +142,21 @@ class Structure:
         return _name(value)
 
 
+def _configs_in(attributes: list[dict[str, Any]]) -> list[PreTrainedConfig]:
+    """The configs among attributes, and those in these."""
+    found: dict[int, PreTrainedConfig] = {}
+    waiting = [value for values in attributes for value in list(values.values())]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, PreTrainedConfig) and id(value) not in found:
+            found[id(value)] = value
+            waiting += vars(value).values()
+    return list(found.values())
+
+
 def _name(value: Any) -> str:
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{named.__module__}.{named.__qualname__}"
-
-
-def _are_same(one: list, other: list) -> bool:
-    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _equal(one: Any, other: Any) -> bool:

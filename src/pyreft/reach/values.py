@@ -29,7 +29,8 @@ class Values:
         self.modules = modules
         self._tensors = list(_own_tensors(modules))
         self._storages = [_storage(tensor) for tensor in self._tensors]
-        self._counts, self._spots = self._count(), self._look()
+        self._counts, self._spots = self._count(), self._choose_spots()
+        self._seen = self._look()
         self._sums = self.sums()
 
     def is_same(self) -> bool:
@@ -38,7 +39,7 @@ class Values:
         return (
             all(known() is not None for known in self._storages)
             and self._count() == self._counts
-            and all(map(torch.equal, self._look(), self._spots))
+            and all(map(torch.equal, self._look(), self._seen))
         )
 
     def is_same_to_the_bit(self) -> bool:
@@ -53,17 +54,20 @@ class Values:
     def _count(self) -> list[tuple[int, int]]:
         return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in self._tensors]
 
-    @torch.no_grad()
-    def _look(self) -> list[Tensor]:
-        """A few numbers of each tensor, by type and device."""
-        spots: dict[tuple, list[Tensor]] = {}
+    def _choose_spots(self) -> list[list[tuple]]:
+        """By type and device, the arguments of `torch.as_strided` for a few numbers of each tensor."""
+        spots: dict[tuple, list[tuple]] = {}
         for tensor in self._tensors:
             size = tensor.numel()
             if size and tensor.is_contiguous():
                 count = min(size, _SPOTS)
-                at = torch.as_strided(tensor, (count,), (size // count,), tensor.storage_offset())
-                spots.setdefault((tensor.dtype, tensor.device), []).append(at)
-        return [torch.cat(found).view(torch.uint8) for found in spots.values()]
+                spot = tensor, (count,), (size // count,), tensor.storage_offset()
+                spots.setdefault((tensor.dtype, tensor.device), []).append(spot)
+        return list(spots.values())
+
+    @torch.no_grad()
+    def _look(self) -> list[Tensor]:
+        return [torch.cat([torch.as_strided(*spot) for spot in group]).view(torch.uint8) for group in self._spots]
 
     @torch.no_grad()
     def sums(self) -> str:

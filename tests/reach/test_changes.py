@@ -1,0 +1,235 @@
+"""What a step rests on is looked at in each step: whatever changes, loss and gradients are the ordinary step's."""
+
+import functools
+import types
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+from conftest import tiny_llama
+from pyreft.reach import Reach
+from reaching import LENGTHS, adapt, assert_exact, assert_same, batch_of, loss_and_gradients, rows_of
+
+pytestmark = pytest.mark.usefixtures("in_float64")
+BATCH = batch_of(rows_of(*LENGTHS), "left")
+
+
+@pytest.fixture
+def in_float64(monkeypatch):
+    """Edits and logits, too, so that what is equal is so to 1e-9."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+def base_model(**changes):
+    return tiny_llama(**changes).double()
+
+
+def scaled(forward, factor=1.5):
+    """A forward that multiplies what another returns."""
+
+    @functools.wraps(forward)
+    def other(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        return (factor * output[0], *output[1:]) if isinstance(output, tuple) else factor * output
+
+    return other
+
+
+# each changes a base model so that its loss is another one
+
+
+def block_forward(base, patch):
+    base.model.layers[0].forward = scaled(base.model.layers[0].forward)
+
+
+def block_forward_bound(base, patch):
+    plain = type(base.model.layers[0]).forward
+    base.model.layers[0].forward = types.MethodType(scaled(plain), base.model.layers[0])
+
+
+def block_forward_above(base, patch):
+    plain = base.model.layers[3].forward
+    base.model.layers[3].forward = lambda *args, **kwargs: plain(*args, **kwargs).tanh()
+
+
+def class_forward(base, patch):
+    patch.setattr(modeling_llama.LlamaMLP, "forward", scaled(modeling_llama.LlamaMLP.forward))
+
+
+def function_of_the_file(base, patch):
+    patch.setattr(modeling_llama, "rotate_half", lambda x: -x)
+
+
+def backbone_forward(base, patch):
+    plain = base.model.forward
+
+    def forward(input_ids, **kwargs):
+        return plain(input_ids=input_ids, **kwargs | {"position_ids": None, "attention_mask": None})
+
+    base.model.forward = forward
+
+
+def model_forward(base, patch):
+    plain = base.forward
+
+    def forward(*args, **kwargs):
+        output = plain(*args, **kwargs)
+        output.loss = 3 * output.loss
+        return output
+
+    base.forward = forward
+
+
+def model_forward_of_the_class(base, patch):
+    plain = type(base).forward
+
+    def forward(self, input_ids, **kwargs):
+        return plain(self, input_ids=input_ids.clamp(max=50), **kwargs)
+
+    patch.setattr(type(base), "forward", forward)
+
+
+def hook_on_a_block(base, patch):
+    base.model.layers[0].register_forward_hook(lambda module, args, output: output.cumsum(1))
+
+
+def hook_on_a_block_above(base, patch):
+    base.model.layers[3].register_forward_hook(lambda module, args, output: output + output.mean(1, keepdim=True))
+
+
+def hook_before_a_block(base, patch):
+    base.model.layers[1].register_forward_pre_hook(lambda module, args: (args[0].flip(-1), *args[1:]))
+
+
+def hook_on_the_model(base, patch):
+    base.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, kwargs | {"input_ids": kwargs["input_ids"] % 50}), with_kwargs=True
+    )
+
+
+def hook_on_everything(base, patch):
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, output: 2 * output if isinstance(module, nn.Embedding) else None
+    )
+    patch.callback(handle.remove)
+
+
+def backward_hook(base, patch):
+    base.model.layers[3].mlp.register_full_backward_hook(lambda module, inputs, outputs: (2 * inputs[0],))
+
+
+def attribute(base, patch):
+    base.model.layers[0].self_attn.scaling *= 3
+
+
+def attribute_of_the_head(base, patch):
+    base.lm_head = nn.Sequential(base.lm_head, nn.Softsign())
+
+
+def container(base, patch):
+    base.model.layers[0].forward.__self__.rates[0] = 0.5
+
+
+def weight_around_the_count(base, patch):
+    base.model.layers[0].mlp.down_proj.weight.data.mul_(2)
+
+
+def weight_there_and_back(base, patch):
+    base.bfloat16().double()
+
+
+def buffer(base, patch):
+    base.model.rotary_emb.inv_freq = base.model.rotary_emb.inv_freq * 2
+
+
+def training_flag(base, patch):
+    base.model.layers[0].mlp.act_fn.train()
+
+
+def input_embeddings(base, patch):
+    base.set_input_embeddings(nn.Embedding(96, 32).double().requires_grad_(False))
+
+
+def output_embeddings(base, patch):
+    base.set_output_embeddings(nn.Linear(32, 96, bias=False).double().requires_grad_(False))
+
+
+def larger_vocabulary(base, patch):
+    torch.manual_seed(3)
+    base.resize_token_embeddings(200).requires_grad_(False)
+    base.lm_head.requires_grad_(False).weight.data.mul_(2)
+
+
+def tied_weights(base, patch):
+    base.lm_head.weight = base.model.embed_tokens.weight
+
+
+def fewer_layers(base, patch):
+    base.model.layers = nn.ModuleList([*base.model.layers[:3]])
+    base.config.num_hidden_layers = 3
+
+
+def another_layer(base, patch):
+    base.model.layers[3] = type(base.model.layers[0])(base.config, 3).double().requires_grad_(False)
+
+
+def lora(base, patch):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    before = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    peft.inject_adapter_in_model(config, base, "later")
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(before.get(name.replace(".base_layer", ""), False))
+
+
+def lora_above(base, patch):
+    config = peft.LoraConfig(r=2, target_modules=r".*layers\.3\..*q_proj", init_lora_weights=False)
+    before = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    peft.inject_adapter_in_model(config, base, "later")
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(before.get(name.replace(".base_layer", ""), False))
+    for layer in (module for module in base.modules() if isinstance(module, LoraLayer)):
+        layer.scale_layer(5.0)
+
+
+CHANGES = [
+    block_forward, block_forward_bound, block_forward_above, class_forward, function_of_the_file, backbone_forward,
+    model_forward, model_forward_of_the_class, hook_on_a_block, hook_on_a_block_above, hook_before_a_block,
+    hook_on_the_model, hook_on_everything, attribute, attribute_of_the_head, weight_around_the_count,
+    weight_there_and_back, buffer, input_embeddings, output_embeddings, larger_vocabulary, tied_weights, another_layer,
+    lora, lora_above,
+]  # fmt: skip
+
+
+class Patch:
+    """What a change of more than the model takes back in the end."""
+
+    def __init__(self, monkeypatch, request):
+        self.setattr, self.callback = monkeypatch.setattr, request.addfinalizer
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("layers", [[0], [1, 2]], ids=str)
+def test_a_change_after_the_first_step(change, layers, monkeypatch, request):
+    adapted = adapt(base_model(), layers=layers)
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, BATCH, tolerance=1e-9)
+    before = loss_and_gradients(reach, adapted, BATCH)
+    change(adapted.get_base_model(), Patch(monkeypatch, request))
+    expected = loss_and_gradients(adapted, adapted, BATCH)
+    assert abs(expected[0] - before[0]) > 1e-4
+    for _ in range(2):
+        assert_same(loss_and_gradients(reach, adapted, BATCH), expected, 1e-9)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_change_before_the_first_step(change, monkeypatch, request):
+    adapted = adapt(base_model())
+    change(adapted.get_base_model(), Patch(monkeypatch, request))
+    reach = Reach(adapted)
+    expected = loss_and_gradients(adapted, adapted, BATCH)
+    for _ in range(2):
+        assert_same(loss_and_gradients(reach, adapted, BATCH), expected, 1e-9)
