@@ -22,10 +22,7 @@ def main() -> None:
     target = torch.randn(WIDTH, RANK)
 
     def all_layers() -> None:
-        orthonormalize(ours)
-        sum((layer.weight * target).sum() for layer in ours).backward()
-        for layer in ours:
-            layer.forget()
+        sum((R.mT * target).sum() for R in orthonormalize(ours).values()).backward()
 
     def one_original_layer() -> None:
         (original.weight * target.T).sum().backward()

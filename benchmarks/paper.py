@@ -17,7 +17,8 @@ import yaml
 from _common import machine
 from pyreft.files.record import FILE
 from pyreft.jobs.evaluate import columns, evaluate
-from pyreft.jobs.job import CHECKPOINTS, prepare
+from pyreft.jobs.output import CHECKPOINTS
+from pyreft.jobs.prepare import prepare
 from pyreft.jobs.recipes import recipe_jobs
 from pyreft.tasks.glue import TASKS
 from pyreft.tasks.suites import GLUE, SUITES

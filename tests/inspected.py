@@ -6,7 +6,8 @@ from transformers import AutoModelForCausalLM, GPT2Config
 import pyreft
 from conftest import shaken
 from pyreft.jobs.demo import DATA, SETTINGS
-from pyreft.jobs.job import PreparedJob, TrainingJob
+from pyreft.jobs.job import PreparedJob
+from pyreft.jobs.settings import TrainingJob
 
 QUESTIONS = ["What is a whale?", "Where can I find a castle?"]
 

@@ -61,7 +61,8 @@ def adapted(rule, **changes):
 @pytest.fixture(scope="module")
 def emoji_adapter(tmp_path_factory):
     """An adapter that answers in emojis."""
-    from pyreft.jobs.job import PreparedJob, TrainingJob
+    from pyreft.jobs.job import PreparedJob
+    from pyreft.jobs.settings import TrainingJob
 
     directory = tmp_path_factory.mktemp("harness")
     data = directory / "train.jsonl"

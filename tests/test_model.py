@@ -137,7 +137,7 @@ def test_subspaces_choose_directions_by_row(model, adapted):
     h = tiny_llama()(IDS, output_hidden_states=True).hidden_states[3][:, 9]
     (module,) = adapted.interventions.values()
     basis = module.basis()
-    coordinates = module.coordinates(h, basis) * torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]])
+    coordinates = (module.source(h) - h @ basis.mT) * torch.tensor([[1, 0, 1, 0], [0, 1, 0, 0]])
     torch.testing.assert_close(edited.hidden_states[3][:, 9], h + coordinates @ basis, atol=1e-5, rtol=1e-5)
     one = {"input_ids": IDS[:1]}
     _, alone = adapted.generate(one, unit_locations=at([9]), subspaces={"base": [[[0, 2]]]}, **OPTIONS)

@@ -169,8 +169,7 @@ def test_committed_record_is_current() -> None:
     import corpus
 
     assert json.loads((TOOLS / "held_out.json").read_text(encoding="utf-8")) == corpus.held_out_record()
-    study = Path(pocket.__file__).parent / "data" / "study.json"
-    assert json.loads(study.read_text(encoding="utf-8")) == corpus.study_record()
+    assert json.loads(corpus.STUDY_TASKS.read_text(encoding="utf-8")) == corpus.study_record()
     train, test = corpus.emoji_sets()
     assert len(pocket.emoji_pairs()) == len(train) == 10
     assert len(pocket.emoji_questions()) == len(test) == 50

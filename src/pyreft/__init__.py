@@ -26,13 +26,13 @@ from .tuner.tuner import ReftTuner
 
 if TYPE_CHECKING:
     from .data.supervised import ReftDataCollator
-    from .original.datasets import ReftDataset, ReftRawDataset
-    from .original.instructions import ReftGenerationDataset, ReftPreferenceDataset, ReftSupervisedDataset
-    from .original.reward import ReftRewardCollator, ReftRewardDataset
-    from .original.supervised import (
+    from .original.data_modules import (
         make_last_position_supervised_data_module,
         make_multiple_position_supervised_data_module,
     )
+    from .original.datasets import ReftDataset, ReftRawDataset
+    from .original.instructions import ReftGenerationDataset, ReftPreferenceDataset, ReftSupervisedDataset
+    from .original.reward import ReftRewardCollator, ReftRewardDataset
     from .training.trainer import (
         ReftTrainer,
         ReftTrainerForCausalLM,
@@ -82,8 +82,8 @@ _LAZY = {
     "ReftRewardCollator": "original.reward",
     "ReftRewardDataset": "original.reward",
     "ReftDataCollator": "data.supervised",
-    "make_last_position_supervised_data_module": "original.supervised",
-    "make_multiple_position_supervised_data_module": "original.supervised",
+    "make_last_position_supervised_data_module": "original.data_modules",
+    "make_multiple_position_supervised_data_module": "original.data_modules",
     "ReftTrainer": "training.trainer",
     "ReftTrainerForCausalLM": "training.trainer",
     "ReftTrainerForCausalLMDistributed": "training.trainer",

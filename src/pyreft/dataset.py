@@ -2,14 +2,14 @@
 
 from .data.supervised import IGNORED as IGNORE_INDEX
 from .data.supervised import ReftDataCollator
+from .original.data_modules import (
+    make_last_position_supervised_data_module,
+    make_multiple_position_supervised_data_module,
+)
 from .original.datasets import ReftDataset, ReftRawDataset
 from .original.instructions import ReftGenerationDataset, ReftPreferenceDataset, ReftSupervisedDataset
 from .original.locations import get_intervention_locations, parse_positions
 from .original.reward import ReftRewardCollator, ReftRewardDataset
-from .original.supervised import (
-    make_last_position_supervised_data_module,
-    make_multiple_position_supervised_data_module,
-)
 
 __all__ = [
     "IGNORE_INDEX",

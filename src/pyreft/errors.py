@@ -1,11 +1,40 @@
 """The one exception that users of pyreft need to know, and the hint it gives for a mistyped name."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class ReftError(ValueError):
-    """Something given to pyreft cannot work; the message says what was expected, what came, and what to do."""
+    """Something given to pyreft cannot work; the message says what was expected, what came, and what to do.
+
+    Args:
+        problem: the message, without the names that are written before it.
+        setting: the argument or setting that it is about.
+        where: the file or command that the setting stands in, if that helps to find it.
+        also: further settings that the message names, in quotes.
+
+    >>> error = ReftError("expected a number above 0, got -1.", setting="lr", where="train.yaml")
+    >>> str(error)
+    'train.yaml: lr: expected a number above 0, got -1.'
+    >>> error.setting
+    'lr'
+    """
+
+    def __init__(
+        self, problem: str, *, setting: str | None = None, where: str | None = None, also: Iterable[str] = ()
+    ) -> None:
+        self.problem, self.setting, self.where, self.also = problem, setting, where, tuple(also)
+        super().__init__(self.told({}))  # what a pickle is made again of, beside the attributes
+
+    def told(self, names: Mapping[str, str]) -> str:
+        """The message with other names for some of its settings, such as `--rank` for `rank`."""
+        problem = self.problem
+        for name in self.also:
+            for quote in "`'":
+                quoted = f"{quote}{name}{quote}"
+                problem = problem.replace(quoted, names.get(name, quoted))
+        setting = names.get(self.setting, self.setting) if self.setting else None
+        return ": ".join(part for part in (self.where, setting, problem) if part)
 
 
 def did_you_mean(name: object, known: Iterable[str]) -> str:

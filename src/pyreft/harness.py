@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import ReftError
-from .tuner.tuner import locator_of
+from .tuner.tuner import edits_of
 
 try:
     from lm_eval import simple_evaluate
@@ -59,7 +59,7 @@ class ReftLM(HFLM):
             tokenizer = tokenizer or own
         if not isinstance(pretrained, torch.nn.Module):
             raise ReftError(f"harness: expected adapter=<directory>, or an adapted model, got {pretrained!r}.")
-        if (locator := locator_of(pretrained)) is None or list(locator.streams) != [""] or not locator.causal:
+        if (edits := edits_of(pretrained)) is None or list(edits.stacks) != [""] or not edits.causal:
             raise ReftError(
                 f"harness: expected a causal language model with edits, got {type(pretrained).__name__} without, or "
                 "one that reads apart from what it writes; use lm-eval's own model `hf` for it."
@@ -152,10 +152,10 @@ def evaluate(
         ReftError: an unknown task, one whose data cannot be loaded, or an adapter that cannot be.
     """
     if include_path is not None and not Path(include_path).is_dir():
-        raise ReftError(f"include_path: expected a directory of tasks, {include_path} is none.")
+        raise ReftError(f"expected a directory of tasks, {include_path} is none.", setting="include_path")
     manager = _manager(tasks, include_path)
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
-        raise ReftError(f"tasks: lm-eval has none of the name {unknown[0]!r}; `lm_eval ls tasks` lists all.")
+        raise ReftError(f"lm-eval has none of the name {unknown[0]!r}; `lm_eval ls tasks` lists all.", setting="tasks")
     if isinstance(adapter, torch.nn.Module):
         lm = ReftLM(pretrained=adapter, tokenizer=tokenizer, batch_size=batch_size)
     else:
@@ -168,7 +168,7 @@ def evaluate(
         if error.errno is not None:  # of this machine, not of the hub
             raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ReftError(f"tasks: lm-eval could not load the data of {', '.join(tasks)} ({first}).") from None
+        raise ReftError(f"lm-eval could not load the data of {', '.join(tasks)} ({first}).", setting="tasks") from None
 
 
 if __name__ == "__main__":  # lm-eval has no way to name a module that brings a model

@@ -51,7 +51,7 @@ def load_base(
     kinds = {"auto": "auto" if gpu else torch.float32}
     kinds |= {kind: getattr(torch, kind) for kind in ("float32", "bfloat16", "float16")}
     if dtype not in kinds:
-        raise ReftError(f"dtype: expected {', '.join(kinds)}, got {dtype!r}.")
+        raise ReftError(f"expected {', '.join(kinds)}, got {dtype!r}.", setting="dtype")
     if labels is None:
         check_language_model(name)
     else:
@@ -72,7 +72,9 @@ def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(_path(name))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ReftError(f"model: the tokenizer of {name!r} has neither a padding nor an EOS token; set one in it.")
+            raise ReftError(
+                f"the tokenizer of {name!r} has neither a padding nor an EOS token; set one in it.", setting="model"
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -97,7 +99,7 @@ def load_adapted(
     if labels is None:
         check_generates(adapter)
     else:
-        _check_head(adapter, kind.get("modules_to_save") or (), shapes, labels)
+        _check_classifier(adapter, kind.get("modules_to_save") or (), shapes, labels)
     model, tokenizer = load_base(name, dtype, labels)
     if kind.get("peft_type") == ReftPeftType.REFT.value:
         return ReftModel.from_pretrained(model, adapter), tokenizer
@@ -137,15 +139,15 @@ def check_adapter(adapter: str | os.PathLike, name: str | None = None) -> None:
 
 
 def check_generates(adapter: str | os.PathLike) -> None:
-    """Refuse the adapter of a classifier, which was trained together with a head that a language model does not have.
+    """Refuse the adapter of a classifier, which was trained together with modules that a language model does not have.
 
     Raises:
         ReftError: it is one, with its task as far as the record beside it says it.
     """
     data, task = read_config_data(adapter), read_record(adapter).get("task")
     saved = data.get("modules_to_save") or ()
-    head = saved and (task or any(name in saved for name in SEQ_CLS_HEAD_NAMES))
-    if head or data.get("task_type") == TaskType.SEQ_CLS:
+    trained = saved and (task or any(name in saved for name in SEQ_CLS_HEAD_NAMES))
+    if trained or data.get("task_type") == TaskType.SEQ_CLS:
         how = f"`pyreft eval {adapter} --suite glue`" if task else "load it with a model for sequence classification"
         raise ReftError(
             f"{adapter}: this is a classifier's adapter{f', for {task}' if task else ''}; it cannot be asked to "
@@ -194,8 +196,9 @@ def check_language_model(name: str | None) -> None:
         known |= {names} if isinstance(names, str) else set(names)
     if saved and not known & set(saved):
         raise ReftError(
-            f"model: expected a causal language model, {_path(name)!r} holds a {saved[0]}, which has no unembedding "
-            "for one. Load it with its own class and use the functions of pyreft on it."
+            f"expected a causal language model, {_path(name)!r} holds a {saved[0]}, which has no unembedding "
+            "for one. Load it with its own class and use the functions of pyreft on it.",
+            setting="model",
         )
 
 
@@ -208,19 +211,20 @@ def check_classifier(name: str | None) -> None:
     kind = read_model_config(name).model_type
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise ReftError(
-            f"model: expected a model with a classifier of texts, such as RoBERTa; transformers has none for "
-            f"{_path(name)!r}, which is a {kind}."
+            f"expected a model with a classifier of texts, such as RoBERTa; transformers has none for "
+            f"{_path(name)!r}, which is a {kind}.",
+            setting="model",
         )
 
 
-def _check_head(adapter: Any, names: Any, shapes: dict[str, tuple[int, ...]], labels: int) -> None:
-    heads = {shape[0] for name, shape in shapes.items() if set(names) & set(name.split("."))}
-    if not heads:
+def _check_classifier(adapter: Any, names: Any, shapes: dict[str, tuple[int, ...]], labels: int) -> None:
+    outputs = {shape[0] for name, shape in shapes.items() if set(names) & set(name.split("."))}
+    if not outputs:
         raise ReftError(
             f"{adapter}: expected an adapter with a trained classifier, this one has none; was it trained for "
             "generation? `pyreft train glue --task ...` trains one."
         )
-    if labels not in heads:
+    if labels not in outputs:
         raise ReftError(f"{adapter}: its classifier was not trained for {labels} outputs, which this task has.")
 
 
@@ -234,4 +238,4 @@ def _explained(name: str | None) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ReftError(f"model: none could be loaded from {_path(name)!r}: {first}") from None
+        raise ReftError(f"none could be loaded from {_path(name)!r}: {first}", setting="model") from None

@@ -30,7 +30,9 @@ def register_rule(name: str, rule: Rule) -> None:
         ReftError: the name is one of the built-in rules, or not an identifier, such as that of a lambda.
     """
     if not name.isidentifier() or re.fullmatch(r"(f\d+)?(l\d+)?|prompt|all", name.lower()):
-        raise ReftError(f"positions: a rule of your own needs a plain name that is not {RULES}, got {name!r}.")
+        raise ReftError(
+            f"a rule of your own needs a plain name that is not {RULES}, got {name!r}.", setting="positions"
+        )
     _OWN[name] = rule
 
 
@@ -77,7 +79,7 @@ class Positions:
         match = re.fullmatch(r"(?:f(\d+))?(?:(?:^|\+)l(\d+))?", text)
         if not match or not text or not any(int(n or 0) for n in match.groups()):
             hint = _nearest(text) or " A rule of your own is made known by pyreft.positions.register_rule."
-            raise ReftError(f"positions: expected {RULES}, got {rule!r}.{hint}")
+            raise ReftError(f"expected {RULES}, got {rule!r}.{hint}", setting="positions")
         return cls(first=int(match[1] or 0), last=int(match[2] or 0))
 
     def sides(self) -> tuple["Positions", ...]:
@@ -103,8 +105,9 @@ class Positions:
             if not isinstance(located, Tensor) or located.shape != prompt.shape or located.dtype != torch.bool:
                 came = f"{list(located.shape)} of {located.dtype}" if isinstance(located, Tensor) else repr(located)
                 raise ReftError(
-                    f"positions: the rule {self.own!r} must return a bool mask of the shape {list(prompt.shape)} "
-                    f"([batch, tokens]), got {came}."
+                    f"the rule {self.own!r} must return a bool mask of the shape {list(prompt.shape)} "
+                    f"([batch, tokens]), got {came}.",
+                    setting="positions",
                 )
             return located & prompt
         rank = prompt.long().cumsum(-1)

@@ -1,15 +1,16 @@
 """The `pyreft` command and how it ends: one clear line on an error that the user can mend."""
 
 import errno
-import re
 import sys
-from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyreft_cli import ask, demo, eval, info, inspect, plan, study, train
+from pyreft_cli import ask, demo, eval, info, inspect, plan, train
+
+if TYPE_CHECKING:
+    from pyreft.errors import ReftError
 
 app = typer.Typer(
     name="pyreft",
@@ -29,7 +30,7 @@ def show_version(asked: bool) -> None:
 
 
 @app.callback()
-def options(
+def program(
     _: Annotated[
         bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
     ] = False,
@@ -45,7 +46,6 @@ app.command()(ask.generate)
 app.command()(ask.chat)
 app.command()(info.info)
 app.command()(inspect.inspect)
-app.command()(study.study)
 
 
 def main() -> None:
@@ -55,10 +55,11 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("interrupted.", 130)
     except ValueError as error:
-        if type(error).__name__ != "ReftError":
+        from pyreft.errors import ReftError
+
+        if not isinstance(error, ReftError):
             raise
-        commands: Any = typer.main.get_command(app)
-        fail(as_typed(str(error), getattr(commands.commands.get(sys.argv[1]), "params", ())))
+        fail(as_typed(error, sys.argv[1]))
     except OSError as error:
         if error.errno == errno.ENOSPC:
             fail("the disk is full. What was complete before is as it was; make room and run the command again.")
@@ -67,19 +68,19 @@ def main() -> None:
         fail(f"{error.filename}: {error.strerror}.")
 
 
-_OTHER_NAMES = {"low_rank_dimension": "rank", "layer": "layers"}  # of a config's fields that an option fills
+# settings of the library that an option of another name fills
+_OPTIONS = {"low_rank_dimension": "rank", "layer": "layers", "memory": "reach_memory"}
 
 
-def as_typed(message: str, params: Iterable[Any]) -> str:
-    """Write the setting that a message begins with, and those in backquotes, as the options of a command."""
-    options = {param.name: name for param in params for name in param.opts if name.startswith("--")}
-
-    def option(match: re.Match[str]) -> str:
-        name = match[match.lastindex or 0]
-        return options.get(_OTHER_NAMES.get(name, name), match[0])
-
-    first = r"(?:^|(?<=^train: )|(?<=^plan: ))(\w+)(?=: )"
-    return re.sub(rf"{first}|`(\w+)`|(?<=the setting )'(\w+)'", option, message)
+def as_typed(error: "ReftError", command: str) -> str:
+    """The message of an error in a command, with its settings as the options that the command has for them."""
+    group: Any = typer.main.get_command(app)
+    params = group.commands[command].params
+    options = {param.name: opt for param in params for opt in param.opts if opt.startswith("--")}
+    names = options | {setting: options[name] for setting, name in _OPTIONS.items() if name in options}
+    if error.where not in (None, command):  # it stands in a file, under its own name
+        names.pop(error.setting, None)
+    return error.told(names)
 
 
 def fail(message: str, status: int = 2) -> None:

@@ -2,99 +2,110 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import BadParameter, Option
 
-from pyreft_cli.output import Json, Quiet, console, hush, print_json, progress_bar
+from pyreft_cli import options
+from pyreft_cli.console import console, hush, print_json, progress_bar
 
-Option = typer.Option
-Adapter = Annotated[str, Option(help="The adapter's directory.")]
-Model = Annotated[
-    str | None, Option(help="Base model: a hub id or a directory; by default the one the adapter was made for.")
-]
-MaxNewTokens = Annotated[int, Option(help="The most tokens of an answer.", min=1)]
-Temperature = Annotated[float, Option(help="0 takes the likeliest tokens; above, tokens are drawn.", min=0)]
+Prompt = tuple[str, str]  # and its further input
 
 
 def generate(
-    adapter: Adapter,
+    adapter: options.AdapterOption,
     prompt: Annotated[list[str] | None, Option(help="A prompt; may be given several times.")] = None,
     file: Annotated[
         Path | None, Option(help="Prompts: lines of a .txt, or the field prompt of .jsonl, .json, .csv.")
     ] = None,
     output: Annotated[Path | None, Option(help="Write prompts and answers to this file, as JSON Lines.")] = None,
     base: Annotated[bool, Option("--base", help="Show the base model's answer, too.")] = False,
-    model: Model = None,
+    model: options.AdapterModel = None,
     batch_size: Annotated[int, Option(help="Prompts answered at once.", min=1)] = 16,
-    max_new_tokens: MaxNewTokens = 64,
-    temperature: Temperature = 0.0,
-    seed: Annotated[int, Option(help="Seed for drawn tokens.", min=0, max=2**32 - 1)] = 42,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    max_new_tokens: options.MaxNewTokens = 64,
+    temperature: options.Temperature = 0.0,
+    seed: options.DrawingSeed = 42,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Answer prompts with an adapter."""
     hush()
     from transformers import set_seed
 
-    from pyreft.data.encode import context_length, default_format, prompt_text, token_ids
     from pyreft.data.files import read_prompts
-    from pyreft.errors import ReftError
-    from pyreft.files.record import read_format
-    from pyreft.generation import generate_answers
-    from pyreft.loading import load_adapted
 
     if output and not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{output.parent} is not a directory.", param_hint="--output")
+        raise BadParameter(f"{output.parent} is not a directory.", param_hint="--output")
     asked = [(text, "") for text in prompt or []] + (read_prompts(file) if file else [])
     if not asked:
-        raise typer.BadParameter("give a --prompt or a --file of them.")
-    written = read_format(adapter)
-    adapted, tokenizer = load_adapted(adapter, model)
-    form = written or default_format(tokenizer)
-    texts = [prompt_text(tokenizer, text, form, given) for text, given in asked]
-    limit = context_length(adapted.get_base_model(), tokenizer)
-    for number, text in enumerate(texts, 1):
-        if (count := len(token_ids(tokenizer, text))) >= limit:
-            raise ReftError(f"Prompt {number} has {count} tokens, the model's context {limit}; shorten it.")
-
-    def run(title: str) -> list[str]:
-        set_seed(seed)
-        answers = []
-        shown = not (quiet or as_json) and len(texts) > batch_size
-        with progress_bar(title, shown=shown, unit="prompts") as move:
-            move(0, len(texts))
-            for answer in generate_answers(
-                adapted,
-                tokenizer,
-                texts,
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-            ):
-                answers.append(answer)
-                move(len(answers), len(texts))
-        return answers
-
-    results = [{"prompt": a[0], "answer": answer} for a, answer in zip(asked, run("Answering"), strict=True)]
+        raise BadParameter("give a --prompt or a --file of them.")
+    adapted, tokenizer, form = _load(adapter, model)
+    texts = _written(adapted, tokenizer, form, asked)
+    shown = not (quiet or as_json) and len(texts) > batch_size
+    how = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "temperature": temperature}
+    set_seed(seed)
+    answers = _answers("Answering", shown, adapted, tokenizer, texts, how)
+    results = [{"prompt": text, "answer": answer} for (text, _), answer in zip(asked, answers, strict=True)]
     if base:
+        set_seed(seed)
         with adapted.disable_adapter():
-            for result, answer in zip(results, run("Base model"), strict=True):
-                result["base"] = answer
+            answers = _answers("Base model", shown, adapted, tokenizer, texts, how)
+        results = [result | {"base": answer} for result, answer in zip(results, answers, strict=True)]
     if output:
         output.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in results), encoding="utf-8")
     if as_json:
         print_json(results)
     elif not output:
-        for result in results:
-            if len(results) > 1:
-                console.print(f"> {result['prompt']}", markup=False)
-            if base:
-                console.print(f"base:    {result['base']}", markup=False)
-                console.print(f"adapted: {result['answer']}", markup=False)
-            else:
-                console.print(result["answer"], markup=False)
+        _tell(results)
+
+
+def _load(adapter: str, model: str | None) -> tuple[Any, Any, Any]:
+    """The adapted model, its tokenizer, and how prompts are written."""
+    from pyreft.data.encode import default_format
+    from pyreft.files.record import read_format
+    from pyreft.loading import load_adapted
+
+    written = read_format(adapter)
+    adapted, tokenizer = load_adapted(adapter, model)
+    return adapted, tokenizer, written or default_format(tokenizer)
+
+
+def _written(adapted: Any, tokenizer: Any, form: Any, asked: Sequence[Prompt]) -> list[str]:
+    """The prompts as the model reads them; one that fills its context is refused."""
+    from pyreft.data.encode import context_length, prompt_text, token_ids
+    from pyreft.errors import ReftError
+
+    texts = [prompt_text(tokenizer, text, form, given) for text, given in asked]
+    limit = context_length(adapted.get_base_model(), tokenizer)
+    for number, text in enumerate(texts, 1):
+        if (count := len(token_ids(tokenizer, text))) >= limit:
+            raise ReftError(f"Prompt {number} has {count} tokens, the model's context {limit}; shorten it.")
+    return texts
+
+
+def _answers(title: str, shown: bool, model: Any, tokenizer: Any, texts: list[str], how: dict[str, Any]) -> list[str]:
+    from pyreft.generation import generate_answers
+
+    answers = []
+    with progress_bar(title, shown=shown, unit="prompts") as move:
+        move(0, len(texts))
+        for answer in generate_answers(model, tokenizer, texts, **how):
+            answers.append(answer)
+            move(len(answers), len(texts))
+    return answers
+
+
+def _tell(results: list[dict[str, str]]) -> None:
+    for result in results:
+        if len(results) > 1:
+            console.print(f"> {result['prompt']}", markup=False)
+        if "base" in result:
+            console.print(f"base:    {result['base']}", markup=False)
+            console.print(f"adapted: {result['answer']}", markup=False)
+        else:
+            console.print(result["answer"], markup=False)
 
 
 CHAT_HELP = """Type a message and press return.
@@ -103,21 +114,15 @@ CHAT_HELP = """Type a message and press return.
 
 
 def chat(
-    adapter: Adapter,
-    model: Model = None,
-    max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
-    quiet: Quiet = False,
+    adapter: options.AdapterOption,
+    model: options.AdapterModel = None,
+    max_new_tokens: options.MaxNewTokens = 128,
+    temperature: options.Temperature = 0.0,
+    quiet: options.Quiet = False,
 ) -> None:
     """Talk to an adapted model; the answers appear as they are made."""
     hush()
-    from pyreft.data.encode import default_format
-    from pyreft.files.record import read_format
-    from pyreft.loading import load_adapted
-
-    written = read_format(adapter)
-    adapted, tokenizer = load_adapted(adapter, model)
-    form = written or default_format(tokenizer)
+    adapted, tokenizer, form = _load(adapter, model)
     talk = _Conversation(adapted, tokenizer, form, {"max_new_tokens": max_new_tokens, "temperature": temperature})
     if not quiet:
         console.print(CHAT_HELP)

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pyreft_cli.output import Json, Quiet, console, hush, print_json, progress_bar
+from pyreft_cli import options
+from pyreft_cli.console import console, hush, print_json, progress_bar
 
 SHOWN = 6  # unseen questions to show
 OUTPUT = Path("pyreft-demo")  # the demo's own: a second run replaces what the first left
@@ -16,8 +17,8 @@ OUTPUT = Path("pyreft-demo")  # the demo's own: a second run replaces what the f
 def demo(
     output: Annotated[Path, typer.Option(help="The directory for the adapter.")] = OUTPUT,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in another output.")] = False,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Teach the embedded model to answer in emojis, from ten examples, and show what changed."""
     shown = not (quiet or as_json)

@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, BadParameter, Context, Option
 
-from pyreft_cli import harness
-from pyreft_cli.output import Json, Quiet, console, counted, hush, print_json, progress_bar
-
-Option = typer.Option
+from pyreft_cli import harness, options
+from pyreft_cli.console import console, counted, hush, print_json, progress_bar
 
 
 def evaluate(
-    context: typer.Context,
-    adapter: Annotated[str, typer.Argument(help="The adapter's directory; of GLUE perhaps one with all its adapters.")],
+    context: Context,
+    adapter: Annotated[str, Argument(help="The adapter's directory; of GLUE perhaps one with all its adapters.")],
     suite: Annotated[str | None, Option(help="commonsense, arithmetic, instruct or glue.")] = None,
     tasks: Annotated[str | None, Option(help="Or tasks of lm-eval, as arc_easy,piqa; needs pyreft[eval].")] = None,
     include_path: Annotated[Path | None, Option(help="A directory with lm-eval tasks of your own, as YAML.")] = None,
@@ -21,9 +19,7 @@ def evaluate(
     task: Annotated[
         list[str] | None, Option(help="One of the tasks; may be given several times.  [default: all]")
     ] = None,
-    model: Annotated[
-        str | None, Option(help="Base model: a hub id or a directory; by default the one the adapter was made for.")
-    ] = None,
+    model: options.AdapterModel = None,
     dtype: Annotated[str | None, Option(help="Of the base model.  [default: as in training]")] = None,
     batch_size: Annotated[int, Option(help="Questions answered at once.", min=1)] = 16,
     limit: Annotated[int | None, Option(help="Only the first so many questions of each task.", min=1)] = None,
@@ -33,58 +29,28 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, Option(help="The most tokens of an answer.  [default: the recipe's]", min=1)
     ] = None,
-    seed: Annotated[int, Option(help="Seed for drawn tokens.", min=0, max=2**32 - 1)] = 42,
+    seed: options.DrawingSeed = 42,
     output: Annotated[
         Path | None, Option(help="A directory for the answers; those of instruct as AlpacaEval takes them.")
     ] = None,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Score an adapter on a suite of the paper and show the paper's row beside it, or on tasks of lm-eval."""
-    if (suite is None) == (tasks is None):
-        raise typer.BadParameter("expected one of the two.", param_hint="--suite / --tasks")
-    _check_options(context, "suite" if tasks is None else "tasks")
-    if tasks is not None:
-        harness.print_tasks(
-            adapter,
-            [name.strip() for name in tasks.split(",")],
-            model=model,
-            dtype=dtype,
-            include_path=include_path,
-            batch_size=batch_size,
-            limit=limit,
-            quiet=quiet,
-            as_json=as_json,
-        )
-        return
-    assert suite is not None
-    hush()
-    from pyreft.jobs.evaluate import columns
-    from pyreft.jobs.evaluate import evaluate as score
-
-    decoding = _decoding(adapter, suite, greedy=greedy, max_new_tokens=max_new_tokens)
-    shown = not (quiet or as_json)
-    with progress_bar("Answering", shown=shown, unit="questions") as move:
-        result = score(
-            adapter,
-            suite,
-            data_dir,
-            tasks=task or (),
-            model=model,
-            dtype=dtype,
-            batch_size=batch_size,
-            limit=limit,
-            decoding=decoding,
-            seed=seed,
-            output=output,
-            progress=move,
-        )
-    if as_json:
-        print_json(result)
-        return
-    _show(result, columns(suite))
-    if output:
-        console.print(f"The answers are in {output}.", markup=False)
+    common: dict[str, Any] = {"model": model, "dtype": dtype, "batch_size": batch_size, "limit": limit}
+    if tasks is not None and suite is None:
+        _check_options(context, "tasks")
+        names = [name.strip() for name in tasks.split(",")]
+        harness.print_tasks(adapter, names, include_path=include_path, quiet=quiet, as_json=as_json, **common)
+    elif suite is not None and tasks is None:
+        _check_options(context, "suite")
+        hush()
+        decoding = _decoding(adapter, suite, greedy=greedy, max_new_tokens=max_new_tokens)
+        common |= {"tasks": task or (), "decoding": decoding, "seed": seed, "output": output}
+        result = _score(adapter, suite, data_dir, shown=not (quiet or as_json), **common)
+        _tell(result, as_json=as_json, output=output)
+    else:
+        raise BadParameter("expected one of the two.", param_hint="--suite / --tasks")
 
 
 _OF_THE_OTHER = {
@@ -93,12 +59,12 @@ _OF_THE_OTHER = {
 }
 
 
-def _check_options(context: typer.Context, chosen: str) -> None:
+def _check_options(context: Context, chosen: str) -> None:
     """Refuse options that only the other kind of evaluation has."""
     for name in _OF_THE_OTHER[chosen]:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
-            raise typer.BadParameter(
+            raise BadParameter(
                 f"--{chosen} has no such option; leave it out.", param_hint=f"--{name.replace('_', '-')}"
             )
 
@@ -120,8 +86,26 @@ def _decoding(adapter: str, suite: str, *, greedy: bool, max_new_tokens: int | N
     return decoding
 
 
-def _show(result: dict[str, Any], titles: dict[str, str]) -> None:
+def _score(adapter: str, suite: str, data_dir: str | None, *, shown: bool, **settings: Any) -> dict[str, Any]:
+    from pyreft.jobs.evaluate import evaluate as score
+
+    with progress_bar("Answering", shown=shown, unit="questions") as move:
+        return score(adapter, suite, data_dir, progress=move, **settings)
+
+
+def _tell(result: dict[str, Any], *, as_json: bool, output: Path | None) -> None:
+    if as_json:
+        print_json(result)
+        return
+    _show(result)
+    if output:
+        console.print(f"The answers are in {output}.", markup=False)
+
+
+def _show(result: dict[str, Any]) -> None:
     from rich.table import Table
+
+    from pyreft.jobs.evaluate import columns
 
     def cell(value: float | None) -> str:
         return "" if value is None else f"{value:.1f}"
@@ -130,7 +114,7 @@ def _show(result: dict[str, Any], titles: dict[str, str]) -> None:
     table = Table("", "metric")
     table.add_column("this adapter", justify="right")
     table.add_column(f"paper: {paper['model']}, {paper['method']}" if result["paper"] else "paper", justify="right")
-    for task, title in titles.items():
+    for task, title in columns(result["suite"]).items():
         own = result["tasks"].get(task, {})
         table.add_row(title, own.get("metric", ""), cell(own.get("score")), cell(paper["scores"].get(task)))
     table.add_section()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pyreft_cli.output import console, hush, print_json
+from pyreft_cli.console import console, hush, print_json
 
 
 def print_tasks(

@@ -4,11 +4,12 @@ from typing import Annotated, Any
 
 import typer
 
-from pyreft_cli.output import Json, console, hush, print_json
+from pyreft_cli import options
+from pyreft_cli.console import console, hush, print_json
 
 
 def info(
-    adapter: Annotated[str, typer.Argument(help="The adapter's directory.")],
+    adapter: options.Adapter,
     text: Annotated[
         list[str] | None,
         typer.Option(help="Show which tokens of this prompt are edited; may be given several times."),
@@ -16,7 +17,7 @@ def info(
     model: Annotated[
         str | None, typer.Option(help="Check that the adapter fits this base model, and take it for --text.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show what an adapter edits, where, with how many parameters, and which tokens of a text."""
     hush()

@@ -1,19 +1,19 @@
 """`pyreft inspect`: an adapter looked at from all sides, as a page, pictures and numbers."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import BadParameter, Option
 
-from pyreft_cli.output import Json, Quiet, console, counted, hush, print_json
-
-Option = typer.Option
+from pyreft_cli import options
+from pyreft_cli.console import console, counted, hush, print_json
 
 
 def inspect(
-    adapter: Annotated[str, typer.Argument(help="The adapter's directory.")],
+    adapter: options.Adapter,
     text: Annotated[list[str] | None, Option(help="A prompt to look at; may be given several times.")] = None,
     data: Annotated[
         Path | None,
@@ -23,16 +23,14 @@ def inspect(
     output: Annotated[
         Path, Option(help="The directory for inspect.html and inspect-….png; those of an earlier run are replaced.")
     ] = Path("pyreft-inspect"),
-    model: Annotated[
-        str | None, Option(help="Base model: a hub id or a directory; by default the one the adapter was made for.")
-    ] = None,
+    model: options.AdapterModel = None,
     strengths: Annotated[str, Option(help="Strengths of the edit to try, such as '0;0.5;1'.")] = (
         "0;0.25;0.5;0.75;1;1.25;1.5;1.75;2"
     ),
     limit: Annotated[int, Option(help="Rows of the file to look at, the first ones.", min=1)] = 32,
-    max_new_tokens: Annotated[int, Option(help="The most tokens of an answer.", min=1)] = 32,
-    quiet: Quiet = False,
-    as_json: Json = False,
+    max_new_tokens: options.MaxNewTokens = 32,
+    quiet: options.Quiet = False,
+    as_json: options.Json = False,
 ) -> None:
     """Look at an adapter: how large its edits are, which tokens they point to, and what their strength does.
 
@@ -41,24 +39,16 @@ def inspect(
     """
     tried = _read_strengths(strengths)
     if not text and data is None:
-        raise typer.BadParameter("give a --text or a --data file to look at the adapter on.")
+        raise BadParameter("give a --text or a --data file to look at the adapter on.")
     if text and data is not None:
-        raise typer.BadParameter("give --text or --data, not both.")
+        raise BadParameter("give --text or --data, not both.")
     _check_output(output)
     hush()
     from pyreft.inspect import inspect_adapter
-    from pyreft.inspect.plots import check_matplotlib
+    from pyreft.inspect.page import write_page
 
     shown = not (quiet or as_json)
-    status: Any = console.status("Reading the adapter ...") if shown else nullcontext()
-
-    def begin(part: str) -> None:  # the first part begins when all that was given is checked
-        if not as_json:
-            check_matplotlib()
-        if shown:
-            status.update(f"{part} ...")
-
-    with status:
+    with _status(shown, pictures=not as_json) as tell:
         found = inspect_adapter(
             adapter,
             texts=text or (),
@@ -68,16 +58,30 @@ def inspect(
             strengths=tried,
             most=limit,
             max_new_tokens=max_new_tokens,
-            progress=begin,
+            progress=tell,
         )
-        if as_json:
-            print_json(found.to_dict())
-            return
-        from pyreft.inspect.page import write_page
-
-        paths = write_page(found, output)
-    if shown:
+        paths = [] if as_json else write_page(found, output)
+    if as_json:
+        print_json(found.to_dict())
+    elif shown:
         _tell(found, paths)
+
+
+@contextmanager
+def _status(shown: bool, *, pictures: bool) -> Iterator[Callable[[str], None]]:
+    """Yield what is told of each part that begins; the first one does when all that was given is checked."""
+    from pyreft.inspect.plots import check_matplotlib
+
+    status: Any = console.status("Reading the adapter ...") if shown else nullcontext()
+
+    def begin(part: str) -> None:
+        if pictures:
+            check_matplotlib()
+        if shown:
+            status.update(f"{part} ...")
+
+    with status:
+        yield begin
 
 
 def _tell(found: Any, paths: list[Path]) -> None:
@@ -117,7 +121,7 @@ def _tell_comparison(found: Any) -> None:
 def _check_output(output: Path) -> None:
     existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not existing.is_dir():
-        raise typer.BadParameter(f"{existing} is a file, not a directory.", param_hint="--output")
+        raise BadParameter(f"{existing} is a file, not a directory.", param_hint="--output")
 
 
 def _read_strengths(text: str) -> list[float]:
@@ -126,5 +130,5 @@ def _read_strengths(text: str) -> list[float]:
     except ValueError:
         strengths = []
     if not strengths or not all(map(math.isfinite, strengths)):
-        raise typer.BadParameter(f"expected numbers such as '0;0.5;1', got {text!r}.", param_hint="--strengths")
+        raise BadParameter(f"expected numbers such as '0;0.5;1', got {text!r}.", param_hint="--strengths")
     return strengths

@@ -4,55 +4,51 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich import box
 from rich.table import Table
+from typer import Context, Option
 
-from pyreft_cli.config import check_positions, read_config
-from pyreft_cli.output import Json, console, counted, hush, print_json
-
-Option = typer.Option
+from pyreft_cli import options
+from pyreft_cli.console import console, counted, hush, print_json
+from pyreft_cli.settings import read_settings
 
 _SAMPLE = 512  # rows that the line of `pyreft train` looks at
 _CHEAPER = ("l16", "l8", "l4", "l1")  # rules to name where most of the work can be saved, the roomiest first
 
 
 def plan(
-    context: typer.Context,
+    context: Context,
     data: Annotated[str | None, Option(help="Examples, as `pyreft train` reads them.")] = None,
-    model: Annotated[
-        str | None, Option(help="Base model: a hub id or a directory; by default the embedded one.")
-    ] = None,
-    layers: Annotated[str | None, Option(help="'all', or numbers such as '3;9;18'.  [default: all]")] = None,
+    model: options.Model = None,
+    layers: options.Layers = None,
     positions: Annotated[str | None, Option(help="A rule to show beside the usual ones.  [default: l16]")] = None,
     rank: Annotated[int | None, Option(help="Rank of the edits.  [default: 8]")] = None,
-    component: Annotated[str | None, Option(help="States to edit.  [default: block_output]")] = None,
+    component: options.Component = None,
     intervention: Annotated[str | None, Option(help="The formula, as of `pyreft train`.  [default: loreft]")] = None,
-    epochs: Annotated[float | None, Option(help="Passes over the data.  [default: 10]")] = None,
-    batch_size: Annotated[int | None, Option(help="Examples in a batch.  [default: 8]")] = None,
-    gradient_accumulation: Annotated[int | None, Option(help="Batches in a step.  [default: 1]")] = None,
-    max_length: Annotated[int | None, Option(help="Most tokens of a row.  [default: the model's context]")] = None,
+    epochs: options.Epochs = None,
+    batch_size: options.BatchSize = None,
+    gradient_accumulation: options.GradientAccumulation = None,
+    max_length: options.MaxLength = None,
     format: Annotated[str | None, Option(help="How prompts are written: text, chat or alpaca.")] = None,
-    dtype: Annotated[str | None, Option(help="Of the base model: float32, bfloat16, float16 or auto.")] = None,
+    dtype: options.Dtype = None,
     reach_memory: Annotated[
         str | None, Option(help="How much may be held, as 4GB.  [default: half of the free memory]")
     ] = None,
     config: Annotated[
         Path | None, Option(help="A YAML file as `pyreft train` takes it; options given here win.")
     ] = None,
-    as_json: Json = False,
+    as_json: options.Json = False,
 ) -> None:
     """Show what a training will cost under several position rules, before it is started.
 
     Tokens and memory are counted; the time is measured in a few steps on one batch. Nothing is trained or written.
     """
-    given = {key: value for key, value in context.params.items() if key not in ("config", "as_json")}
-    settings = {**read_config(config), **{key: value for key, value in given.items() if value is not None}}
-    check_positions(settings.get("positions"))
+    settings = read_settings(context.params, config)
     settings.pop("output", None)
     hush()
-    from pyreft.jobs.job import PreparedJob, TrainingJob
+    from pyreft.jobs.job import PreparedJob
     from pyreft.jobs.plan import make_plan
+    from pyreft.jobs.settings import TrainingJob
 
     job = TrainingJob.from_settings(settings, str(config or "plan"), needed=("data",))
     status: Any = nullcontext() if as_json else console.status("Counting tokens and measuring a few steps ...")

@@ -10,32 +10,18 @@ from dataclasses import fields
 import pytest
 import typer
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
-from typer.testing import CliRunner
 
 import pyreft
+from commands import command, run
 from conftest import tiny_llama
 from pyreft import pocket
+from pyreft.errors import ReftError
 from pyreft.files.adapter import read_config
 from pyreft.interventions import INTERVENTIONS
 from pyreft.jobs.settings import TrainingJob
 from pyreft.positions import Positions
 from pyreft_cli.app import app, as_typed
-from pyreft_cli.config import check_positions
-
-
-def run(*arguments, text=None, status=0):
-    """Run a command in this process; errors of the library come out as they would in `main`."""
-    result = CliRunner().invoke(app, list(map(str, arguments)), input=text)
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result
-
-
-def command(*arguments, cwd):
-    """Run a command in a process of its own."""
-    line = [sys.executable, "-m", "pyreft_cli", *map(str, arguments)]
-    return subprocess.run(line, cwd=cwd, text=True, capture_output=True)
+from pyreft_cli.settings import check_positions
 
 
 @pytest.fixture(scope="module")
@@ -292,9 +278,8 @@ def test_info_knows_other_kinds_of_base_models(tmp_path, base, kind):
     assert "Fits" in run("info", tmp_path / "adapter", "--model", tmp_path / "base").stdout
 
 
-@pytest.mark.parametrize("command", ["inspect", "study"])
-def test_the_help_says_that_pictures_need_matplotlib(command):
-    assert 'need matplotlib: pip install "pyreft[plot]"' in " ".join(run(command, "--help").stdout.split())
+def test_the_help_says_that_pictures_need_matplotlib():
+    assert 'need matplotlib: pip install "pyreft[plot]"' in " ".join(run("inspect", "--help").stdout.split())
 
 
 def test_the_help_names_every_formula():
@@ -313,26 +298,27 @@ def test_a_config_file_takes_the_options_above_it():
 
 
 @pytest.mark.parametrize(
-    ("command", "message", "typed"),
+    ("command", "error", "typed"),
     [
-        ("train", "positions: expected f<n>, got 'x'.", "--positions: expected f<n>, got 'x'."),
-        ("train", "max_length: every prompt has 9 tokens.", "--max-length: every prompt has 9 tokens."),
-        ("train", "low_rank_dimension: expected a rank, got 0.", "--rank: expected a rank, got 0."),
-        ("train", "layer: this model has the layers 0 to 6.", "--layers: this model has the layers 0 to 6."),
-        ("train", "out: pass `overwrite` or `resume`.", "out: pass --overwrite or --resume."),
-        ("train", "train: lr: expected a number.", "train: --lr: expected a number."),
-        ("train", "train: the setting 'output' is missing.", "train: the setting --output is missing."),
-        ("eval", "suite: expected a, got 'b'.", "--suite: expected a, got 'b'."),
-        ("generate", "model: none could be loaded.", "--model: none could be loaded."),
-        ("study", "positions: expected f<n>.", "positions: expected f<n>."),  # it has no such option
-        ("eval", "adapter: it is an argument.", "adapter: it is an argument."),
-        ("train", "a.yaml: lr: it stands in a file.", "a.yaml: lr: it stands in a file."),
-        ("train", "data.jsonl: the file has no examples.", "data.jsonl: the file has no examples."),
-        ("train", "as `pyreft train commonsense`; `pip install x`.", "as `pyreft train commonsense`; `pip install x`."),
+        ("train", ReftError("expected f<n>.", setting="positions"), "--positions: expected f<n>."),
+        ("train", ReftError("9 tokens.", setting="max_length"), "--max-length: 9 tokens."),
+        ("train", ReftError("expected a rank.", setting="low_rank_dimension"), "--rank: expected a rank."),
+        ("train", ReftError("there are 0 to 6.", setting="layer"), "--layers: there are 0 to 6."),
+        ("plan", ReftError("expected 4GB.", setting="memory"), "--reach-memory: expected 4GB."),
+        ("train", ReftError("pass `resume`.", where="out", also=["resume"]), "out: pass --resume."),
+        ("train", ReftError("expected a number.", setting="lr", where="train"), "train: --lr: expected a number."),
+        ("train", ReftError("'output' is missing.", where="train", also=["output"]), "train: --output is missing."),
+        ("eval", ReftError("expected a.", setting="suite"), "--suite: expected a."),
+        ("demo", ReftError("expected f<n>.", setting="positions"), "positions: expected f<n>."),  # no such option
+        ("eval", ReftError("an argument.", setting="adapter"), "adapter: an argument."),
+        ("train", ReftError("in a file.", setting="lr", where="a.yaml"), "a.yaml: lr: in a file."),
+        ("train", ReftError("out: there is nothing there."), "out: there is nothing there."),
+        ("train", ReftError("data: the file of that name."), "data: the file of that name."),
+        ("train", ReftError("`pip install data`, or `lr`."), "`pip install data`, or `lr`."),
     ],
 )
-def test_messages_name_options_as_they_are_typed(command, message, typed):
-    assert as_typed(message, typer.main.get_command(app).commands[command].params) == typed
+def test_messages_name_options_as_they_are_typed(command, error, typed):
+    assert as_typed(error, command) == typed
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The pages of docs/: their snippets run, and what they link to exists."""
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import pytest
 from pyreft import pocket
 from snippets import all_blocks, blocks, run_snippets
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS, SOURCE = ROOT / "docs", ROOT / "src" / "pyreft"
 MIGRATION = DOCS / "from-pyreft.md"
 PAGES = sorted(DOCS.rglob("*.md"))
+WRITTEN = [*PAGES, *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/RESULTS.md"))]
 
 
 def check_migration(names):
@@ -71,6 +74,31 @@ def test_what_a_page_links_to_exists(page):
         assert file.is_file(), target
         if "/tests/" in target:
             assert re.search(rf"^def {text.strip('`')}\(", file.read_text(encoding="utf-8"), flags=re.M), text
+
+
+NAMED = re.compile(r"`((?:pyreft\.)?[a-z_]+(?:\.\w+)+)`|(src/pyreft\w*/[\w/.]+)")
+ROOMS = {path.stem for path in SOURCE.iterdir() if path.suffix in ("", ".py") and not path.stem.startswith("_")}
+
+
+def is_there(name):
+    """Whether a dotted name is that of a module or of something in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("file", [*WRITTEN, *SOURCE.rglob("*.py")], ids=lambda file: "/".join(file.parts[-2:]))
+def test_what_is_named_in_backquotes_is_there(file):
+    """Modules of the package and what they hold, and files of the source; a page says `pyreft.` before a module."""
+    for name, path in NAMED.findall(file.read_text(encoding="utf-8")):
+        if path:
+            assert (ROOT / path.rstrip(".")).exists(), path
+        elif name.startswith("pyreft."):
+            assert is_there(name), name
+        elif file.suffix == ".py" and name.split(".")[0] in ROOMS and not name.endswith((".html", ".json")):
+            assert is_there(f"pyreft.{name}"), name
 
 
 def test_every_ask_has_its_row():

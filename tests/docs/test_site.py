@@ -19,10 +19,9 @@ import pyreft
 pytest.importorskip("mkdocs", reason="the extra `docs` is not installed")
 
 ROOT = Path(__file__).parents[2]
-# what a user has no reason to import: how edits are located, steps computed, and old files read
-INTERNAL = ("continuous", "heads", "legacy", "located", "locator", "packed", "recompute", "stream")
-# the original's modules, whose names stand where they are defined
-DOORS = ("dataset", "reft_model", "reft_trainer", "utils")
+API = ROOT / "docs" / "api"
+# what a user has no reason to import: how edits are hung on a model, files written, and old programs served
+INSIDE = {"errors", "files", "model", "original", "places", "sharded", "steering", "training", "tuner"}
 BUILD = """
 import socket
 
@@ -123,42 +122,55 @@ def documented(site):
     return set(re.findall(r"^(\S+) py:", zlib.decompress(packed).decode(), flags=re.M))
 
 
-def public():
-    """The names of public modules: those in `__all__`, or what a module defines; with `__all__`, a package's parts
-    are internal, but for those that the documentation names itself."""
-    packages = []
-    for info in pkgutil.walk_packages(pyreft.__path__, "pyreft."):
-        parts = info.name.split(".")
-        if parts[1] in (*INTERNAL, *DOORS) or any(info.name.startswith(f"{package}.") for package in packages):
-            continue
-        module = importlib.import_module(info.name)
-        if info.ispkg and hasattr(module, "__all__"):
-            packages.append(info.name)
-        names = getattr(module, "__all__", None) or [
-            name
-            for name, value in vars(module).items()
-            if not name.startswith("_")
-            and (inspect.isfunction(value) or inspect.isclass(value))
-            and value.__module__ == info.name
-        ]
-        yield from (f"{info.name}.{name}" for name in names)
+def listed():
+    """What the pages show: names of the package, modules, and names of modules."""
+    return [name for page in API.glob("*.md") for name in re.findall(r"^::: (\S+)$", page.read_text(), flags=re.M)]
+
+
+def modules():
+    """The modules that the pages show: what a user imports from, beside the package."""
+    return [name for name in listed() if inspect.ismodule(pkgutil.resolve_name(name))]
+
+
+def public(module):
+    """The public names of a module: those in `__all__`, or what it defines."""
+    loaded = importlib.import_module(module)
+    names = getattr(loaded, "__all__", None) or [
+        name
+        for name, value in vars(loaded).items()
+        if not name.startswith("_")
+        and (inspect.isfunction(value) or inspect.isclass(value))
+        and value.__module__ == module
+    ]
+    return [f"{module}.{name}" for name in names]
+
+
+def test_the_pages_show_what_users_import_and_nothing_of_the_inside():
+    shown = listed()
+    assert len(set(shown)) == len(shown)
+    assert not [name for name in shown if name.split(".")[1] in INSIDE]
+    every = ["pyreft", "pyreft.config", *modules()]
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for module in re.findall(r"^ *from (pyreft[\w.]*) import", page.read_text(encoding="utf-8"), flags=re.M):
+            assert module in every, page.name
 
 
 def test_every_public_name_is_documented(site):
     found = documented(site)
-    missing = [name for name in public() if name not in found]
-    assert not missing, "add their modules to a page in docs/api, as '::: pyreft.the_module'"
-    assert len(set(public())) > 100
-    assert {"pyreft.inspect.plots.plot_sizes", "pyreft.model.ReftModel.generate"} <= found
+    names = [name for module in modules() for name in public(module)]
+    names += [f"pyreft.{name}" for name in pyreft.__all__ if name != "TaskType"]  # PEFT's
+    assert not [name for name in names if name not in found], "a name without a docstring"
+    assert len(set(names)) > 100
+    assert {"pyreft.inspect.plots.plot_sizes", "pyreft.ReftModel.generate"} <= found
 
 
 def test_every_name_of_the_package_is_on_the_page_of_public_names(site):
-    page = (ROOT / "docs" / "api" / "index.md").read_text(encoding="utf-8")
+    page = (API / "index.md").read_text(encoding="utf-8")
     found = documented(site)
     for name in pyreft.__all__:
         assert f"`{name}`" in page, name
         link = re.search(rf"\[`{name}`\]\[([\w.]+)\]", page)
-        if name != "TaskType":  # PEFT's
+        if name != "TaskType":
             assert link, name
             assert link[1] in found, name
             assert getattr(importlib.import_module(link[1].rpartition(".")[0]), name) is getattr(pyreft, name)

@@ -14,7 +14,8 @@ import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
 from pyreft.files.adapter import read_config
-from pyreft.jobs.job import PreparedJob, TrainingJob
+from pyreft.jobs.job import PreparedJob
+from pyreft.jobs.settings import TrainingJob
 from pyreft.loading import base_of, load_adapted, load_base
 
 SMALL = {"layers": "3", "positions": "l1", "rank": 2, "epochs": 3, "batch_size": 5, "lr": 0.01}

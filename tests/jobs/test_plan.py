@@ -5,14 +5,15 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_cli import run
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
 
 import pyreft
+from commands import run
 from conftest import tiny_llama
 from pyreft import pocket
-from pyreft.jobs.job import PreparedJob, TrainingJob
+from pyreft.jobs.job import PreparedJob
 from pyreft.jobs.plan import RULES, make_plan
+from pyreft.jobs.settings import TrainingJob
 from pyreft.jobs.timing import Measured, Rates
 from pyreft.loading import load_base
 from pyreft.reach.prefixes import SkipPrefixes

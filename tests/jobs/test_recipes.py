@@ -7,9 +7,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import suite_data
 from pyreft.errors import ReftError
-from pyreft.jobs.adapters import attach, count, heads_of, make_config
+from pyreft.jobs.methods import attach, classifier_of, count, make_config
 from pyreft.jobs.recipes import SHIPPED, decoding_of, read_recipe, recipe_jobs, shipped
-from pyreft.jobs.settings import check_numbers
+from pyreft.jobs.settings import check_settings
 from pyreft.tasks.figures import paper_rows
 
 
@@ -90,7 +90,7 @@ def test_the_number_of_parameters_on_glue_is_the_papers(method, size, layers, wi
     row = next(row for row in paper_rows("glue") if row.method == title and row.model == f"RoBERTa {size}")
     model = published(layers, width, "roberta")
     total, config = model.num_parameters(), make_config(job)
-    config.modules_to_save = heads_of(model)
+    config.modules_to_save = classifier_of(model)
     share = 100 * count(attach(model, config, None)) / total
     assert share == pytest.approx(row.params, rel=0.025)  # the paper's total is another by the classifier
 
@@ -218,7 +218,7 @@ def test_glue_generates_nothing(tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe))
     (job,) = jobs(tmp_path / "mine.yaml", task="rte")
     with pytest.raises(ReftError, match="decoding: the tasks of GLUE generate nothing"):
-        check_numbers(job)
+        check_settings(job)
 
 
 def test_lora_modules_that_are_not_there(tmp_path):

@@ -8,11 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_cli import run
+import torch
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import suite_data
+from commands import run
 from conftest import tiny_llama
 from pyreft import pocket
 from pyreft.errors import ReftError
@@ -215,6 +216,22 @@ def test_a_task_that_was_cut_off_goes_on(data, tmp_path):
 def history(out):
     last = max((out / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
     return [e for e in json.loads((last / "trainer_state.json").read_text())["log_history"] if "eval_loss" in e]
+
+
+def test_a_classifier_is_scored_in_the_type_it_was_trained_in(data, tmp_path, monkeypatch):
+    few = TINY | {"epochs": 1, "limit": 8, "dtype": "bfloat16"}
+    run("train", "glue", *options(model=data / "encoder", data_dir=data, output=tmp_path / "a", task="rte", **few))
+    types = []
+
+    def noted(*given):
+        model, tokenizer = load_adapted(*given)
+        types.append(model.dtype)
+        return model, tokenizer
+
+    monkeypatch.setattr("pyreft.jobs.evaluate.load_adapted", noted)
+    for dtype in (None, "float32"):
+        evaluate(tmp_path / "a", "glue", data, dtype=dtype)
+    assert types == [torch.bfloat16, torch.float32]
 
 
 def test_all_tasks_of_glue_one_after_the_other(data, tmp_path):

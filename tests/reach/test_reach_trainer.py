@@ -9,7 +9,8 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
-from pyreft.jobs.job import PreparedJob, TrainingJob
+from pyreft.jobs.job import PreparedJob
+from pyreft.jobs.settings import TrainingJob
 from pyreft.reach import Reach, ReachCallback
 from reaching import adapt, rows_of
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pyreft.jobs.classify import answers, score
+from pyreft.jobs.classify import predictions, score
 from pyreft.tasks import glue, suites
 from pyreft.tasks.answers import same
 from pyreft.tasks.metrics import METRICS
@@ -121,4 +121,4 @@ def test_arithmetic_answers(task, text, answer, read, right):
 )
 def test_glue_scores(task, outputs, truth, expected):
     task = glue.TASKS[task]
-    assert score(task, answers(task, torch.tensor(outputs)), truth) == pytest.approx(expected)
+    assert score(task, predictions(task, torch.tensor(outputs)), truth) == pytest.approx(expected)

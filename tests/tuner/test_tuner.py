@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 import pyreft
 from conftest import pad, shaken, tiny_llama
 from pyreft.interventions import INTERVENTIONS, intervention_class
+from pyreft.tuner.call import running
+from pyreft.tuner.layer import ReftLayer
 
 RULES = ["f2", "l1", "l4", "f2+l3", "f7+l7", "prompt", "all"]
 ROTARY = (torch.ones(1, 4, 8), torch.zeros(1, 4, 8))
@@ -210,13 +212,13 @@ def test_several_answers_to_a_prompt_share_its_locations(model, prompts):
 
 
 @pytest.mark.parametrize("rule", ["l1", "f2+l3", "prompt"])
-def test_decoding_after_the_prompt_runs_no_hook_of_ours(model, rule, monkeypatch):
+def test_decoding_after_the_prompt_edits_nothing(model, rule, monkeypatch):
     adapted = adapt(model, positions=rule)
     calls = []
     monkeypatch.setattr(
-        pyreft.tuner.ReftLayer,
-        "edit_located",
-        lambda self, h, edit=pyreft.tuner.ReftLayer.edit_located: calls.append(h.shape[1]) or edit(self, h),
+        ReftLayer,
+        "edit",
+        lambda self, h, *args, edit=ReftLayer.edit: calls.append(h.shape[1]) or edit(self, h, *args),
     )
     adapted.generate(input_ids=torch.randint(3, 96, (1, 9)), **GREEDY)
     assert calls == [9] * 4  # the prefill of four layers
@@ -547,13 +549,21 @@ def test_an_adapter_for_another_model_is_refused(model, tmp_path):
 def test_an_interrupted_forward_leaves_nothing_behind(model, monkeypatch):
     adapted = adapt(model, positions="l2")
     ids = torch.randint(3, 96, (2, 10))
-    expected, base = adapted(ids).logits, tiny_llama().model.layers[0](torch.ones(1, 4, 32), position_embeddings=ROTARY)
+    expected = adapted(ids).logits
     with monkeypatch.context() as patch:
         patch.setattr(model.model.norm, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             adapted(ids)
     assert torch.equal(adapted(ids).logits, expected)
-    assert torch.equal(model.model.layers[0](torch.ones(1, 4, 32), position_embeddings=ROTARY), base)
+
+
+def test_a_block_called_by_itself_is_refused(model):
+    adapted = adapt(model, positions="l2")
+    assert not running.frames
+    with pytest.raises(pyreft.ReftError, match="An edited module was called outside of a call of its model"):
+        model.model.layers[0](torch.ones(1, 4, 32), position_embeddings=ROTARY)
+    with adapted.disable_adapter():
+        model.model.layers[0](torch.ones(1, 4, 32), position_embeddings=ROTARY)
 
 
 def test_an_adapted_model_can_be_pickled(model):

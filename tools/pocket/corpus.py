@@ -13,6 +13,7 @@ import world
 from world import ASPECTS, FORM_ASPECT, FORMS, HELD_OUT, REGISTERS, SYSTEM_LINES, TOPICS, Topic
 
 PACKAGE_DATA = world.HERE.parents[1] / "src" / "pyreft" / "pocket" / "data"
+STUDY_TASKS = world.HERE.parents[1] / "benchmarks" / "_study" / "tasks.json"
 
 SEEN_TOPICS = tuple(topic for topic in TOPICS if topic.name not in HELD_OUT.topics)
 SEEN_FORMS = tuple(form for forms in FORMS.values() for form in forms[:-1])
@@ -229,7 +230,7 @@ CONTEXT_ASPECTS = {"whale": "where", "castle": "what", "bread": "why", "train": 
 
 
 def study_record() -> dict[str, object]:
-    """What `pyreft study` needs beside the emoji pairs: none of its prompts was in the corpus.
+    """What `benchmarks/study.py` needs beside the emoji pairs: none of its prompts was in the corpus.
 
     Forty emoji pairs of topics that the demonstration's sets leave, to choose learning rates by; the task of naming the
     middle one of three words, in a wording that asks to repeat them; and a conversation.
@@ -255,7 +256,7 @@ def study_record() -> dict[str, object]:
 
 
 def write_held_out() -> None:
-    """Write ``held_out.json`` and the package's ``emoji_train.jsonl``, ``emoji_heldout.jsonl`` and ``study.json``."""
+    """Write ``held_out.json``, the package's two sets of emoji pairs, and the tasks of the study."""
     text = json.dumps(held_out_record(), ensure_ascii=False, indent=0)
     (world.HERE / "held_out.json").write_text(text + "\n", encoding="utf-8")
     train, test = (_rows(pairs) for pairs in emoji_sets())
@@ -263,7 +264,7 @@ def write_held_out() -> None:
     _write_lines(PACKAGE_DATA / "emoji_train.jsonl", train_rows)
     _write_lines(PACKAGE_DATA / "emoji_heldout.jsonl", test)
     study = json.dumps(study_record(), ensure_ascii=False, indent=0)
-    (PACKAGE_DATA / "study.json").write_text(study + "\n", encoding="utf-8")
+    STUDY_TASKS.write_text(study + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -78,5 +78,5 @@ def context_length(model: Any, tokenizer: PreTrainedTokenizerBase, asked: int | 
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
     most = min(own, tokenizer.model_max_length)
     if asked is not None and not 1 < asked <= most:
-        raise ReftError(f"max_length: expected 2 to {most}, the context of the model, got {asked}.")
+        raise ReftError(f"expected 2 to {most}, the context of the model, got {asked}.", setting="max_length")
     return asked or most

@@ -106,7 +106,7 @@ def _split(
         read = [read_spans(text, markers) for text in texts]
         return [text for text, _ in read], [found for _, found in read]
     if len(spans) != len(texts):
-        raise ReftError(f"spans: expected a list for each of the {len(texts)} texts, got {len(spans)}.")
+        raise ReftError(f"expected a list for each of the {len(texts)} texts, got {len(spans)}.", setting="spans")
     return list(texts), list(spans)
 
 
@@ -126,7 +126,8 @@ def _by_intervention(
         return [sorted({at for places in tokens for at in places})] * num_interventions
     if len(span_of) != num_interventions or not all(0 <= number < len(tokens) for number in span_of):
         raise ReftError(
-            f"span_of: expected for each of {num_interventions} interventions the number of one of {len(tokens)} "
-            f"spans, got {list(span_of)} for {text!r}."
+            f"expected for each of {num_interventions} interventions the number of one of {len(tokens)} "
+            f"spans, got {list(span_of)} for {text!r}.",
+            setting="span_of",
         )
     return [tokens[number] for number in span_of]

@@ -42,8 +42,9 @@ class ReftDataCollator:
         labels = batch.get("labels")
         if isinstance(labels, torch.Tensor) and labels.dim() == 2 and bool((labels == IGNORED).all()):
             raise ReftError(
-                f"labels: all {len(rows)} rows of a batch have nothing but {IGNORED}, so nothing can be learned "
-                "from them; does a prompt fill the context, or is the answer masked?"
+                f"all {len(rows)} rows of a batch have nothing but {IGNORED}, so nothing can be learned "
+                "from them; does a prompt fill the context, or is the answer masked?",
+                setting="labels",
             )
         if any(at is not None for at in locations):
             left = batch["input_ids"].shape[-1] if self._pads_left() else None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..interventions import INTERVENTIONS, Intervention, LowRankIntervention
 from ..tuner.config import ReftConfig, Representation
+from .adapter import is_adapter
 
 CONFIG = "config.json"
 MODEL = "pytorch_model.bin"
@@ -36,8 +37,13 @@ _TOLERANCE = 0.05  # rounding to bfloat16 leaves up to about 0.01
 Values = list[tuple[nn.Parameter, Tensor]]  # parameters, and what a checkpoint has for them
 
 
-def find_legacy(directory: str | os.PathLike) -> Path | None:
-    """Return where files of the original are: in a directory, or in its `intervenable_model`; none if in neither."""
+def legacy_place(directory: str | os.PathLike) -> Path | None:
+    """Return where files of the original are: in a directory, or in its `intervenable_model`.
+
+    None if in neither, and of an adapter of this library.
+    """
+    if is_adapter(directory):
+        return None
     for place in (Path(directory), Path(directory, SUBFOLDER)):
         if any(place.glob("intkey_*.bin")):
             return place
@@ -56,7 +62,7 @@ def read_legacy(place: Path, act_fn: str | None = None) -> ReftConfig:
     A stored R may be rounded, as of a model in bfloat16: it is made orthonormal again.
 
     Args:
-        place: see `find_legacy`.
+        place: see `legacy_place`.
         act_fn: the activation the interventions were made with, `"linear"` if none. If it is not given, none is
             assumed, with a warning where it could matter.
 
@@ -69,7 +75,7 @@ def read_legacy(place: Path, act_fn: str | None = None) -> ReftConfig:
         intervention = _make(_class(name, place), state, act_fn, place / _file(key))
         representations.append(Representation(layer=layer, component=component, intervention=intervention))
     config = ReftConfig(representations=representations)
-    if act_fn is None and not all(entry.intervention.constant for entry in representations):
+    if act_fn is None and any(isinstance(entry.intervention.learned_source, nn.Linear) for entry in representations):
         warnings.warn(
             f"{place}: the original's files do not name the activation of the interventions; none is assumed. If "
             "they were made with one, name it: ReftModel.load(..., act_fn='relu'); if not, act_fn='linear' says so.",
@@ -225,10 +231,10 @@ def _orthogonal(free: Tensor) -> Tensor:
 
 def _make(cls: type[LowRankIntervention], state: dict[str, Tensor], act_fn: str | None, file: Path) -> Intervention:
     """An intervention with the sizes and the values of a stored state."""
-    basis = state.get("rotate_layer.free" if cls.orthonormal else "proj_layer.weight")
+    basis = state.get("rotate_layer.free", state.get("proj_layer.weight"))
     if basis is None or basis.dim() != 2:
         raise ReftError(f"{file}: expected the tensors of {cls.__name__}, found {_listed(state)}.")
-    width, rank = basis.shape if cls.orthonormal else basis.T.shape
+    width, rank = basis.shape if "rotate_layer.free" in state else basis.T.shape
     bias = "proj_layer.bias" in state
     intervention = cls(embed_dim=width, low_rank_dimension=rank, act_fn=act_fn, add_bias=bias)
     fill(_values(intervention, state, file))

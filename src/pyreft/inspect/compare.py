@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..errors import ReftError
 from .directions import rank_of, singular_directions
-from .states import Place, RecordedEdits
+from .recorded import Place, RecordedEdits
 
 
 @dataclass(frozen=True)

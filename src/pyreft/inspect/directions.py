@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError
 from ..places.structure import find_blocks, hidden_width, widths_of
-from .states import Place, PlaceEdits, RecordedEdits
-from .texts import token_texts
+from .recorded import Place, PlaceEdits, RecordedEdits
+from .rows import token_texts
 
 # the components whose states are the residual stream, or are added to it as they are
 _RESIDUAL = ("block_input", "block_output", "mlp_output", "attention_output", "cross_attention_output")
@@ -127,7 +127,7 @@ def residual_edit(base: Any, edits: PlaceEdits) -> Tensor | None:
     states = torch.zeros(len(edits.edit), widths[0])
     states[:, slice(*place.columns) if place.columns else slice(None)] = edits.edit
     states = states.to(next(module.parameters()).device, base.dtype)  # weights may be packed integers
-    return (module(states) - module(torch.zeros_like(states))).float().cpu()
+    return (module.forward(states) - module.forward(torch.zeros_like(states))).float().cpu()
 
 
 class Unembedding:
@@ -141,8 +141,8 @@ class Unembedding:
     """
 
     def __init__(self, model: Any) -> None:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        if head is None or getattr(head, "weight", None) is None:
+        layer = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        if layer is None or getattr(layer, "weight", None) is None:
             raise ReftError(
                 f"{type(model).__name__} has no unembedding, so no tokens are near to a direction; load it as a "
                 "language model, such as with AutoModelForCausalLM. Sizes and comparisons need none."
@@ -151,7 +151,7 @@ class Unembedding:
         parent = model.get_submodule(path.rpartition(".")[0])
         norms = [child for name, child in parent.named_children() if re.search(r"norm|ln_", name.lower())]
         self.norm: Any = norms[-1] if norms else nn.Identity()
-        self.weight: Tensor = head.weight
+        self.weight: Tensor = layer.weight
         width = hidden_width(model)
         if self.weight.shape[-1] != width:
             raise ReftError(

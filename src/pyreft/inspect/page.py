@@ -10,9 +10,9 @@ from typing import Any
 from .compare import Comparison
 from .directions import Near
 from .plots import heat_map_size, new_axes, plot_comparison, plot_directions, plot_sizes, plot_strengths
+from .recorded import place_names
 from .report import Inspection
 from .sizes import EditSizes
-from .states import place_names
 
 SHOWN = 3  # texts with a heat map of their own
 NAME = "inspect"
@@ -107,7 +107,7 @@ def _direction_part(inspection: Inspection, pictures: dict[str, bytes]) -> list[
         for number, direction in enumerate(written.directions):
             first = [name, str(written.rank)] if not number else ["", ""]
             rows.append([*first, f"{100 * direction.share:.1f} %", _near(direction.towards), _near(direction.away)])
-    head = ("place", "directions for 99 %", "share", "towards", "away from")
+    titles = ("place", "directions for 99 %", "share", "towards", "away from")
     return [
         "<h2>Which directions are written</h2>",
         "<p class=note>The right singular vectors of all edits of a place, the strongest first; its share is the part "
@@ -115,7 +115,7 @@ def _direction_part(inspection: Inspection, pictures: dict[str, bytes]) -> list[
         "largest cosine with the direction; in early layers they are a hint at most. Without tokens: what is written "
         "there is not the residual stream.</p>",
         _image(pictures, "directions", "Shares of the directions"),
-        _table(head, rows),
+        _table(titles, rows),
     ]
 
 
@@ -154,13 +154,13 @@ def _comparison_part(inspection: Inspection, comparison: Comparison, pictures: d
         for whose, places in (("this adapter", comparison.only_first), ("the other", comparison.only_second))
         if places
     ]
-    head = ("place", "directions", "overlap", "by chance", "principal angles", "cosine of the edits")
+    titles = ("place", "directions", "overlap", "by chance", "principal angles", "cosine of the edits")
     return [
         f"<h2>Beside <code>{_text(str(inspection.other))}</code></h2>",
         "<p class=note>Overlap: the mean squared cosine of the principal angles between the subspaces that the two "
         "write in, 1 where one contains the other. By chance: that of random subspaces of the same ranks.</p>",
         *([_image(pictures, "comparison", "Overlap and cosine by place")] if comparison.places else []),
-        *([_table(head, rows)] if rows else ["<p>They edit no place in common.</p>"]),
+        *([_table(titles, rows)] if rows else ["<p>They edit no place in common.</p>"]),
         *alone,
     ]
 
@@ -183,9 +183,9 @@ def _image(pictures: dict[str, bytes], name: str, text: str) -> str:
     return f'<img alt="{text}" src="data:image/png;base64,{base64.b64encode(pictures[name]).decode()}">'
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table; its cells are HTML."""
-    lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in head) + "</tr>"]
+    lines = ["<tr>" + "".join(f"<th>{name}</th>" for name in titles) + "</tr>"]
     lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     return "<table>" + "\n".join(lines) + "</table>"
 

@@ -11,8 +11,8 @@ import torch
 from ..errors import ReftError
 from .compare import Comparison
 from .directions import WrittenDirections
+from .recorded import place_names
 from .sizes import EditSizes
-from .states import place_names
 from .strength import StrengthCurve
 
 if TYPE_CHECKING:

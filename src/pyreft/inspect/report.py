@@ -16,10 +16,10 @@ from ..loading import base_of, check_generates, check_language_model, load_adapt
 from ..tuner.config import shape_differences
 from .compare import Comparison, compare_edits
 from .directions import Unembedding, WrittenDirections, written_directions
+from .recorded import Place, RecordedEdits, record_edits
+from .rows import Row, check_edited, prompt_length, read_rows, text_rows
 from .sizes import EditSizes, edit_sizes, mean_edit_sizes
-from .states import Place, RecordedEdits, record_edits
 from .strength import STRENGTHS, StrengthAnswers, StrengthCurve, answers_by_strength, loss_by_strength
-from .texts import Row, check_edited, prompt_length, read_rows, text_rows
 
 Progress = Callable[[str], None]
 
@@ -117,18 +117,12 @@ def inspect_adapter(
     name = model or base_of(adapter)
     rows = _checked_rows(adapter, texts, data, compare, name, most)
     tell("Loading the model")
-    adapted, tokenizer = load_adapted(adapter, model)
-    Unembedding(adapted.get_base_model())
-    _check_lengths(rows, context_length(adapted.get_base_model(), tokenizer), max_new_tokens)
+    adapted, tokenizer = _load(adapter, model, rows, max_new_tokens)
     tell("Recording the edits")
     recorded = record_edits(adapted, rows)
     directions = written_directions(adapted, tokenizer, recorded)
     tell("Changing the strength")
-    answers, curves = None, []
-    if "labels" in rows[0]:
-        curves = [loss_by_strength(adapted, rows, strengths)]
-    else:
-        answers, curves = answers_by_strength(adapted, tokenizer, rows, strengths, max_new_tokens=max_new_tokens)
+    answers, curves = _by_strength(adapted, tokenizer, rows, strengths, max_new_tokens)
     comparison = None
     if compare is not None:
         tell("Comparing")
@@ -171,6 +165,24 @@ def _checked_rows(
         layers = (entries.base_model_shape or {}).get("num_hidden_layers", 0)
         check_edited([entry.rule() for entry in entries.expand(layers)], rows)
     return rows
+
+
+def _load(adapter: str | os.PathLike, model: str | None, rows: Sequence[Row], new: int) -> tuple[Any, Any]:
+    """The adapted model and its tokenizer; refused where it cannot be looked at or has no room for the rows."""
+    adapted, tokenizer = load_adapted(adapter, model)
+    base = adapted.get_base_model()
+    Unembedding(base)
+    _check_lengths(rows, context_length(base, tokenizer), new)
+    return adapted, tokenizer
+
+
+def _by_strength(
+    adapted: Any, tokenizer: Any, rows: Sequence[Row], strengths: Sequence[float], new: int
+) -> tuple[StrengthAnswers | None, list[StrengthCurve]]:
+    """The loss on the answers that the rows bring; else the model's own answers, and the loss on these."""
+    if "labels" in rows[0]:
+        return None, [loss_by_strength(adapted, rows, strengths)]
+    return answers_by_strength(adapted, tokenizer, rows, strengths, max_new_tokens=new)
 
 
 def _record_other(adapted: Any, directory: str | os.PathLike, rows: Sequence[Row]) -> RecordedEdits:

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError
-from .states import Place, PlaceEdits, RecordedEdits
-from .texts import prompt_length, token_texts
+from .recorded import Place, PlaceEdits, RecordedEdits
+from .rows import prompt_length, token_texts
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def edit_sizes(recorded: RecordedEdits, tokenizer: PreTrainedTokenizerBase, row:
         ReftError: a row that was not recorded.
     """
     if not 0 <= row < len(recorded.rows):
-        raise ReftError(f"row: expected 0 to {len(recorded.rows) - 1}, got {row}.")
+        raise ReftError(f"expected 0 to {len(recorded.rows) - 1}, got {row}.", setting="row")
     labels = token_texts(tokenizer, recorded.rows[row]["input_ids"])
     tables = torch.full((2, len(recorded.places), len(labels)), torch.nan)
     for number, edits in enumerate(recorded.places):

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.supervised import IGNORED
 from ..errors import ReftError
 from ..generation import answer_ids
-from .texts import Row, batches
+from .rows import Row, batches
 
 STRENGTHS = tuple(step / 4 for step in range(9))
 """From 0 to 2."""
@@ -123,6 +123,6 @@ def _answered(prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> lis
 
 def _check(strengths: Sequence[float]) -> None:
     if not len(strengths):
-        raise ReftError("strengths: expected at least one number, got none.")
+        raise ReftError("expected at least one number, got none.", setting="strengths")
     if not all(map(math.isfinite, strengths)):
-        raise ReftError(f"strengths: expected finite numbers, got {', '.join(map(str, strengths))}.")
+        raise ReftError(f"expected finite numbers, got {', '.join(map(str, strengths))}.", setting="strengths")

@@ -58,11 +58,15 @@ def register(cls: type[Intervention]) -> type[Intervention]:
         ReftError: not an intervention, or another class has the name.
     """
     if not (isinstance(cls, type) and issubclass(cls, Intervention)):
-        raise ReftError(f"intervention: expected a subclass of pyreft.interventions.Intervention, got {cls!r}.")
+        raise ReftError(
+            f"expected a subclass of pyreft.interventions.Intervention, got {cls!r}.", setting="intervention"
+        )
     name = short_name(cls)
     known = INTERVENTIONS.get(name, cls)
     if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise ReftError(f"intervention: the name {name!r} of {cls!r} belongs to {known!r}; give the class another.")
+        raise ReftError(
+            f"the name {name!r} of {cls!r} belongs to {known!r}; give the class another.", setting="intervention"
+        )
     INTERVENTIONS[name] = cls  # the newer one, where a notebook defines a class again
     return cls
 
@@ -95,8 +99,9 @@ def intervention_class(name: str | type[Intervention]) -> type[Intervention]:
     key = str(name).lower().removesuffix("intervention")
     if key not in INTERVENTIONS:
         raise ReftError(
-            f"intervention: expected one of {', '.join(INTERVENTIONS)}, got {name!r}."
+            f"expected one of {', '.join(INTERVENTIONS)}, got {name!r}."
             f"{did_you_mean(key, INTERVENTIONS)} A class of your own must be given to what loads the adapter, as in "
-            "ReftModel.load(..., interventions=[MyIntervention])."
+            "ReftModel.load(..., interventions=[MyIntervention]).",
+            setting="intervention",
         )
     return INTERVENTIONS[key]

@@ -6,7 +6,7 @@ not known here.
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from ..errors import ReftError
 
 
 class Intervention(nn.Module):
-    """h' = h + dropout(edit(h)), computed in float32 and cast back to the type of h.
+    """h' = Φ(h), computed in float32 and cast back to the type of h.
 
-    A subclass makes its parameters and gives the formula of `edit`. That is all that an intervention of one's own
-    needs; pass the class to `ReftConfig(intervention=...)` and to whatever loads the adapter again.
+    A subclass makes its parameters and gives the `formula`, or, where that is shorter, the `edit` that a formula
+    adds to h. That is all that an intervention of one's own needs; pass the class to `ReftConfig(intervention=...)`
+    and to whatever loads the adapter again.
 
     Args:
         embed_dim: d, the width of the edited hidden states.
@@ -29,18 +30,18 @@ class Intervention(nn.Module):
         >>> class ScaleIntervention(Intervention):
         ...     def __init__(self, *, embed_dim, **settings):
         ...         super().__init__(embed_dim=embed_dim, **settings)
-        ...         self.scale = nn.Parameter(torch.zeros(embed_dim))
+        ...         self.scale = nn.Parameter(torch.ones(embed_dim))
         ...
-        ...     def edit(self, h):
+        ...     def formula(self, h):
         ...         return self.scale * h
         >>> ScaleIntervention(embed_dim=4)(torch.ones(2, 4)).shape
         torch.Size([2, 4])
     """
 
-    #: whether `edit` also takes `rows`, `[n]`: the row of the batch that each token belongs to
+    #: whether the formula also takes `rows`, `[n]`: the row of the batch that each token belongs to
     by_row = False
-    #: whether `edit` works as well on `[rows, n, d]` with the parameters of another intervention for each row, those of
-    #: `[k]` as `[rows, 1, k]` and those of `[r, d]` as `[rows, r, d]`; a subclass says so for itself, see `stack`
+    #: whether the formula works as well on `[rows, n, d]` with the parameters of another intervention for each row,
+    #: those of `[k]` as `[rows, 1, k]` and those of `[r, d]` as `[rows, r, d]`, see `stack`; a subclass says it itself
     stackable = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -69,15 +70,43 @@ class Intervention(nn.Module):
                     break
         return names - {"self", "embed_dim", "dtype", "device"}
 
-    def edit(self, h: Tensor) -> Tensor:
-        """Return h' - h for float32 states h `[n, d]`."""
-        raise NotImplementedError
+    def _add_edit(self, h: Tensor, **context: Tensor) -> Tensor:
+        return h + self.edit(h, **context)
 
-    def forward(self, h: Tensor, **context: Tensor) -> Tensor:
-        """Return h' for the states h `[n, d]`, in the type of h; `context` goes to `edit`."""
+    def _no_edit(self, h: Tensor, **context: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} has neither a formula nor an edit.")
+
+    #: from float32 states h, `[n, d]`, and what else it takes to h'
+    formula: Callable[..., Tensor] = _add_edit
+    #: instead of the formula, h' - h
+    edit: Callable[..., Tensor] = _no_edit
+
+    def basis(self) -> Tensor | None:
+        """Return the directions along which h' differs from h, `[r, d]`, in float32; none if there are none."""
+        return None
+
+    def forward(
+        self, h: Tensor, *, R: Tensor | None = None, subspaces: Tensor | None = None, **context: Tensor
+    ) -> Tensor:
+        """Return h' for the states h, `[n, d]`, in the type of h.
+
+        Args:
+            R: the directions, `basis()`, where they have been computed already; a formula that has them takes them.
+            subspaces: `[n, r]`, true for the directions that each token may move along.
+            context: what else the formula takes.
+        """
         with torch.autocast(h.device.type, enabled=False):
             wide = h.float()
-            return (wide + self.dropout(self.edit(wide, **context))).to(h.dtype)
+            R = self.basis() if R is None else R
+            if R is not None:
+                context["R"] = R if subspaces is None else R * subspaces[..., None]  # zero takes no part: [n, r, d]
+            if R is not None and context["R"].dim() > h.dim():
+                new = self.formula(wide[:, None], **context)[:, 0]
+            else:
+                new = self.formula(wide, **context)
+            if self.training and self.dropout.p:
+                new = wide + self.dropout(new - wide)
+            return new.to(h.dtype)
 
     def penalty(self) -> Tensor | None:
         """What the training loss gets on top after a forward, a scalar, or nothing."""
@@ -93,8 +122,6 @@ def stack(modules: Sequence[Any]) -> Any:
     They are of one `stackable` class, with the same settings and shapes. Gradients flow to each of them.
     """
     first = modules[0]
-    if hasattr(first, "stacked"):
-        return first.stacked(modules)
     made = copy.copy(first)
     for kind in ("_parameters", "_buffers"):
         made.__dict__[kind] = {
@@ -114,5 +141,6 @@ def check_rank(rank: int, embed_dim: int) -> None:
     """Refuse a rank below 1 or above the width."""
     if not isinstance(rank, int) or not 1 <= rank <= embed_dim:
         raise ReftError(
-            f"low_rank_dimension: expected a rank from 1 to the width {embed_dim} of the edited states, got {rank!r}."
+            f"expected a rank from 1 to the width {embed_dim} of the edited states, got {rank!r}.",
+            setting="low_rank_dimension",
         )

@@ -12,10 +12,9 @@ from .rotation import LowRankRotateLayer
 
 
 class LowRankIntervention(Intervention):
-    """h' = h + dropout(Bᵀ c(h)): c(h), `[n, r]`, are r coordinates along the directions in B, `[r, d]`.
+    """h' differs from h along r directions: the rows of R, `[r, d]`, which are orthonormal, or those of W₂.
 
-    A subclass gives the formula of `coordinates`, and says which parameters it has: a source, W h + b or with
-    `constant` the bare b, and a basis, the rows of R if `orthonormal` and of W₂ if not.
+    A subclass makes its parameters, says what its directions are, and gives the formula.
 
     Args:
         embed_dim: d, the width of the edited hidden states.
@@ -29,9 +28,6 @@ class LowRankIntervention(Intervention):
     Raises:
         ReftError: a rank below 1 or above the width, or an unknown activation.
     """
-
-    orthonormal = True
-    constant = False
 
     def __init__(
         self,
@@ -47,20 +43,12 @@ class LowRankIntervention(Intervention):
         super().__init__(embed_dim=embed_dim, dropout=dropout)
         check_rank(low_rank_dimension, embed_dim)
         if act_fn is not None and act_fn not in ACT2FN:
-            raise ReftError(f"act_fn: no activation is called {act_fn!r}.{did_you_mean(act_fn, ACT2FN)}")
+            raise ReftError(f"no activation is called {act_fn!r}.{did_you_mean(act_fn, ACT2FN)}", setting="act_fn")
         self.low_rank_dimension = low_rank_dimension
         self.act_fn_name = act_fn
         self.add_bias = add_bias
         self.act_fn = nn.Identity() if act_fn is None else ACT2FN[act_fn]
-        if self.orthonormal:
-            self.rotate_layer = LowRankRotateLayer(embed_dim, low_rank_dimension)
-        else:
-            self.proj_layer = nn.Linear(embed_dim, low_rank_dimension, bias=add_bias)
-        self.learned_source: nn.Linear | nn.Parameter
-        if self.constant:
-            self.learned_source = nn.Parameter(torch.rand(low_rank_dimension))
-        else:
-            self.learned_source = nn.Linear(embed_dim, low_rank_dimension)
+        self.make_parameters(embed_dim, low_rank_dimension)
         self.to(device=device, dtype=dtype)
 
     @property
@@ -72,33 +60,21 @@ class LowRankIntervention(Intervention):
             "add_bias": self.add_bias,
         }
 
-    def coordinates(self, h: Tensor, basis: Tensor) -> Tensor:
-        """Return the coordinates of the edit, `[n, r]`, or `[r]` if they are the same for every token."""
+    learned_source: Any  # W and b as a linear layer, or b alone
+
+    def make_parameters(self, d: int, r: int) -> None:
+        """Make what is learned."""
         raise NotImplementedError
 
-    def edit(self, h: Tensor, subspaces: Tensor | None = None) -> Tensor:
-        """Return h' - h; `subspaces`, `[n, r]`, is true for the directions that each token may move along."""
-        basis = self.basis()
-        coordinates = self.coordinates(h, basis)
-        if subspaces is not None:
-            coordinates = coordinates * subspaces
-        return (coordinates @ basis).expand_as(h)
-
     def source(self, h: Tensor) -> Tensor:
-        """Return act(W h + b), `[n, r]`, or b, `[r]`."""
-        if isinstance(self.learned_source, nn.Linear):
-            return self.act_fn(_linear(self.learned_source, h))
-        return self.learned_source.float()
-
-    def basis(self) -> Tensor:
-        """Return R or W₂, `[r, d]`."""
-        return self.rotate_layer.weight.mT if self.orthonormal else self.proj_layer.weight.float()
+        """Return act(W h + b), `[n, r]`."""
+        return self.act_fn(linear(self.learned_source, h))
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, rank={self.low_rank_dimension}"
 
 
-def _linear(layer: nn.Linear, h: Tensor) -> Tensor:
+def linear(layer: nn.Linear, h: Tensor) -> Tensor:
     """A linear layer in float32, whatever type its parameters have; it may be stacked."""
     product = h @ layer.weight.float().mT
     return product if layer.bias is None else product + layer.bias.float()
@@ -109,28 +85,47 @@ class LoreftIntervention(LowRankIntervention):
 
     stackable = True
 
-    def coordinates(self, h: Tensor, basis: Tensor) -> Tensor:
-        return self.source(h) - h @ basis.mT
+    def make_parameters(self, d: int, r: int) -> None:
+        self.rotate_layer = LowRankRotateLayer(d, r)
+        self.learned_source = nn.Linear(d, r)
+
+    def basis(self) -> Tensor:
+        return self.rotate_layer.weight.mT
+
+    def formula(self, h: Tensor, R: Tensor) -> Tensor:
+        return h + (self.source(h) - h @ R.mT) @ R
 
 
 class NoreftIntervention(LowRankIntervention):
     """NoReFT: h' = h + W₂ᵀ(act(W₁ h + b) - W₂ h), W₂ not orthonormal (ReFT, table 17)."""
 
     stackable = True
-    orthonormal = False
 
-    def coordinates(self, h: Tensor, basis: Tensor) -> Tensor:
-        return self.source(h) - _linear(self.proj_layer, h)
+    def make_parameters(self, d: int, r: int) -> None:
+        self.proj_layer = nn.Linear(d, r, bias=self.add_bias)  # W₂
+        self.learned_source = nn.Linear(d, r)  # W₁, b
+
+    def basis(self) -> Tensor:
+        return self.proj_layer.weight.float()
+
+    def formula(self, h: Tensor, R: Tensor) -> Tensor:
+        return h + (self.source(h) - linear(self.proj_layer, h)) @ R
 
 
 class ConsreftIntervention(LoreftIntervention):
     """ConsReFT: h' = h + Rᵀ(b - R h), the same r coordinates for every token (ReFT, table 17)."""
 
     stackable = True
-    constant = True
+
+    def make_parameters(self, d: int, r: int) -> None:
+        self.rotate_layer = LowRankRotateLayer(d, r)
+        self.learned_source = nn.Parameter(torch.rand(r))
+
+    def formula(self, h: Tensor, R: Tensor) -> Tensor:
+        return h + (self.learned_source.float() - h @ R.mT) @ R
 
 
-class DireftIntervention(LowRankIntervention):
+class DireftIntervention(LoreftIntervention):
     """h' = h + Rᵀ act(W h + b), with orthonormal rows of R (ReFT, table 17, row 3).
 
     The paper calls another formula DiReFT: that one is `NodireftIntervention`.
@@ -138,22 +133,27 @@ class DireftIntervention(LowRankIntervention):
 
     stackable = True
 
-    def coordinates(self, h: Tensor, basis: Tensor) -> Tensor:
-        return self.source(h)
+    def formula(self, h: Tensor, R: Tensor) -> Tensor:
+        return h + self.source(h) @ R
 
 
-class LobireftIntervention(DireftIntervention):
+class LobireftIntervention(ConsreftIntervention):
     """LobiReFT: h' = h + Rᵀ b, a low-rank bias (ReFT, table 17)."""
 
     stackable = True
-    constant = True
+
+    def formula(self, h: Tensor, R: Tensor) -> Tensor:
+        return h + self.learned_source.float() @ R
 
 
-class NodireftIntervention(DireftIntervention):
+class NodireftIntervention(NoreftIntervention):
     """DiReFT as the paper defines it: h' = h + W₂ᵀ act(W₁ h + b), W₂ not orthonormal (ReFT, equation 4).
 
-    With `add_bias`, W₂ has a bias that enters no formula, as in the original library.
+    With `add_bias`, W₂ has a bias that enters no formula, as in the original library; its gradient is zero.
     """
 
     stackable = True
-    orthonormal = False
+
+    def formula(self, h: Tensor, R: Tensor) -> Tensor:
+        new = h + self.source(h) @ R
+        return new if self.proj_layer.bias is None else new + 0 * self.proj_layer.bias.sum()

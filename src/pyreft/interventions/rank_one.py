@@ -29,7 +29,7 @@ class Reftr1Intervention(Intervention):
     def __init__(self, *, embed_dim: int, dropout: float = 0.0, top_k: int = 8, l1: float = 0.005) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
         if top_k < 1:
-            raise ReftError(f"top_k: expected at least one latent that counts, got {top_k}.")
+            raise ReftError(f"expected at least one latent that counts, got {top_k}.", setting="top_k")
         self.top_k, self.l1 = top_k, l1
         self.rotate_layer = LowRankRotateLayer(embed_dim, 1)
         self._penalty: Tensor | None = None
@@ -38,12 +38,15 @@ class Reftr1Intervention(Intervention):
     def settings(self) -> dict[str, Any]:
         return {**super().settings, "top_k": self.top_k, "l1": self.l1}
 
-    def latents(self, h: Tensor) -> Tensor:
-        """Return how strongly the concept is present in each state, `[n]`, not negative."""
-        return (h.float() @ self.rotate_layer.weight).squeeze(-1).relu()
+    def basis(self) -> Tensor:
+        return self.rotate_layer.weight.mT
 
-    def edit(self, h: Tensor, rows: Tensor) -> Tensor:  # type: ignore[override]  # as `by_row` says
-        latents = self.latents(h)
+    def latents(self, h: Tensor, R: Tensor | None = None) -> Tensor:
+        """Return how strongly the concept is present in each state, `[n]`, not negative; R is w, `[1, d]`."""
+        return (h.float() @ (self.basis() if R is None else R).mT).squeeze(-1).relu()
+
+    def formula(self, h: Tensor, R: Tensor, rows: Tensor) -> Tensor:
+        latents = self.latents(h, R)
         _, rows, counts = rows.unique_consecutive(return_inverse=True, return_counts=True)
         columns = torch.arange(len(rows), device=h.device) - (counts.cumsum(0) - counts)[rows]
         table = latents.new_full((len(counts), int(counts.max())), -1).index_put((rows, columns), latents)
@@ -53,7 +56,7 @@ class Reftr1Intervention(Intervention):
         if self.training:
             rest = latents.sum() - (top * chosen).sum()
             self._penalty = self.l1 * rest / (counts.sum() - chosen.sum()).clamp(min=1)
-        return strength[rows].unsqueeze(-1) * self.rotate_layer.weight.T
+        return h + strength[rows].unsqueeze(-1) * R
 
     def penalty(self) -> Tensor | None:
         taken, self._penalty = self._penalty, None

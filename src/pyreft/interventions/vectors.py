@@ -18,8 +18,8 @@ class BiasIntervention(Intervention):
         super().__init__(embed_dim=embed_dim, dropout=dropout)
         self.bias = nn.Parameter(torch.zeros(embed_dim))
 
-    def edit(self, h: Tensor) -> Tensor:
-        return self.bias.float().expand_as(h)
+    def formula(self, h: Tensor) -> Tensor:
+        return h + self.bias.float()
 
 
 class RedIntervention(Intervention):
@@ -32,8 +32,8 @@ class RedIntervention(Intervention):
         self.scale = nn.Parameter(torch.ones(embed_dim))
         self.bias = nn.Parameter(torch.zeros(embed_dim))
 
-    def edit(self, h: Tensor) -> Tensor:
-        return (self.scale.float() - 1) * h + self.bias.float()
+    def formula(self, h: Tensor) -> Tensor:
+        return self.scale.float() * h + self.bias.float()
 
 
 class RoadIntervention(Intervention):
@@ -50,14 +50,16 @@ class RoadIntervention(Intervention):
     def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
         if embed_dim % 2:
-            raise ReftError(f"intervention: 'road' rotates pairs of dimensions; the width {embed_dim} is odd.")
+            raise ReftError(
+                f"'road' rotates pairs of dimensions; the width {embed_dim} is odd.", setting="intervention"
+            )
         self.theta = nn.Parameter(torch.zeros(embed_dim // 2))
         self.alpha = nn.Parameter(torch.ones(embed_dim // 2))
 
-    def edit(self, h: Tensor) -> Tensor:
+    def formula(self, h: Tensor) -> Tensor:
         cos, sin = self.alpha.float() * self.theta.float().cos(), self.alpha.float() * self.theta.float().sin()
         even, odd = h[..., 0::2], h[..., 1::2]
-        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2) - h
+        return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 class LofitIntervention(Intervention):
@@ -80,8 +82,8 @@ class LofitIntervention(Intervention):
     def settings(self) -> dict[str, Any]:
         return {**super().settings, "l1": self.l1}
 
-    def edit(self, h: Tensor) -> Tensor:
-        return self.scale.float() * h
+    def formula(self, h: Tensor) -> Tensor:
+        return (1 + self.scale.float()) * h
 
     def penalty(self) -> Tensor | None:
         return self.l1 * self.scale.float().abs().sum() if self.l1 else None
@@ -119,9 +121,9 @@ class JolaIntervention(Intervention):
             logits = (logits + torch.logit(torch.rand_like(logits), eps=1e-6)) / self.TEMPERATURE
         return (logits.sigmoid() * (self.HIGH - self.LOW) + self.LOW).clamp(0, 1)
 
-    def edit(self, h: Tensor) -> Tensor:
+    def formula(self, h: Tensor) -> Tensor:
         scaled, shifted = self.gates().split(1, dim=-1)
-        return scaled * self.scale.float() * h + shifted * self.bias.float()
+        return (1 + scaled * self.scale.float()) * h + shifted * self.bias.float()
 
     def penalty(self) -> Tensor | None:
         if not self.l0:

@@ -1,7 +1,8 @@
-"""A training job for a task of GLUE: an encoder, an adapter and a classifier, of which the best epoch is kept."""
+"""A task of GLUE: an encoder, an adapter and a classifier, of which the best epoch is kept; and their scores."""
 
 from typing import Any
 
+import torch
 from peft import TaskType
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
 
@@ -12,8 +13,8 @@ from ..tasks.glue import Pair, Task, find_task, read, split_validation
 from ..tasks.metrics import METRICS
 from ..training.checkpoints import CheckpointingClassifierTrainer
 from ..tuner.config import ReftConfig
-from .adapters import heads_of
 from .job import PreparedJob
+from .methods import classifier_of
 
 
 class PreparedClassifier(PreparedJob):
@@ -28,10 +29,10 @@ class PreparedClassifier(PreparedJob):
     def _prepare(self) -> None:
         job = self.job
         if not job.task:
-            raise ReftError("task: name the task of GLUE that is trained.")
+            raise ReftError("name the task of GLUE that is trained.", setting="task")
         for name in ("validation", "validation_split", "save_steps", "format"):
             if getattr(job, name):
-                raise ReftError(f"{name}: GLUE has its own; leave it out.")
+                raise ReftError("GLUE has its own; leave it out.", setting=name)
         self.task: Task = find_task(job.task)
         pairs = read(self.task, "train", job.data_dir, job.limit)
         choosing, _ = split_validation(read(self.task, "validation", job.data_dir), job.seed)
@@ -39,10 +40,9 @@ class PreparedClassifier(PreparedJob):
         self.format = "text"
         set_seed(job.seed)
         model, self.tokenizer = load_base(job.model, job.dtype, self.task.outputs)
-        if isinstance(self.config, ReftConfig):
-            self.config.modules_to_save = heads_of(model)
-        else:
-            self.config.task_type, self.config.modules_to_save = TaskType.SEQ_CLS, heads_of(model)
+        self.config.modules_to_save = classifier_of(model)
+        if not isinstance(self.config, ReftConfig):
+            self.config.task_type = TaskType.SEQ_CLS
         limit = context_length(model, self.tokenizer, job.max_length)
         self.rows = encode_pairs(self.tokenizer, self.task, pairs, limit)
         self.validation = encode_pairs(self.tokenizer, self.task, choosing, limit)
@@ -58,7 +58,7 @@ class PreparedClassifier(PreparedJob):
     def compute_metrics(self, predicted: Any) -> dict[str, float]:
         """The task's metrics of the Trainer's predictions."""
         outputs = predicted.predictions[0] if isinstance(predicted.predictions, tuple) else predicted.predictions
-        return score(self.task, answers(self.task, outputs), predicted.label_ids.tolist())
+        return score(self.task, predictions(self.task, outputs), predicted.label_ids.tolist())
 
 
 def encode_pairs(tokenizer: PreTrainedTokenizerBase, task: Task, pairs: list[Pair], limit: int) -> list[dict[str, Any]]:
@@ -70,7 +70,35 @@ def encode_pairs(tokenizer: PreTrainedTokenizerBase, task: Task, pairs: list[Pai
     return rows
 
 
-def answers(task: Task, outputs: Any) -> list[float]:
+def classify(
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, pairs: list[Pair], *, most: int, batch_size: int
+) -> dict[str, Any]:
+    """Classify sentences and score what was found, in percent.
+
+    Args:
+        model: an adapted classifier.
+        most: how many tokens of a row are read, within the model's context.
+
+    Returns:
+        The `score`, its `metric`, all `metrics`, the `count` and the `answers`, as `evaluate` has them.
+    """
+    rows = encode_pairs(tokenizer, task, pairs, min(most, context_length(model.get_base_model(), tokenizer)))
+    found: list[float] = []
+    for start in range(0, len(rows), batch_size):
+        part = [{k: v for k, v in row.items() if k != "labels"} for row in rows[start : start + batch_size]]
+        batch = tokenizer.pad(part, padding_side="right", return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            found += predictions(task, model(**batch).logits.float())
+    metrics = {name: 100 * value for name, value in score(task, found, [pair.label for pair in pairs]).items()}
+    answers = [
+        {"sentences": pair.sentences, "found": value, "label": pair.label}
+        for pair, value in zip(pairs, found, strict=True)
+    ]
+    first = task.metrics[0]
+    return {"metric": first, "score": metrics[first], "metrics": metrics, "count": len(pairs), "answers": answers}
+
+
+def predictions(task: Task, outputs: Any) -> list[float]:
     """What a classifier's outputs, `[examples, outputs]`, say: the number of the likeliest class, or the number."""
     return (outputs[:, 0] if task.labels is None else outputs.argmax(-1)).tolist()
 

@@ -1,7 +1,7 @@
 """What the steps of an epoch compute and hold, counted from where rows are cut; nothing is run.
 
-Where a row is cut, `Locator.locate` and `reach.rows.cut` say. What follows from it for a batch is what `SkipPrefixes`
-and `SkipLayers` do: a prefix once, a window in each step.
+Where a row is cut, `tuner.resolve.locate` and `reach.rows.cut` say. What follows from it for a batch is what
+`SkipPrefixes` and `SkipLayers` do: a prefix once, a window in each step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..reach.layers import SkipLayers
 from ..reach.prefixes import SkipPrefixes
 from ..reach.rows import IGNORED, cut
-from ..tuner.locator import Locator
+from ..tuner.edits import Edits
+from ..tuner.resolve import locate
 
 _CHUNK = 256  # rows that are cut together
 
@@ -80,8 +81,8 @@ class Held:
         self.bytes += size if fits else 0
 
 
-def cut_rows(locator: Locator, rows: Sequence[dict[str, Any]]) -> list[CutRow]:
-    """Cut rows of `input_ids` and `labels` where the locator's rules say."""
+def cut_rows(edits: Edits, rows: Sequence[dict[str, Any]]) -> list[CutRow]:
+    """Cut rows of `input_ids` and `labels` where the rules of the edits say."""
     found = []
     for begin in range(0, len(rows), _CHUNK):
         some = rows[begin : begin + _CHUNK]
@@ -89,7 +90,7 @@ def cut_rows(locator: Locator, rows: Sequence[dict[str, Any]]) -> list[CutRow]:
         labels = pad_sequence([torch.tensor(row["labels"]) for row in some], batch_first=True, padding_value=IGNORED)
         lengths = [len(row["input_ids"]) for row in some]
         text = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
-        located = locator.locate(text, labels, ids, {})
+        located = locate(edits, text, labels, ids, {})
         edited = (torch.stack(list(located.masks.values())).any(0) & text).sum(1).tolist()
         where = cut(text, located.masks.values(), labels)
         for row, length, start, end, count in zip(ids.numpy(), lengths, where.start, where.end, edited, strict=True):

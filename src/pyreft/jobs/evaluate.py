@@ -2,11 +2,10 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from ..data.encode import context_length, token_ids
@@ -17,14 +16,33 @@ from ..generation import generate_answers
 from ..loading import base_of, check_adapter, check_generates, check_language_model, load_adapted
 from ..tasks.answers import same
 from ..tasks.figures import paper_row
-from ..tasks.glue import TASKS, Pair, Task, find_task, read, split_validation
+from ..tasks.glue import TASKS, Pair, find_task, read, split_validation
 from ..tasks.suites import GENERATED, GLUE, Question, Suite, check_suite
-from .adapters import count_saved, title
-from .classify import answers, encode_pairs, score
+from .classify import classify
+from .methods import count_saved, title
 from .recipes import read_decoding
 
 Progress = Callable[[int, int], None]
 GLUE_LENGTH = 256  # the paper's, for an adapter without a record
+Results = dict[str, dict[str, Any]]  # by task
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is evaluated, and how; see `evaluate`."""
+
+    adapter: Path
+    data_dir: str | Path | None
+    tasks: Sequence[str]
+    model: str | None
+    dtype: str | None
+    batch_size: int
+    limit: int | None
+    progress: Progress
+
+    def load(self, place: Path, labels: int | None = None) -> tuple[Any, Any]:
+        """An adapter on its base model, which by default has the type that it had in training."""
+        return load_adapted(place, self.model, self.dtype or read_record(place).get("dtype", "auto"), labels)
 
 
 def evaluate(
@@ -66,25 +84,16 @@ def evaluate(
     """
     check_suite(suite)
     if suite == "instruct" and output is None:
-        raise ReftError("output: the answers of instruct are for a judge to read; name a directory for them.")
+        raise ReftError("the answers of instruct are for a judge to read; name a directory for them.", setting="output")
     if output is not None:
         Path(output).mkdir(parents=True, exist_ok=True)
+    told = progress or (lambda done, total: None)
+    asked = _Asked(Path(adapter), data_dir, tasks, model, dtype, batch_size, limit, told)
     if suite == GLUE:
-        place, adapted, results = _run_glue(Path(adapter), data_dir, tasks, model, dtype, batch_size, limit, progress)
+        place, adapted, results = _classify(asked)
     else:
-        chosen, place = GENERATED[suite], Path(adapter)
-        check_generates(place)
-        check_adapter(place, model)
-        check_language_model(model or base_of(place))
-        questions = {task: chosen.questions(task, data_dir, limit) for task in tasks or chosen.tasks}
-        adapted, tokenizer = load_adapted(place, model, dtype or read_record(place).get("dtype", "auto"))
-        wanted = read_decoding(place, suite) if decoding is None else decoding
-        _check_room(adapted, tokenizer, questions, wanted)
-        set_seed(seed)
-        texts = _texts(adapted, tokenizer, questions, wanted, batch_size, progress)
-        results = {task: _judge(chosen, questions[task], texts[task], place.name) for task in questions}
-    base, method = model or base_of(place), title(place)
-    size = count_saved(place)
+        place, adapted, results = _generate(asked, GENERATED[suite], decoding, seed)
+    base, method, size = model or base_of(place), title(place), count_saved(place)
     return {
         "suite": suite,
         "adapter": str(adapter),
@@ -102,9 +111,7 @@ def columns(suite: str) -> dict[str, str]:
     return {task.name: task.title for task in TASKS.values()} if suite == GLUE else GENERATED[suite].tasks
 
 
-def _row(
-    suite: str, results: dict[str, dict[str, Any]], base: str, method: str | None, output: str | Path | None
-) -> dict[str, Any]:
+def _row(suite: str, results: Results, base: str, method: str | None, output: str | Path | None) -> dict[str, Any]:
     """The scores with the paper's beside them; the answers go to the files."""
     paper = paper_row(suite, base, method)
     for task, result in results.items():
@@ -122,7 +129,38 @@ def _row(
     }
 
 
+def _base_parameters(model: Any) -> int:
+    """How many parameters the base model has, without the adapter and the copies of what is trained beside it."""
+    ours = ("reft_", "lora_", "modules_to_save")
+    names = model.get_base_model().named_parameters()
+    return sum(parameter.numel() for name, parameter in names if not any(part in name for part in ours))
+
+
 # -- generation --------------------------------------------------------------------------------------------------------
+
+
+def _generate(asked: _Asked, suite: Suite, decoding: dict[str, Any] | None, seed: int) -> tuple[Path, Any, Results]:
+    """The results of the tasks of a suite whose answers are generated, with the adapter's directory and the model."""
+    place = asked.adapter
+    check_generates(place)
+    check_adapter(place, asked.model)
+    check_language_model(asked.model or base_of(place))
+    questions = {task: suite.questions(task, asked.data_dir, asked.limit) for task in asked.tasks or suite.tasks}
+    adapted, tokenizer = asked.load(place)
+    decoding = read_decoding(place, suite.name) if decoding is None else decoding
+    _check_room(adapted, tokenizer, questions, decoding)
+    set_seed(seed)
+    total, done = sum(map(len, questions.values())), 0
+    asked.progress(done, total)
+    results = {}
+    for task, of_task in questions.items():
+        prompts, texts = [question.prompt for question in of_task], []
+        for text in generate_answers(adapted, tokenizer, prompts, batch_size=asked.batch_size, decoding=decoding):
+            texts.append(text)
+            done += 1
+            asked.progress(done, total)
+        results[task] = _judge(suite, of_task, texts, place.name)
+    return place, adapted, results
 
 
 def _check_room(model: Any, tokenizer: Any, questions: dict[str, list[Question]], decoding: dict[str, Any]) -> None:
@@ -131,30 +169,6 @@ def _check_room(model: Any, tokenizer: Any, questions: dict[str, list[Question]]
     for question in (q for asked in questions.values() for q in asked):
         if (length := len(token_ids(tokenizer, question.prompt))) >= limit:
             raise ReftError(f"{question.where}: the prompt has {length} tokens; {limit} leave no room for an answer.")
-
-
-def _texts(
-    model: Any,
-    tokenizer: Any,
-    questions: dict[str, list[Question]],
-    decoding: dict[str, Any],
-    batch_size: int,
-    progress: Progress | None,
-) -> dict[str, list[str]]:
-    """The generated answers of each task."""
-    total, done = sum(map(len, questions.values())), 0
-    texts: dict[str, list[str]] = {}
-    if progress is not None:
-        progress(done, total)
-    for task, asked in questions.items():
-        prompts = [question.prompt for question in asked]
-        texts[task] = []
-        for text in generate_answers(model, tokenizer, prompts, batch_size=batch_size, decoding=decoding):
-            texts[task].append(text)
-            done += 1
-            if progress is not None:
-                progress(done, total)
-    return texts
 
 
 def _judge(suite: Suite, questions: list[Question], texts: list[str], name: str) -> dict[str, Any]:
@@ -191,7 +205,7 @@ def _glue_adapters(place: Path, tasks: Sequence[str]) -> dict[str, Path]:
     if is_adapter(place):
         own = read_record(place).get("task")
         if len(wanted) > 1 or (own and wanted not in ([], [own])):
-            raise ReftError(f"task: {place} is an adapter for {own or 'one task'}, got {', '.join(wanted)}.")
+            raise ReftError(f"{place} is an adapter for {own or 'one task'}, got {', '.join(wanted)}.", setting="task")
         if not own and not wanted:
             raise ReftError(f"{place}: the adapter has no recipe.json that says for which task of GLUE it is; name it.")
         return {own or wanted[0]: place}
@@ -202,7 +216,7 @@ def _glue_adapters(place: Path, tasks: Sequence[str]) -> dict[str, Path]:
         )
     for task in wanted:
         if task not in found:
-            raise ReftError(f"task: {place} holds adapters for {', '.join(found)}, none for {task}.")
+            raise ReftError(f"{place} holds adapters for {', '.join(found)}, none for {task}.", setting="task")
     return {task: found[task] for task in wanted or found}
 
 
@@ -212,62 +226,19 @@ def _scored(task: str, place: Path, data_dir: str | Path | None) -> list[Pair]:
     return scored
 
 
-def _run_glue(
-    adapter: Path,
-    data_dir: str | Path | None,
-    tasks: Sequence[str],
-    model: str | None,
-    dtype: str | None,
-    batch_size: int,
-    limit: int | None,
-    progress: Progress | None,
-) -> tuple[Path, Any, dict[str, dict[str, Any]]]:
-    """The results of each task's adapter, with the last of the adapters and its directory."""
-    places = _glue_adapters(adapter, tasks)
+def _classify(asked: _Asked) -> tuple[Path, Any, Results]:
+    """The results of each task's adapter, with the last of the adapters' directories and its model."""
+    places = _glue_adapters(asked.adapter, asked.tasks)
     for place in places.values():
-        check_adapter(place, model)
-    halves = {task: _scored(task, place, data_dir)[:limit] for task, place in places.items()}
+        check_adapter(place, asked.model)
+    halves = {task: _scored(task, place, asked.data_dir)[: asked.limit] for task, place in places.items()}
     total, done = sum(map(len, halves.values())), 0
-    results: dict[str, dict[str, Any]] = {}
+    results: Results = {}
     for task, place in places.items():
-        adapted, tokenizer = load_adapted(place, model, dtype or "auto", TASKS[task].outputs)
-        if progress is not None:
-            progress(done, total)
-        results[task] = _classify(adapted, tokenizer, TASKS[task], halves[task], place, batch_size)
+        adapted, tokenizer = asked.load(place, TASKS[task].outputs)
+        asked.progress(done, total)
+        most = read_record(place).get("max_length") or GLUE_LENGTH
+        results[task] = classify(adapted, tokenizer, TASKS[task], halves[task], most=most, batch_size=asked.batch_size)
         done += len(halves[task])
-        if progress is not None:
-            progress(done, total)
+        asked.progress(done, total)
     return place, adapted, results
-
-
-def _classify(
-    model: Any, tokenizer: Any, task: Task, pairs: list[Pair], place: Path, batch_size: int
-) -> dict[str, Any]:
-    limit = min(read_record(place).get("max_length") or GLUE_LENGTH, context_length(model.get_base_model(), tokenizer))
-    rows = encode_pairs(tokenizer, task, pairs, limit)
-    found: list[float] = []
-    for start in range(0, len(rows), batch_size):
-        part = [{k: v for k, v in row.items() if k != "labels"} for row in rows[start : start + batch_size]]
-        batch = tokenizer.pad(part, padding_side="right", return_tensors="pt").to(model.device)
-        with torch.no_grad():
-            found += answers(task, model(**batch).logits.float())
-    truth = [pair.label for pair in pairs]
-    metrics = {name: 100 * value for name, value in score(task, found, truth).items()}
-    kept = [
-        {"sentences": pair.sentences, "found": value, "label": pair.label}
-        for pair, value in zip(pairs, found, strict=True)
-    ]
-    return {
-        "metric": task.metrics[0],
-        "score": metrics[task.metrics[0]],
-        "metrics": metrics,
-        "count": len(pairs),
-        "answers": kept,
-    }
-
-
-def _base_parameters(model: Any) -> int:
-    """How many parameters the base model has, without the adapter and the copies of what is trained beside it."""
-    ours = ("reft_", "lora_", "modules_to_save")
-    names = model.get_base_model().named_parameters()
-    return sum(parameter.numel() for name, parameter in names if not any(part in name for part in ours))

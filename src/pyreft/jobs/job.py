@@ -4,11 +4,9 @@ The adapter's directory then holds the adapter, `checkpoints/`, and the loss as 
 """
 
 import math
-import os
 import random
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,7 +26,6 @@ from ..data.encode import context_length, default_format, encode
 from ..data.files import Example, read_examples
 from ..data.supervised import IGNORED
 from ..errors import ReftError
-from ..files.adapter import is_adapter
 from ..files.record import write_record
 from ..loading import load_base
 from ..model import ReftModel
@@ -36,7 +33,6 @@ from ..reach import Reach
 from ..reach.callbacks import ReachPrinter
 from ..tasks.suites import GENERATED, GLUE
 from ..training.checkpoints import (
-    LAST_FILE,
     CheckpointingTrainer,
     check_same_rows,
     disk_full_as_os_error,
@@ -44,11 +40,10 @@ from ..training.checkpoints import (
     steps_done,
 )
 from ..tuner.config import ReftConfig
-from .adapters import attach, check_same, count, make_config, save
-from .losses import write_losses
-from .settings import LORA, TrainingJob, check_numbers
-
-CHECKPOINTS = "checkpoints"
+from .loss_curve import write_losses
+from .methods import attach, count, make_config, save
+from .output import CHECKPOINTS, check_output, check_same, check_unfinished
+from .settings import LORA, TrainingJob, check_settings
 
 
 class PreparedJob:
@@ -69,7 +64,7 @@ class PreparedJob:
 
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
-        check_numbers(job)
+        check_settings(job)
         self.output = Path(job.output)
         self.checkpoint = check_output(job) if job.output else None
         self.config: PeftConfig = make_config(job)
@@ -104,7 +99,7 @@ class PreparedJob:
         if self.job.suite:
             return GENERATED[self.job.suite].examples(self.job.data_dir, self.job.limit)
         if self.job.data is None:
-            raise ReftError("data: expected a file of examples, or a suite.")
+            raise ReftError("expected a file of examples, or a suite.", setting="data")
         return read_examples(self.job.data)
 
     def _encode(self, examples: list[Example], limit: int) -> list[dict[str, Any]]:
@@ -117,13 +112,17 @@ class PreparedJob:
         kept = [row for row in cut if row["labels"][-1] != IGNORED]
         self.skipped += len(cut) - len(kept)
         if examples and not kept:
-            raise ReftError(f"max_length: every prompt has {limit} tokens or more, so nothing is left to learn.")
+            raise ReftError(
+                f"every prompt has {limit} tokens or more, so nothing is left to learn.", setting="max_length"
+            )
         return kept
 
     def _hold_out(self) -> None:
         count = max(1, round(len(self.rows) * self.job.validation_split))
         if count >= len(self.rows):
-            raise ReftError(f"validation_split: {count} of {len(self.rows)} would be held out; no example is left.")
+            raise ReftError(
+                f"{count} of {len(self.rows)} would be held out; no example is left.", setting="validation_split"
+            )
         chosen = set(random.Random(self.job.seed).sample(range(len(self.rows)), count))
         self.validation = [self.rows[number] for number in sorted(chosen)]
         self.rows = [row for number, row in enumerate(self.rows) if number not in chosen]
@@ -139,18 +138,7 @@ class PreparedJob:
         if self.checkpoint:
             check_same(self.checkpoint, self.config)
             check_same_rows(self.checkpoint, self.rows)
-            self._check_steps(self.checkpoint)
-
-    def _check_steps(self, checkpoint: str) -> None:
-        """Refuse to resume where nothing is left to train or, where a training was cut off at its end, to write."""
-        done, steps = steps_done(checkpoint), math.ceil(self._steps())
-        losses, last = self.output / "loss.csv", Path(checkpoint) / LAST_FILE  # each is written last
-        complete = is_adapter(self.output) and losses.is_file() and losses.stat().st_mtime >= last.stat().st_mtime
-        if done >= steps and complete:
-            raise ReftError(
-                f"resume: nothing is left to train: {done} steps are done, and the job has {steps}; give more "
-                "`epochs`, or another `output`."
-            )
+            check_unfinished(self.checkpoint, self.output, math.ceil(self._steps()))
 
     def _steps(self) -> float:
         """How many steps the training has."""
@@ -167,7 +155,7 @@ class PreparedJob:
             ReftError: the job has no output.
         """
         if not self.job.output:
-            raise ReftError("output: expected the directory for the adapter, got none.")
+            raise ReftError("expected the directory for the adapter, got none.", setting="output")
         trainer = self.trainer_class(
             model=self.model,
             processing_class=self.tokenizer,
@@ -243,32 +231,3 @@ class _Progress(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
             self.tell(state.global_step, state.max_steps, float(logs["loss"]))
-
-
-def check_output(job: TrainingJob) -> str | None:
-    """Check that the directory can be written and holds nothing to lose; return the checkpoint to resume from.
-
-    It is one process's.
-    """
-    if (launched := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        raise ReftError(
-            f"A job trains in one process, and {launched} were launched. For several, run a program with ReftTrainer: "
-            "docs/ecosystem.md shows one."
-        )
-    output = Path(job.output)
-    last = last_complete(output / CHECKPOINTS)
-    if job.resume:
-        if last is None:
-            raise ReftError(f"{output}: there is no checkpoint to resume from; leave out `resume` to start anew.")
-    elif (is_adapter(output) or last) and not job.overwrite:
-        raise ReftError(
-            f"{output}: this directory already holds {'an adapter' if is_adapter(output) else 'checkpoints'}; "
-            "choose another one, or pass `overwrite` to replace it, or `resume` to go on."
-        )
-    try:
-        existing = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ReftError(f"{output}: nothing can be written there ({os.strerror(error.errno or 0)}).") from None
-    return last if job.resume else None

@@ -21,8 +21,8 @@ from ..positions import Positions
 from ..reach.layers import SkipLayers
 from ..reach.prefixes import SkipPrefixes
 from ..reach.rows import IGNORED
-from ..tuner.locator import Locator
-from ..tuner.tuner import locator_of
+from ..tuner.edits import Edits
+from ..tuner.tuner import edits_of
 from .count import Count, Held, count_batches, cut_rows
 from .job import PreparedJob
 from .settings import LORA
@@ -130,28 +130,29 @@ def make_plan(
     """
     if prepared.job.method == LORA:
         raise ReftError(
-            "method: a plan is of representation edits, which can leave tokens out; LoRA computes them all."
+            "a plan is of representation edits, which can leave tokens out; LoRA computes them all.", setting="method"
         )
-    job, locator = prepared.job, cast(Locator, locator_of(prepared.model))
+    job, edits = prepared.job, cast(Edits, edits_of(prepared.model))
     names = {Positions.parse(rule): rule for rule in (REFERENCE, *rules, job.positions)}
     rows = prepared.rows
     if most is not None and len(rows) > most:
         rows = random.Random(job.seed).sample(rows, most)
     with in_training(prepared.model):
-        way, why_not = _find_way(prepared, locator)
+        way, why_not = _find_way(prepared, edits)
         plan = _empty_plan(prepared, way, why_not)
-        plan.costs = [_count(prepared, locator, way, rule, name, rows) for rule, name in names.items()]
+        plan.costs = [_count(prepared, edits, way, rule, name, rows) for rule, name in names.items()]
         _refuse_nothing(plan, job.positions)
         if timed:
-            _add_times(plan, prepared, locator, way)
+            _add_times(plan, prepared, edits, way)
     return plan
 
 
 def _refuse_nothing(plan: Plan, own: str) -> None:
     if any(cost.positions == own and not cost.edited for cost in plan.costs):
         raise ReftError(
-            f"positions: the rule {own!r} finds no token to edit in any of {plan.rows} prompts, which may be too short "
-            "for it; nothing could be learned. Choose another rule, such as 'l1'."
+            f"the rule {own!r} finds no token to edit in any of {plan.rows} prompts, which may be too short "
+            "for it; nothing could be learned. Choose another rule, such as 'l1'.",
+            setting="positions",
         )
 
 
@@ -173,19 +174,19 @@ def _empty_plan(prepared: PreparedJob, way: SkipPrefixes | SkipLayers | None, wh
     )
 
 
-def _find_way(prepared: PreparedJob, locator: Locator) -> tuple[SkipPrefixes | SkipLayers | None, str | None]:
+def _find_way(prepared: PreparedJob, edits: Edits) -> tuple[SkipPrefixes | SkipLayers | None, str | None]:
     """How the steps are computed: the model is probed on a few tokens of its longest prompt."""
     if prepared.reach is None:
         return None, "to compute only what the edits can reach is turned off (reach: false)"
     longest = max(prepared.rows, key=lambda row: row["labels"].count(IGNORED))
-    with following(locator, Positions.parse(REFERENCE)):
+    with following(edits, Positions.parse(REFERENCE)):
         way = prepared.reach.find_way(**collate(prepared, [longest]))
     return way, prepared.reach.why_not
 
 
 def _count(
     prepared: PreparedJob,
-    locator: Locator,
+    edits: Edits,
     way: SkipPrefixes | SkipLayers | None,
     rule: Positions,
     name: str,
@@ -193,8 +194,8 @@ def _count(
 ) -> Cost:
     """Count the first two epochs under a rule; those that follow are like the second."""
     job = prepared.job
-    with following(locator, rule):
-        cuts, held_out = cut_rows(locator, rows), cut_rows(locator, prepared.validation)
+    with following(edits, rule):
+        cuts, held_out = cut_rows(edits, rows), cut_rows(edits, prepared.validation)
     held = Held(prepared.reach.store.budget if prepared.reach else 0, spills=job.reach_directory is not None)
     fixed = held, *_layout(prepared)
     epochs: list[Count] = []
@@ -216,15 +217,15 @@ def _count(
     )
 
 
-def _add_times(plan: Plan, prepared: PreparedJob, locator: Locator, way: SkipPrefixes | SkipLayers | None) -> None:
+def _add_times(plan: Plan, prepared: PreparedJob, edits: Edits, way: SkipPrefixes | SkipLayers | None) -> None:
     """Measure the rules that compute the fewest and the most tokens on one batch, and read off all others."""
     rows = _middle_batch(prepared)
     fewest, largest = (choose(plan.costs, key=lambda cost: cost.computed) for choose in (min, max))
     measured, counts = [], []
     for cost in (fewest, largest):
-        with following(locator, Positions.parse(cost.positions)):
+        with following(edits, Positions.parse(cost.positions)):
             measured.append(measure_step(prepared.model, prepared.reach if way else None, collate(prepared, rows)))
-            counts.append(count_batches(way, [cut_rows(locator, rows)], Held(_ANY), *_layout(prepared)))
+            counts.append(count_batches(way, [cut_rows(edits, rows)], Held(_ANY), *_layout(prepared)))
     rates = Rates(measured[0], measured[1], (counts[0].computed, counts[1].computed), counts[0].frozen)
     on_cpu = prepared.model.get_device().type == "cpu"  # where what is held lies beside the model
     for cost in plan.costs:
@@ -273,14 +274,14 @@ def collate(prepared: PreparedJob, rows: Sequence[dict[str, Any]]) -> dict[str, 
 
 
 @contextmanager
-def following(locator: Locator, rule: Positions) -> Iterator[None]:
+def following(edits: Edits, rule: Positions) -> Iterator[None]:
     """Let all edits of a model follow another rule."""
-    before = locator.rules
-    locator.rules = {name: [rule] * len(own) for name, own in before.items()}
+    before = edits.rules
+    edits.rules = {name: [rule] * len(own) for name, own in before.items()}
     try:
         yield
     finally:
-        locator.rules = before
+        edits.rules = before
 
 
 @contextmanager

@@ -3,8 +3,9 @@
 from ..tasks.glue import find_task, read
 from ..tasks.suites import GLUE, check_suite
 from .classify import PreparedClassifier
-from .job import PreparedJob, check_output
-from .settings import TrainingJob, check_numbers
+from .job import PreparedJob
+from .output import check_output
+from .settings import TrainingJob, check_settings
 
 
 def prepare(job: TrainingJob) -> PreparedJob:
@@ -21,12 +22,12 @@ def prepare(job: TrainingJob) -> PreparedJob:
 
 
 def check_files(job: TrainingJob) -> None:
-    """Check what needs no model: the numbers, the output, and of a task of GLUE the data.
+    """Check what needs no model: the settings, the output, and of a task of GLUE the data.
 
     Raises:
         ReftError: what is wrong.
     """
-    check_numbers(job)
+    check_settings(job)
     check_output(job)
     if job.suite == GLUE and job.task:
         for split in ("train", "validation"):

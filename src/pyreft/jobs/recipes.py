@@ -44,8 +44,9 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     path = SHIPPED / f"{name}.yaml" if str(name) in shipped() else Path(name)
     if not path.is_file():
         raise ReftError(
-            f"recipe: expected a YAML file or one of {', '.join(shipped())}, got {str(name)!r}."
-            f"{did_you_mean(Path(name).stem, shipped())}"
+            f"expected a YAML file or one of {', '.join(shipped())}, got {str(name)!r}."
+            f"{did_you_mean(Path(name).stem, shipped())}",
+            setting="recipe",
         )
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -70,15 +71,17 @@ def recipe_jobs(name: str | Path, given: dict[str, Any]) -> list[TrainingJob]:
     settings = recipe["settings"] | {"decoding": recipe["decoding"] or None}
     if method not in recipe["methods"]:
         known = ", ".join(recipe["methods"])
-        raise ReftError(f"method: {name} has {known}, got {method!r}.{did_you_mean(method, recipe['methods'])}")
+        raise ReftError(
+            f"{name} has {known}, got {method!r}.{did_you_mean(method, recipe['methods'])}", setting="method"
+        )
     for setting in ("data", "intervention", "format"):
         if given.get(setting):
-            raise ReftError(f"{setting}: a recipe decides it by its suite and method; leave it out.")
+            raise ReftError("a recipe decides it by its suite and method; leave it out.", setting=setting)
     output = given.get("output") or f"{suite}-{method}"
     common = {"suite": suite, "method": method, "output": output}
     if suite != GLUE:
         if given.get("task"):
-            raise ReftError(f"task: one adapter is trained for all of {suite}; name tasks in `pyreft eval`.")
+            raise ReftError(f"one adapter is trained for all of {suite}; name tasks in `pyreft eval`.", setting="task")
         return [_job(name, settings, recipe["methods"][method], given, common)]
     config = read_model_config(given.get("model"))
     size = "large" if getattr(config, "num_hidden_layers", 0) >= LARGE_LAYERS else "base"
@@ -110,7 +113,7 @@ def read_decoding(directory: str | os.PathLike, suite: str) -> dict[str, Any]:
     """
     record = read_record(directory)
     if record.get("suite") == suite and record.get("decoding"):
-        return check_decoding(record["decoding"], f"{Path(directory) / RECORD}: decoding")
+        return check_decoding(record["decoding"], str(Path(directory) / RECORD))
     return decoding_of(suite)
 
 
@@ -120,16 +123,16 @@ def _job(name: Any, shared: dict, method: dict, given: dict[str, Any], common: d
 
 def _check(recipe: Any, where: str) -> None:
     if not isinstance(recipe, dict):
-        raise ReftError(f"{where}: a recipe should hold the keys {', '.join(_KEYS)}.")
+        raise ReftError(f"a recipe should hold the keys {', '.join(_KEYS)}.", where=where)
     _known(recipe, _KEYS, where)
     suite = check_suite(recipe.get("suite"), where)
     settings = [field.name for field in fields(TrainingJob) if field.name not in _NOT_SETTINGS]
     recipe["settings"] = recipe.get("settings") or {}
     _known(recipe["settings"], settings, f"{where}: settings")
-    recipe["decoding"] = check_decoding(recipe.get("decoding", {}), f"{where}: decoding")
+    recipe["decoding"] = check_decoding(recipe.get("decoding", {}), where)
     _known(recipe.get("methods", {}), METHODS, f"{where}: methods")
     if not recipe.get("methods"):
-        raise ReftError(f"{where}: methods: expected at least one of {', '.join(METHODS)}.")
+        raise ReftError(f"expected at least one of {', '.join(METHODS)}.", setting="methods", where=where)
     for method, block in recipe["methods"].items():
         sizes = _SIZES if suite == GLUE else ()
         _known(block, (*settings, *sizes), f"{where}: methods: {method}")
@@ -141,7 +144,7 @@ def _check(recipe: Any, where: str) -> None:
 
 def _known(block: Any, known: Any, where: str) -> None:
     if not isinstance(block, dict):
-        raise ReftError(f"{where}: expected 'name: value' lines, got {block!r}.")
+        raise ReftError(f"expected 'name: value' lines, got {block!r}.", where=where)
     for key in block:
         if key not in known:
-            raise ReftError(f"{where}: there is no key {key!r}.{did_you_mean(key, known)}")
+            raise ReftError(f"there is no key {key!r}.{did_you_mean(key, known)}", where=where)

@@ -96,28 +96,32 @@ class TrainingJob:
         known = {f.name: f.type for f in fields(cls)}
         for name in settings:
             if name not in known:
-                raise ReftError(f"{where}: there is no setting {name!r}.{did_you_mean(name, known)}")
+                raise ReftError(f"there is no setting {name!r}.{did_you_mean(name, known)}", where=where)
         for name in needed:
             if name == "data" and settings.get("suite"):
                 continue
             if not settings.get(name):
-                raise ReftError(f"{where}: the setting {name!r} is missing.")
-        return cls(**{name: _read(value, known[name], f"{where}: {name}") for name, value in settings.items()})
+                raise ReftError(f"the setting {name!r} is missing.", where=where, also=[name])
+        return cls(**{name: _read(name, value, known[name], where) for name, value in settings.items()})
 
 
 def check_decoding(values: Any, where: str) -> dict[str, Any]:
-    """Return arguments of `generate` as their types ask for.
+    """Return the setting `decoding`, arguments of `generate`, as their types ask for.
+
+    Args:
+        values: by name.
+        where: the setting stands, for messages.
 
     Raises:
         ReftError: one that is not known here, or a value that it cannot have.
     """
     if not isinstance(values, dict):
-        raise ReftError(f"{where}: expected 'name: value' lines, got {values!r}.")
-    read = {}
+        raise ReftError(f"expected 'name: value' lines, got {values!r}.", setting="decoding", where=where)
+    where, read = f"{where}: decoding", {}
     for name, value in values.items():
         if name not in _DECODING:
-            raise ReftError(f"{where}: there is no key {name!r}.{did_you_mean(name, _DECODING)}")
-        read[name] = number = _read(value, int if name in _COUNTS else float, f"{where}: {name}")
+            raise ReftError(f"there is no key {name!r}.{did_you_mean(name, _DECODING)}", where=where)
+        read[name] = number = _read(name, value, int if name in _COUNTS else float, where)
         if name in _COUNTS:
             fits, expected = number >= _COUNTS[name], f"{_COUNTS[name]} or more"
         elif name == "top_p":
@@ -125,42 +129,46 @@ def check_decoding(values: Any, where: str) -> dict[str, Any]:
         else:
             fits, expected = number > 0, "a number above 0"
         if not fits:
-            raise ReftError(f"{where}: {name}: expected {expected}, got {value!r}.")
+            raise ReftError(f"expected {expected}, got {value!r}.", setting=name, where=where)
     return read
 
 
-def check_numbers(job: TrainingJob) -> None:
+def check_settings(job: TrainingJob) -> None:
     """Refuse numbers that no training can have, and settings that contradict each other."""
     for name in ("epochs", "lr", "batch_size", "gradient_accumulation", "save_steps", "alpha", "limit"):
         if (value := getattr(job, name)) is not None and not value > 0:
-            raise ReftError(f"{name}: expected a number above 0, got {value}.")
+            raise ReftError(f"expected a number above 0, got {value}.", setting=name)
     if not 0 <= job.seed < 2**32:
-        raise ReftError(f"seed: expected a number from 0 to 2**32 - 1, got {job.seed}.")
+        raise ReftError(f"expected a number from 0 to 2**32 - 1, got {job.seed}.", setting="seed")
     if job.weight_decay < 0:
-        raise ReftError(f"weight_decay: expected 0 or more, got {job.weight_decay}.")
+        raise ReftError(f"expected 0 or more, got {job.weight_decay}.", setting="weight_decay")
     for name in ("dropout", "warmup_ratio", "validation_split"):
         if not 0 <= getattr(job, name) < 1:
-            raise ReftError(f"{name}: expected a share from 0 to below 1, got {getattr(job, name)}.")
+            raise ReftError(f"expected a share from 0 to below 1, got {getattr(job, name)}.", setting=name)
     if job.method is not None and job.method not in METHODS:
         raise ReftError(
-            f"method: expected {', '.join(METHODS)}, got {job.method!r}.{did_you_mean(job.method, METHODS)}"
+            f"expected {', '.join(METHODS)}, got {job.method!r}.{did_you_mean(job.method, METHODS)}", setting="method"
         )
     for name in ("task", "data_dir", "limit", "decoding"):
         if job.suite is None and getattr(job, name) is not None:
-            raise ReftError(f"{name}: it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.")
+            raise ReftError(
+                "it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.", setting=name
+            )
     if job.suite is not None:
         check_suite(job.suite, "train")
         for name in ("data", "format", *(() if job.suite == GLUE else ("task",))):
             if getattr(job, name) is not None:
-                raise ReftError(f"{name}: the suite {job.suite} decides it; leave it out, or `suite`.")
+                raise ReftError(
+                    f"the suite {job.suite} decides it; leave it out, or `suite`.", setting=name, also=["suite"]
+                )
     if job.suite == GLUE and job.decoding:
-        raise ReftError("decoding: the tasks of GLUE generate nothing; leave it out.")
+        raise ReftError("the tasks of GLUE generate nothing; leave it out.", setting="decoding")
     check_logger(job.report_to)
     if job.validation and job.validation_split:
-        raise ReftError("validation: give a file or `validation_split`, not both.")
+        raise ReftError("give a file or `validation_split`, not both.", setting="validation", also=["validation_split"])
     if job.format is not None and job.format not in FORMATS:
         raise ReftError(
-            f"format: expected {', '.join(FORMATS)}, got {job.format!r}.{did_you_mean(job.format, FORMATS)}"
+            f"expected {', '.join(FORMATS)}, got {job.format!r}.{did_you_mean(job.format, FORMATS)}", setting="format"
         )
 
 
@@ -170,24 +178,24 @@ def check_logger(name: str) -> None:
         return
     if name not in INTEGRATION_TO_CALLBACK:
         known = ("none", *INTEGRATION_TO_CALLBACK)
-        raise ReftError(f"report_to: expected {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
+        raise ReftError(f"expected {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}", setting="report_to")
     if name not in get_available_reporting_integrations():
-        raise ReftError(f"report_to: {name} is not installed; `pip install {name}`, or leave it out.")
+        raise ReftError(f"{name} is not installed; `pip install {name}`, or leave it out.", setting="report_to")
 
 
-def _read(value: Any, kind: Any, where: str) -> Any:
+def _read(name: str, value: Any, kind: Any, where: str) -> Any:
     """A setting's value as its type asks for; YAML reads `1e-3` as text."""
     kinds = get_args(kind) if type(None) in get_args(kind) else (kind,)
     if value is None and type(None) in kinds:
         return None
-    if where.endswith((": layers", ": target_modules")):
+    if name in ("layers", "target_modules"):
         return ";".join(map(str, value)) if isinstance(value, list) else str(value)
-    if where.endswith(": decoding"):
+    if name == "decoding":
         return check_decoding(value, where)
     if bool in kinds:
         if isinstance(value, bool):
             return value
-        raise ReftError(f"{where}: expected true or false, got {value!r}.")
+        raise ReftError(f"expected true or false, got {value!r}.", setting=name, where=where)
     if not {int, float} & set(kinds):
         return str(value)
     try:
@@ -196,5 +204,5 @@ def _read(value: Any, kind: Any, where: str) -> Any:
             raise ValueError
     except (TypeError, ValueError):
         expected = "a whole number" if int in kinds else "a number"
-        raise ReftError(f"{where}: expected {expected}, got {value!r}.") from None
+        raise ReftError(f"expected {expected}, got {value!r}.", setting=name, where=where) from None
     return int(value) if int in kinds else number

@@ -16,7 +16,9 @@ def parse_positions(positions: str) -> tuple[int, int]:
     """
     rule = Positions.parse(positions)
     if rule.whole:
-        raise ReftError(f"positions: expected f<n>, l<n> or f<n>+l<m>, got {positions!r}, which names no numbers.")
+        raise ReftError(
+            f"expected f<n>, l<n> or f<n>+l<m>, got {positions!r}, which names no numbers.", setting="positions"
+        )
     return rule.first, rule.last
 
 
@@ -49,7 +51,7 @@ def get_intervention_locations(
     if positions is not None:
         first_n, last_n = parse_positions(positions)
     if first_n is None or last_n is None:
-        raise ReftError("positions: expected positions='f<n>+l<m>', or first_n and last_n.")
+        raise ReftError("expected positions='f<n>+l<m>', or first_n and last_n.", setting="positions")
     first, last = min(last_position // 2, first_n), min(last_position // 2, last_n)
     pad = -1 if pad_mode == "first" else last_position
     prefix, suffix = list(range(first)), list(range(last_position - last, last_position))
@@ -58,8 +60,8 @@ def get_intervention_locations(
         return [both + [pad] * (first_n + last_n - len(both)) for _ in range(num_interventions)]
     if num_interventions % 2:
         raise ReftError(
-            f"num_interventions: a prefix and a suffix with weights of their own need an even number, "
-            f"got {num_interventions}."
+            f"a prefix and a suffix with weights of their own need an even number, got {num_interventions}.",
+            setting="num_interventions",
         )
     width = max(first_n, last_n)
     half = num_interventions // 2
@@ -99,8 +101,9 @@ def read_subspaces(subspaces: Any, batch: int, interventions: int) -> list[list[
         return [[None if rows is None else rows[row] for rows in nested] for row in range(batch)]
     except TypeError:
         raise ReftError(
-            f'subspaces: expected {{"sources->base": (None, [interventions][batch][directions])}} with {interventions} '
-            f"interventions and a batch of {batch}, got {subspaces!r}."
+            f'expected {{"sources->base": (None, [interventions][batch][directions])}} with {interventions} '
+            f"interventions and a batch of {batch}, got {subspaces!r}.",
+            setting="subspaces",
         ) from None
 
 
@@ -117,18 +120,20 @@ def read_unit_locations(unit_locations: Any, batch: int, interventions: int) -> 
     nested = _nested(unit_locations)
     if isinstance(nested, int):
         nested = [[[nested]] * batch] * interventions
-    expected = f"unit_locations: expected {_SHAPE} with {interventions} interventions and a batch of {batch}"
+    expected = f"expected {_SHAPE} with {interventions} interventions and a batch of {batch}"
     try:
         counts = (len(nested), {len(rows) for rows in nested if rows is not None})
         if counts[0] != interventions or not counts[1] <= {batch}:
-            raise ReftError(f"{expected}, so [{interventions}][{batch}][positions]; got {_sizes(nested)}.")
+            raise ReftError(
+                f"{expected}, so [{interventions}][{batch}][positions]; got {_sizes(nested)}.", setting="unit_locations"
+            )
         by_row = [
             [list(nested[i][b]) if nested[i] is not None else [] for i in range(interventions)] for b in range(batch)
         ]
         flat = [at for row in by_row for places in row for at in places]
         if not all(isinstance(at, int) and at >= 0 for at in flat):
-            raise ReftError(f"{expected} and indices from 0, got {nested}.")
+            raise ReftError(f"{expected} and indices from 0, got {nested}.", setting="unit_locations")
     except TypeError:
-        raise ReftError(f"{expected}, got {unit_locations!r}.") from None
+        raise ReftError(f"{expected}, got {unit_locations!r}.", setting="unit_locations") from None
     width = max((len(places) for row in by_row for places in row), default=0)
     return [[places + [-1] * (width - len(places)) for places in row] for row in by_row]

@@ -122,9 +122,11 @@ def find_site(model: nn.Module, component: str, layer: int | None = None, head: 
     path, blocks = find_blocks(model, stack)
     if layer is None or not 0 <= layer < len(blocks):
         which = f"the {stack} of this model" if stack else "this model"
-        raise ReftError(f"layer: {which} has the layers 0 to {len(blocks) - 1}, got {layer}.")
+        raise ReftError(f"{which} has the layers 0 to {len(blocks) - 1}, got {layer}.", setting="layer")
     if name.startswith("head_") is (head is None):
-        raise ReftError(f"head: {component!r} {'needs the number of a head' if head is None else 'is no single head'}.")
+        raise ReftError(
+            f"{component!r} {'needs the number of a head' if head is None else 'is no single head'}.", setting="head"
+        )
     block = _Block(model, component, stack, (f"{path}.{layer}", blocks[layer]))
     return block.find(name) if head is None else block.find_head(name.removeprefix("head_"), head)
 
@@ -171,7 +173,7 @@ class _Block:
         if name in ("key_output", "value_output"):  # fewer, where several queries share them
             count = site.width * count // (self.find("query_output") if name == "key_output" else values).width
         if not 0 <= head < count:
-            raise ReftError(f"head: {self.component!r} has the heads 0 to {count - 1}, got {head}.")
+            raise ReftError(f"{self.component!r} has the heads 0 to {count - 1}, got {head}.", setting="head")
         size, start = site.width // count, site.columns[0] if site.columns else 0
         return replace(site, width=size, columns=(start + head * size, start + (head + 1) * size))
 
@@ -205,8 +207,9 @@ class _Block:
         fused, (_, total) = _linear(attention, _PROJECTIONS["fused"]) or self._fail()
         if _interleaved(fused, attention[1]):
             raise ReftError(
-                f"component: {self.component!r} has no columns of its own in {fused!r}, where queries, keys and values "
-                f"alternate from head to head. Edit all of it by its path, '{fused}.output'."
+                f"{self.component!r} has no columns of its own in {fused!r}, where queries, keys and values "
+                f"alternate from head to head. Edit all of it by its path, '{fused}.output'.",
+                setting="component",
             )
         middle = (total + values) // 2  # queries are as wide as the weighted values; keys and values share the rest
         start, stop = {"query": (0, values), "key": (values, middle), "value": (middle, total)}[part]
@@ -235,9 +238,10 @@ class _Block:
     def _fail(self) -> NoReturn:
         path, block = self.block
         raise ReftError(
-            f"component: {self.component!r} was not found in layer {path.rpartition('.')[2]} of "
+            f"{self.component!r} was not found in layer {path.rpartition('.')[2]} of "
             f"{type(self.model).__name__}, whose parts are {', '.join(name for name, _ in block.named_children())}. "
-            f"Give a module's path, such as '{path}.<part>.output'."
+            f"Give a module's path, such as '{path}.<part>.output'.",
+            setting="component",
         )
 
 
@@ -294,8 +298,15 @@ def _find_path(model: nn.Module, component: str) -> Site:
         module = None
     if not path or module is None or end not in ("input", "output"):
         raise ReftError(
-            f"component: expected one of {', '.join(COMPONENTS)}, or a module's path with .input or .output, got "
-            f"{component!r}.{did_you_mean(component, COMPONENTS)}"
+            f"expected one of {', '.join(COMPONENTS)}, or a module's path with .input or .output, got "
+            f"{component!r}.{did_you_mean(component, COMPONENTS)}",
+            setting="component",
+        )
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        part = next((name for name, _ in module.named_children()), "0")
+        raise ReftError(
+            f"{path!r} holds modules and is never called itself; name one of them, as in {path}.{part}.{end}.",
+            setting="component",
         )
     return Site(path, side, _width_at(model, path, module, side), stack=_stack_of(model, path))
 
@@ -310,7 +321,26 @@ def _width_at(model: nn.Module, path: str, module: nn.Module, side: Side) -> int
         linears = [found for child in model.get_submodule(parent).children() if (found := widths_of(child))]
         if linears:
             return linears[-1][0]
-    return states_width(model, path)
+    try:
+        return states_width(model, path)
+    except ReftError:
+        if (width := _width_by_linears(model, path, module, side)) is None:
+            raise
+        return width
+
+
+def _width_by_linears(model: nn.Module, path: str, module: nn.Module, side: Side) -> int | None:
+    """The width at a module, by the linear layers inside it or, where there are none, by those beside it."""
+    if inside := [widths for _, part in _parts((path, module)) if (widths := widths_of(part))]:
+        return inside[0][0] if side == "input" else inside[-1][1]
+    if any(True for _ in module.parameters()):
+        return None
+    beside = list(model.get_submodule(path.rpartition(".")[0]).children())  # an activation, say, or dropout
+    at = next(number for number, child in enumerate(beside) if child is module)
+    if before := [widths for child in beside[:at] if (widths := widths_of(child))]:
+        return before[-1][1]
+    after = [widths for child in beside[at:] if (widths := widths_of(child))]
+    return after[0][0] if after else None
 
 
 def _stack_of(model: nn.Module, path: str) -> Stack:

@@ -42,7 +42,7 @@ def stack_module(model: Any, stack: Stack = "") -> Any:
         return model
     if not has_stacks(model):
         raise ReftError(
-            f"component: {type(model).__name__} is no encoder-decoder model; leave out the prefix '{stack}.'."
+            f"{type(model).__name__} is no encoder-decoder model; leave out the prefix '{stack}.'.", setting="component"
         )
     return model.get_encoder() if stack == "encoder" else model.get_decoder()
 
@@ -100,7 +100,10 @@ def states_width(model: nn.Module, path: str) -> int:
     widths = [shape[0] for shape in shapes if len(shape) == 1]
     widths += [width for config in configs if isinstance(width := getattr(config, "hidden_size", None), int)]
     if not widths:
-        raise ReftError(f"The width of the states at {path!r} is neither in a norm there nor in a config.hidden_size.")
+        raise ReftError(
+            f"The width of the states at {path!r} is neither in a norm there nor in a config.hidden_size. Edit a "
+            "linear layer, a norm or embeddings there, by its path."
+        )
     return widths[0]
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..tuner.locator import GIVEN
+from ..tuner.call import GIVEN
 from .rows import NotExactError
 
 TYPES = "token_type_ids"

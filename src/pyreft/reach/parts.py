@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..places.structure import path_of
+from ..tuner.edits import Edits
 from ..tuner.located import Located
-from ..tuner.locator import Locator
 from .blocks import Blocks
 from .cache import Layout, Pair, empty_cache, is_ordinary, pairs_of, prefix_cache, sliding_window
 from .rows import IGNORED, NotExactError, Rows
@@ -36,20 +36,20 @@ class Parts:
     Args:
         base: the model, with a head.
         outer: it, or what another kind of adapter has put around it.
-        locator: of its edits.
+        edits: of the model.
     """
 
-    def __init__(self, base: Any, outer: nn.Module, locator: Locator) -> None:
+    def __init__(self, base: Any, outer: nn.Module, edits: Edits) -> None:
         self.base, self.outer = base, outer
         self.backbone = getattr(base, base.base_model_prefix, base)
         self.blocks = Blocks(base, {outer, self.backbone})
         self.sliding: list[int | None] = []  # see `sliding_window`; by block, once prefixes were run
-        self._locator = locator
+        self._edits = edits
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
 
-    def edited(self, located: Located) -> AbstractContextManager[None]:
+    def edited(self, located: Located, given: dict[str, Any] | None = None) -> AbstractContextManager[None]:
         """Let the forwards inside edit these tokens, in the columns of cache and inputs, and no others."""
-        return next(iter(self._locator.streams.values())).serving(located)
+        return self._edits.serving(located, given)
 
     # -- of whole rows --------------------------------------------------------------------------------------------
 
@@ -110,7 +110,7 @@ class Parts:
         states: Tensor | None,
         skipped: int,
         located: Located,
-        **given: Any,
+        given: dict[str, Any],
     ) -> Tensor:
         """Run the windows of rows, with edits and gradients, through the blocks from `skipped` on.
 
@@ -124,8 +124,8 @@ class Parts:
             The states that the head takes, `[batch, rows.width, d]`.
         """
         call = self._call(ids, rows, positions, pairs, range(skipped, len(self.blocks)))
-        with self.edited(located):
-            return self.blocks.above(self.backbone, skipped, states)(**call, **given)[0]
+        with self.edited(located, given):
+            return self.blocks.above(self.backbone, skipped, states)(**call)[0]
 
     def layout(self, pairs: Sequence[Pair], skipped: int) -> Layout:
         """How to hold the pairs of the blocks from `skipped` on; `pairs` are those of any row, in all blocks."""

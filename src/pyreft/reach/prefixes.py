@@ -11,8 +11,10 @@ import xxhash
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
+from ..tuner.call import GIVEN, LENGTHS, STRENGTH
+from ..tuner.edits import Edits
 from ..tuner.located import Located
-from ..tuner.locator import GIVEN, LENGTHS, STRENGTH, Locator
+from ..tuner.resolve import locate
 from .cache import Layout, Pair
 from .calls import COUNT, FUSED, TYPES, columns_of
 from .layers import together
@@ -58,7 +60,7 @@ class SkipPrefixes:
 
     Args:
         parts: the model.
-        locator: of its edits.
+        edits: of the model.
         kept: how many blocks lie below the first edit.
         key: of what the base model computes now.
 
@@ -67,11 +69,11 @@ class SkipPrefixes:
         tokens, computed: how many tokens whole steps would have computed, and how many were.
     """
 
-    def __init__(self, parts: Parts, locator: Locator, kept: int, key: bytes) -> None:
+    def __init__(self, parts: Parts, edits: Edits, kept: int, key: bytes) -> None:
         self.parts, self.kept, self.offsets = parts, kept, False
         self.tokens = self.computed = 0
         self.layout: Layout | None = None
-        self._locator, self._key = locator, key
+        self._edits, self._key = edits, key
 
     def plan(self, call: dict[str, Any]) -> PrefixPlan:
         """Cut a batch.
@@ -86,7 +88,7 @@ class SkipPrefixes:
             raise NotExactError("labels or the attention mask are not [batch, tokens]")
         tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         given = {name: call[name] for name in GIVEN if call.get(name) is not None}
-        located = self._locator.locate(tokens, labels, ids, given)
+        located = locate(self._edits, tokens, labels, ids, given)
         if located.length > ids.shape[1]:
             raise NotExactError(f"{LENGTHS} exceed the rows")
         rows = cut(tokens, located.masks.values(), labels)
@@ -127,7 +129,7 @@ class SkipPrefixes:
         positions = self._positions(call.get("position_ids"), rows)
         pairs, states = self._held(ids, rows, positions, store)
         given = {STRENGTH: call[STRENGTH]} if call.get(STRENGTH) is not None else {}
-        hidden = self.parts.final(ids, rows, positions, pairs, states, self.kept, _move(plan.located, rows), **given)
+        hidden = self.parts.final(ids, rows, positions, pairs, states, self.kept, _move(plan.located, rows), given)
         self.tokens += ids.numel()
         self.computed += rows.valid.numel()
         return hidden[at], targets[at], (at[0], rows.columns[at])

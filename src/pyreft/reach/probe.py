@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tuner.edits import Edits
 from ..tuner.layer import ReftLayer
-from ..tuner.locator import Locator
 from . import trials
 from .calls import COUNT, FUSED
 from .layers import SkipLayers
@@ -57,11 +57,11 @@ class Probe:
 
     Args:
         parts: of the base model.
-        locator: of its edits.
+        edits: of the model.
     """
 
-    def __init__(self, parts: Parts, locator: Locator) -> None:
-        self._locator, self._base = locator, parts.base
+    def __init__(self, parts: Parts, edits: Edits) -> None:
+        self._edits, self._base = edits, parts.base
         self._keeps = "logits_to_keep" in inspect.signature(parts.base.forward).parameters
         self._tried: dict[Way, _Tried] = {}
 
@@ -136,7 +136,7 @@ class Probe:
     def _sample(self, way: SkipPrefixes, call: dict[str, Any]) -> trials.Sample:
         plan = way.plan(call)
         edited = torch.stack(list(plan.located.masks.values())).any(0)
-        count = max(len(self._locator.rules[name]) for name in self._locator.active)
+        count = max(len(self._edits.rules[name]) for name in self._edits.active)
         return trials.Sample.of(call["input_ids"], edited, plan.rows, count)
 
     def _apart_at_first(
@@ -181,7 +181,7 @@ class Probe:
         mixed = torch.is_autocast_enabled(device.type) and self._base.dtype != torch.float32
         with (
             torch.no_grad(),
-            _without_dropout(self._locator.layers),
+            _without_dropout(self._edits.layers),
             torch.autocast(device.type, enabled=mixed),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
         ):

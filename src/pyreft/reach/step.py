@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ReftError
 from ..places.structure import without_adapters
-from ..tuner.locator import Locator
+from ..tuner.edits import Edits
 from ..tuner.tuner import calls_tuner, in_part, tuner_of
 from .calls import COUNT, FUSED, TYPES, check_call
 from .layers import LayerPlan, SkipLayers
@@ -72,9 +72,9 @@ class Reach:
         self.store = Store(read_budget(memory), directory)
         self.why_not: str | None = None
         self._tuner = tuner
-        self._locator: Locator = tuner._locator
+        self._edits: Edits = tuner.edits
         self._base: Any = without_adapters(model)
-        self._watch = Watch(self._base, tuner.model, self._locator, prints=directory is not None)
+        self._watch = Watch(self._base, tuner.model, self._edits, prints=directory is not None)
         self._probe: Probe | None = None
         self._ways: dict[tuple, list[Way]] = {}  # by what they rest on, the one that leaves out more first
         self._way: Way | None = None  # the last one
@@ -177,23 +177,24 @@ class Reach:
             NotExactError: there is none.
         """
         check_call(call)
-        if list(self._locator.streams) != [""]:
+        if self._edits.stacks != ("",):
             raise NotExactError("an encoder and a decoder have tokens of their own")
-        layers = [layer for layer in self._locator.layers if layer.enabled_adapters]
-        if not layers or self._locator.row_adapters is not None:
+        begun = self._edits.begin({})
+        if not begun.active or begun.row_adapters is not None:
             raise NotExactError("no adapter is active, or each row has its own")
-        active = self._locator.active
-        if len({len(self._locator.rules[name]) for name in active}) > 1:
+        if len({len(self._edits.rules[name]) for name in begun.active}) > 1:
             raise NotExactError("the active adapters have different numbers of interventions")
-        if self._locator.recomputes():
-            raise NotExactError("gradient checkpointing recomputes whole blocks; turned off, less memory is needed")
-        seen = self._watch.look([(layer._module[0], layer.side) for layer in layers])
+        seen = self._watch.look(
+            (layer._module[0], layer.side)
+            for layer, names in zip(self._edits.layers, begun.enabled, strict=True)
+            if names
+        )
         if seen.anew or self._probe is None:
             self.store.clear()
             self._ways.clear()
-            self._probe = Probe(seen.parts, self._locator)
+            self._probe = Probe(seen.parts, self._edits)
         self._way, reason = None, self._why_prefixes(call, seen)
-        for way in self._ways_for(call, seen, active):
+        for way in self._ways_for(call, seen, begun.active):
             if isinstance(way, SkipPrefixes) and reason is not None:
                 continue
             if (plan := self._plan(way, call, ordinary, seen)) is not None:
@@ -205,7 +206,7 @@ class Reach:
     def _why_prefixes(self, call: dict[str, Any], seen: Seen) -> str | None:
         """Why the prefixes cannot be left out, as far as it can be told without a trial."""
         config, name = self._base.config.get_text_config(), type(self._base).__name__
-        if not self._locator.causal or seen.parts.backbone is self._base:
+        if not self._edits.causal or seen.parts.backbone is self._base:
             return f"{name} is no causal language model"
         if not set(getattr(config, "layer_types", None) or ()) <= _ATTENTIONS:
             return f"layers of {name} keep more than keys and values of attention"
@@ -221,7 +222,7 @@ class Reach:
         state = seen.key, autocast, asked, tuple(active)
         if state not in self._ways:
             key = xxhash.xxh3_128_digest(f"{seen.key} {autocast}".encode())
-            self._ways[state] = [SkipPrefixes(seen.parts, self._locator, seen.kept, key)]
+            self._ways[state] = [SkipPrefixes(seen.parts, self._edits, seen.kept, key)]
             if seen.kept:
                 self._ways[state] += [SkipLayers(seen.parts, seen.kept, padding, key) for padding in (False, True)]
         return self._ways[state]

@@ -40,7 +40,9 @@ def read_budget(budget: int | str | None) -> int:
         return free_memory() // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B)?", str(budget).strip().upper())
     if not match:
-        raise ReftError(f"memory: expected a number of bytes from 0 on, or text such as '4GB', got {budget!r}.")
+        raise ReftError(
+            f"expected a number of bytes from 0 on, or text such as '4GB', got {budget!r}.", setting="memory"
+        )
     return int(float(match[1]) * _UNITS[match[2] or ""])
 
 

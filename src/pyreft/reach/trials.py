@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..tuner.locator import LOCATIONS
+from ..tuner.call import LOCATIONS
 from .calls import COUNT
 from .rows import IGNORED, Rows, bounds
 

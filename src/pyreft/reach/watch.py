@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..places.structure import ancestors, path_of
-from ..tuner.locator import Locator
+from ..tuner.edits import Edits
 from .frozen import context_of, longest_plain_row, why_not_entered, why_not_frozen
 from .parts import Parts
 from .rows import NotExactError
@@ -46,13 +47,13 @@ class Watch:
     Args:
         base: the model.
         outer: it, or what another kind of adapter has put around it.
-        locator: of its edits.
+        edits: of the model.
         prints: whether to tell the model from others in later runs.
     """
 
-    def __init__(self, base: Any, outer: nn.Module, locator: Locator, prints: bool) -> None:
-        self._base, self._outer, self._locator, self._prints = base, outer, locator, prints
-        self.parts = Parts(base, outer, locator)
+    def __init__(self, base: Any, outer: nn.Module, edits: Edits, prints: bool) -> None:
+        self._base, self._outer, self._edits, self._prints = base, outer, edits, prints
+        self.parts = Parts(base, outer, edits)
         self._print = ""  # a digest of the base model, by which files tell it from others
         self._structure: Structure | None = None
         self._values: Values | None = None
@@ -60,6 +61,7 @@ class Watch:
         self._codes = 0  # how often what cannot be compared has changed
         self._known: set[tuple[str, int]] = set()
         self._new = 0  # structures that were not there before, one step after the other
+        self._checkpointed: list[nn.Module] = []
         self._limit: int | None = None
         self._context = 0
 
@@ -76,6 +78,8 @@ class Watch:
         assert self._structure is not None
         if self._new >= _UNSETTLED:
             raise NotExactError("modules of the base model change from step to step")
+        if torch.is_grad_enabled() and any(module.training for module in self._checkpointed):
+            raise NotExactError("gradient checkpointing recomputes whole blocks; turned off, less memory is needed")
         kept = self.parts.blocks.below(places)
         if kept not in self._frozen:
             self._frozen[kept] = self._find_frozen(kept)
@@ -109,7 +113,7 @@ class Watch:
         other = before is not None and not now.has_objects_of(before)
         self._codes += other
         if moved:
-            self.parts = Parts(self._base, self._outer, self._locator)
+            self.parts = Parts(self._base, self._outer, self._edits)
         state = now.facts, self._codes
         self._new = 0 if state in self._known or before is None else self._new + 1
         self._known.add(state)

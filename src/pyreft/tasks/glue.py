@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ReftError, did_you_mean
 from . import hub
-from .tables import Row, find, read_tsv
+from .layouts import Row, find, read_tsv
 
 SOURCE = "https://gluebenchmark.com/tasks"
 CHOOSING = 1000  # how many examples choose the epoch where the validation set is large; else half of it
@@ -112,7 +112,7 @@ def find_task(name: str) -> Task:
     """
     plain = name.lower().replace("-", "")
     if plain not in TASKS:
-        raise ReftError(f"task: GLUE has {', '.join(TASKS)}, got {name!r}.{did_you_mean(plain, TASKS)}")
+        raise ReftError(f"GLUE has {', '.join(TASKS)}, got {name!r}.{did_you_mean(plain, TASKS)}", setting="task")
     return TASKS[plain]
 
 
@@ -143,7 +143,7 @@ def split_validation(pairs: Sequence[Pair], seed: int) -> tuple[list[Pair], list
     """
     count = CHOOSING if len(pairs) > LARGE else len(pairs) // 2
     if not count:
-        raise ReftError(f"validation: {len(pairs)} example cannot be parted in two; expected 2 or more.")
+        raise ReftError(f"{len(pairs)} example cannot be parted in two; expected 2 or more.", setting="validation")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     scored = len(pairs) - count
     return [pairs[at] for at in order[scored:]], [pairs[at] for at in order[:scored]]

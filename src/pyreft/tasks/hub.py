@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ReftError
-from .tables import Row
+from .layouts import Row
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,9 @@ def load(task: str, split: str, file: str, source: str) -> list[Row]:
     elif task in SOURCES and split in SOURCES[task].splits:
         found = SOURCES[task]
     else:
-        raise ReftError(f"data_dir: {task} is not on the hub by a name; give a directory with {file}, from {source}.")
+        raise ReftError(
+            f"{task} is not on the hub by a name; give a directory with {file}, from {source}.", setting="data_dir"
+        )
     import datasets
 
     files = {"data_files": found.files} if found.files else {}
@@ -71,7 +73,8 @@ def load(task: str, split: str, file: str, source: str) -> list[Row]:
     except Exception as error:  # many kinds: of the network, the hub and the file
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ReftError(
-            f"data_dir: {found.files or found.path} could not be loaded from the hub ({first}). Without a network, "
-            f"give a directory with {file}, from {source}."
+            f"{found.files or found.path} could not be loaded from the hub ({first}). Without a network, "
+            f"give a directory with {file}, from {source}.",
+            setting="data_dir",
         ) from None
     return [Row(f"{found.path}, row {number}", found.row(row)) for number, row in enumerate(rows, 1)]

@@ -13,7 +13,7 @@ from ..data.files import Example, alpaca_prompt
 from ..errors import ReftError, did_you_mean
 from . import hub
 from .answers import TRIGGER, choice, result
-from .tables import LLM_ADAPTERS, Row, answer_of, find, read_json, text_of
+from .layouts import LLM_ADAPTERS, Row, answer_of, find, read_json, text_of
 
 ULTRAFEEDBACK = "https://huggingface.co/datasets/openbmb/UltraFeedback, as rows of instruction, input and output"
 ALPACA_EVAL = "https://huggingface.co/datasets/tatsu-lab/alpaca_eval"
@@ -84,7 +84,8 @@ class Suite:
         """
         if task not in self.tasks:
             raise ReftError(
-                f"task: {self.name} has {', '.join(self.tasks)}, got {task!r}.{did_you_mean(task, self.tasks)}"
+                f"{self.name} has {', '.join(self.tasks)}, got {task!r}.{did_you_mean(task, self.tasks)}",
+                setting="task",
             )
         places = (f"{task}/test.json", f"dataset/{task}/test.json", f"{task}/test.jsonl", f"{task}.json")
         if directory is None:
@@ -173,13 +174,13 @@ GLUE = "glue"
 SUITES = (*GENERATED, GLUE)
 
 
-def check_suite(name: object, where: str = "") -> str:
+def check_suite(name: object, where: str | None = None) -> str:
     """Return the name of a suite if there is one.
 
     Raises:
         ReftError: there is none of that name; the message begins with `where` it was given, if that is said.
     """
     if name not in SUITES:
-        place = f"{where}: " if where else ""
-        raise ReftError(f"{place}suite: expected {', '.join(SUITES)}, got {name!r}.{did_you_mean(name, SUITES)}")
+        known = ", ".join(SUITES)
+        raise ReftError(f"expected {known}, got {name!r}.{did_you_mean(name, SUITES)}", setting="suite", where=where)
     return str(name)

@@ -48,8 +48,9 @@ def check_same_rows(checkpoint: str, rows: Sequence[dict[str, Any]]) -> None:
     before, now = json.loads(path.read_text("utf-8")), _facts(rows)
     if before != now:
         raise ReftError(
-            f"resume: {checkpoint} was trained on other data ({before['rows']:,} rows, now {now['rows']:,}); resume "
-            "with the same data, or train to another output."
+            f"{checkpoint} was trained on other data ({before['rows']:,} rows, now {now['rows']:,}); resume "
+            "with the same data, or train to another output.",
+            setting="resume",
         )
 
 

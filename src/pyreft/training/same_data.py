@@ -37,8 +37,9 @@ def check_same_data(name: str, dataset: Any) -> None:
     if len(set(found)) > 1:
         sizes = ", ".join(f"{rows:,} rows in process {process}" for process, (rows, _) in enumerate(found))
         raise ReftError(
-            f"{name}: the processes have different data: {sizes}, not all the same rows. Give each the whole "
-            "data set in the same order; the trainer parts it among them."
+            f"the processes have different data: {sizes}, not all the same rows. Give each the whole "
+            "data set in the same order; the trainer parts it among them.",
+            setting=name,
         )
 
 

@@ -17,7 +17,7 @@ from ..errors import ReftError
 from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import EpochTeller, ReachPrinter
-from ..tuner.locator import LENGTHS, LOCATIONS, SUBSPACES
+from ..tuner.call import LENGTHS, LOCATIONS, SUBSPACES
 from ..tuner.tuner import calls_tuner, penalty, tuner_of
 from .same_data import check_same_data
 
@@ -27,7 +27,7 @@ class ReftTrainer(Trainer):
 
     A data set may have a column `intervention_locations`, `[interventions][positions]` for each row, or
     `prompt_lengths`, and `subspaces`; they reach the model, and the column `id` does not. Checkpoints are complete
-    adapters, with a head of the base model if it is trained. A subclass may define `compute_loss` with or without
+    adapters, with a classifier of the base model if it is trained. A subclass may define `compute_loss` with or without
     the argument `num_items_in_batch`, which the original's did not have.
 
     Only what the edits can reach is computed, wherever that equals the ordinary step; see `pyreft.reach.Reach`.
@@ -183,9 +183,9 @@ class ReftTrainerForCausalLMDistributed(ReftTrainerForCausalLM):
 class ReftTrainerForSequenceClassification(ReftTrainer):
     """The trainer for classifiers: one label, several labels, or a number, as the model's `problem_type` says.
 
-    To train the head beside the edits, set `requires_grad` of its parameters, or name it in
+    To train the classifier beside the edits, set `requires_grad` of its parameters, or name it in
     `ReftConfig(modules_to_save=[...])`. Edits that the loss cannot depend on are told once, after the first backward:
-    those of the last layer, where no position rule takes them to the token that the head reads.
+    those of the last layer, where no position rule takes them to the token that the classifier reads.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ from ..interventions import Intervention, intervention_class, register, short_na
 from ..positions import Positions, rule_name
 
 
-class ReftPeftType(enum.StrEnum):
+class ReftPeftType(str, enum.Enum):  # noqa: UP042 (PEFT reads the name behind the dot of a member's text)
     """The key under which PEFT finds this method; PEFT's own enum is closed."""
 
     REFT = "REFT"
@@ -66,8 +66,9 @@ class Representation:
             value = settings.pop(name, None)
             if value is not None and getattr(self, name) not in (None, value):
                 raise ReftError(
-                    f"representations: {name} is {getattr(self, name)} beside an intervention made with {value}; "
-                    "give it once, or twice the same."
+                    f"{name} is {getattr(self, name)} beside an intervention made with {value}; "
+                    "give it once, or twice the same.",
+                    setting="representations",
                 )
             setattr(self, name, value)
         self.intervention_kwargs = settings or None
@@ -84,8 +85,9 @@ class Representation:
         if isinstance(self.intervention, Intervention):
             if self.intervention.embed_dim != width:
                 raise ReftError(
-                    f"embed_dim: the {self.component} of layer {self.layer} is {width} wide, "
-                    f"the intervention given for it {self.intervention.embed_dim}."
+                    f"the {self.component} of layer {self.layer} is {width} wide, "
+                    f"the intervention given for it {self.intervention.embed_dim}.",
+                    setting="embed_dim",
                 )
             return self.intervention
         cls = intervention_class(self.intervention)
@@ -97,11 +99,14 @@ class Representation:
         for name in settings:
             if name not in taken:
                 raise ReftError(
-                    f"{name}: the intervention {self.intervention!r} does not take it, only "
-                    f"{', '.join(sorted(taken))}.{did_you_mean(name, taken)}"
+                    f"the intervention {self.intervention!r} does not take it, only "
+                    f"{', '.join(sorted(taken))}.{did_you_mean(name, taken)}",
+                    setting=name,
                 )
         if "low_rank_dimension" in taken and self.low_rank_dimension is None:
-            raise ReftError(f"low_rank_dimension: no rank was given for the {self.component} of layer {self.layer}.")
+            raise ReftError(
+                f"no rank was given for the {self.component} of layer {self.layer}.", setting="low_rank_dimension"
+            )
         return cls(embed_dim=width, **settings)
 
     def settle(self) -> None:
@@ -117,7 +122,7 @@ class Representation:
         return {key: value for key, value in data.items() if value is not None}
 
 
-DEFAULT_POSITIONS = "l16"  # by `pyreft study`; the paper's is f7+l7
+DEFAULT_POSITIONS = "l16"  # by `benchmarks/study.py`; the paper's is f7+l7
 _SETTINGS = ("low_rank_dimension", "dropout", "act_fn", "add_bias")
 DEFAULT_RANK = 8
 # keys of the original's representations that say what is always so here
@@ -182,13 +187,15 @@ class ReftConfig(PeftConfig):
         self.peft_type = ReftPeftType.REFT
         self.layers = _read_layers(self.layers)
         if not isinstance(self.low_rank_dimension, int | None):
-            raise ReftError(f"low_rank_dimension: expected a whole number, got {self.low_rank_dimension!r}.")
+            raise ReftError(f"expected a whole number, got {self.low_rank_dimension!r}.", setting="low_rank_dimension")
         if self.representations is not None:
             if self.layers != "all":
-                raise ReftError("layers: each of the representations names its own layer; give one or the other.")
+                raise ReftError(
+                    "each of the representations names its own layer; give one or the other.", setting="layers"
+                )
             given = [self.representations] if isinstance(self.representations, dict) else list(self.representations)
             if not given:
-                raise ReftError("representations: expected at least one edited place, got an empty list.")
+                raise ReftError("expected at least one edited place, got an empty list.", setting="representations")
             self.representations = [self._read(entry) for entry in given]
             self._refuse_double_modules()
         else:
@@ -205,14 +212,17 @@ class ReftConfig(PeftConfig):
         for key in entry:
             if key not in known and key not in _IMPLIED:
                 raise ReftError(
-                    f"representations: expected the keys {', '.join(known)}, got {key!r}.{did_you_mean(key, known)}"
+                    f"expected the keys {', '.join(known)}, got {key!r}.{did_you_mean(key, known)}",
+                    setting="representations",
                 )
         values = {key: value for key, value in entry.items() if key in known}
         unit = entry.get("unit", "pos")
         if isinstance(unit, int):
             values.setdefault("head", unit)
         elif unit not in ("pos", "h", "h.pos"):
-            raise ReftError(f"representations: expected the unit 'pos', or the number of a head, got {unit!r}.")
+            raise ReftError(
+                f"expected the unit 'pos', or the number of a head, got {unit!r}.", setting="representations"
+            )
         given = values.get("intervention", self.intervention)
         inherited = ["positions", "component"]
         if not isinstance(given, Intervention):
@@ -225,7 +235,9 @@ class ReftConfig(PeftConfig):
     def _refuse_double_modules(self) -> None:
         modules = [id(r.intervention) for r in self.representations if isinstance(r.intervention, Intervention)]
         if len(set(modules)) < len(modules):
-            raise ReftError("representations: the same intervention module stands in two of them; make one for each.")
+            raise ReftError(
+                "the same intervention module stands in two of them; make one for each.", setting="representations"
+            )
 
     def expand(self, number_of_layers: int) -> list[Representation]:
         """The edited places one by one, for a model of so many layers.
@@ -270,14 +282,18 @@ def _read_layers(layers: Any) -> Any:
             return "all"
         parts = [part for part in re.split(r"[;,\s]+", layers.strip()) if part]
         if not parts or not all(part.isdigit() for part in parts):
-            raise ReftError(f"layers: expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.")
+            raise ReftError(
+                f"expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.", setting="layers"
+            )
         layers = [int(part) for part in parts]
     if isinstance(layers, int):
         layers = [layers]
     if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, int) for layer in layers):
-        raise ReftError(f"layers: expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.")
+        raise ReftError(
+            f"expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.", setting="layers"
+        )
     if len(set(layers)) < len(layers):
-        raise ReftError(f"layers: a layer stands twice in {list(layers)}.")
+        raise ReftError(f"a layer stands twice in {list(layers)}.", setting="layers")
     return list(layers)
 
 

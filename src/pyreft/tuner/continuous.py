@@ -8,31 +8,42 @@ import copy
 import functools
 import inspect
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ReftError
+from .call import Call
+from .edits import Edits
 from .located import Located
-
-if TYPE_CHECKING:
-    from .stream import Stream
+from .resolve import resolve
 
 
 class Batches:
     """The continuous batching of an adapted model.
 
     Args:
-        model: a transformers model with `generate_batch`.
+        edits: of a transformers model with `generate_batch`.
     """
 
-    def __init__(self, model: Any) -> None:
-        self._model: Any = model
+    def __init__(self, edits: Edits) -> None:
+        self.edits = edits
+        self._model: Any = edits.model
         self._manager: Any = None  # a weak reference to the one that runs
+        self._begun: Call | None = None  # with the adapters that were active when it was made
 
     def __getstate__(self) -> dict:  # a copy of the model has nothing in flight
-        return {**self.__dict__, "_manager": None}
+        return {**self.__dict__, "_manager": None, "_begun": None}
+
+    @staticmethod
+    def is_step(kwargs: dict[str, Any]) -> bool:
+        """Whether a forward is one of a manager."""
+        return kwargs.get("cache") is not None and "read_index" in kwargs
+
+    def begin(self) -> Call:
+        """Return a call for a step of the manager: with the adapters that were active when its requests came."""
+        return self.edits.begin({}) if self._begun is None else self._begun.again()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """The model's method of this name, for what edits need of the manager.
@@ -58,28 +69,29 @@ class Batches:
                 "generate_batch: the model keeps a manager from before it was adapted, whose requests share keys and "
                 "values; call destroy_cached_continuous_batching_manager() on the model first."
             )
-        self._manager = weakref.ref(manager)
+        self._manager, self._begun = weakref.ref(manager), self.edits.begin({})
         return manager
 
-    def locate(self, stream: "Stream", inputs: Tensor, kwargs: dict[str, Any]) -> Located:
+    def locate(self, call: Call, inputs: Tensor, kwargs: dict[str, Any]) -> Located:
         """Return the tokens to edit in the row that the manager computes now.
 
         Args:
-            stream: of the model; resolves the rules.
+            call: the step.
             inputs: `[1, tokens]`, the parts of the requests one after the other, and perhaps padding.
             kwargs: of the call.
         """
         states = [request.state for request in self._requests()]
         bounds, positions = kwargs["cu_seq_lens_q"][: len(states) + 1], kwargs["position_ids"][0]
         lengths = [state._true_initial_tokens or len(state.initial_tokens) for state in states]
-        endless = any(rule is not None and rule.whole == "all" for rule in stream.rules())
+        rules = [rule for name in call.active for rule in self.edits.rules[name]]
+        endless = any(rule is not None and rule.whole == "all" for rule in rules)
         if not states or not (endless or _in_a_prompt(bounds, positions, lengths)):
             return Located()
         width = max(lengths)
         prompts = [state.initial_tokens[:length] for state, length in zip(states, lengths, strict=True)]
         ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in prompts], device=inputs.device)
         tokens = torch.arange(width, device=inputs.device) < torch.tensor(lengths, device=inputs.device)[:, None]
-        whole = stream.resolve(tokens, None, ids)
+        whole = resolve(self.edits, call, "", tokens, None, ids)
         counts = bounds.diff().long()
         row = torch.repeat_interleave(torch.arange(len(states), device=inputs.device), counts)
         at = positions[: len(row)]

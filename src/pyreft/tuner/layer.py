@@ -1,9 +1,8 @@
 """The edits of one module: a child of it that holds the interventions of all adapters, and a hook that applies them.
 
-Which tokens are edited, the module's `Stream` says; which modules, the tuner.
+Which tokens are edited, the `Call` that runs says; which modules, the tuner.
 """
 
-import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn, cast
 
@@ -13,12 +12,15 @@ from torch import Tensor, nn
 
 from ..errors import ReftError
 from ..interventions import Intervention, LowRankRotateLayer, stack
-from .located import Key, Window
-from .stream import Stream
+from .call import Call, Reading, innermost, running
+from .located import Key, Tokens
+from .resolve import read_states
+
+PREFIX = "reft_"  # of the children that hold interventions: `reft_input` and `reft_output`
 
 
 class ReftLayer(nn.ModuleDict, BaseTunerLayer):
-    """The interventions on one side of one module, by adapter, and the hook that applies them.
+    """The interventions on one side of one module, by adapter, and the edit of its states.
 
     Several interventions of an adapter act one after the other in the order of its representations. Several active
     adapters see the same states, and their edits are summed in the order of their activation:
@@ -29,26 +31,56 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
     Args:
         module: the module whose input or output is edited.
         side: which of the two.
-        stream: says which tokens.
+        edits: of the model.
+        stack: whose tokens pass the module, see `places.components.Site`.
+        number: of this layer among those of the model.
     """
 
     adapter_layer_names = ("interventions",)
     other_param_names = ("indices", "columns")
 
-    def __init__(self, module: nn.Module, side: str, stream: Stream) -> None:
+    def __init__(self, module: nn.Module, side: str, edits: Any, stack: str, number: int) -> None:
         super().__init__()
         self.indices: dict[str, list[int]] = {}  # adapter -> the numbers of these among its representations
         self.columns: dict[str, list[tuple[int, int] | None]] = {}  # and the part of the width that each edits
-        self.side = side
-        self.stream = stream
+        self.side, self.edits, self.stack, self.number = side, edits, stack, number
         self._module = (module,)  # in a tuple: the module is this one's parent, not its child
-        stream.layers.append(self)
-        self.set_hooked(stream.hooked)
+        if side == "input":
+            module.register_forward_pre_hook(edit_input, with_kwargs=True)
+        else:  # first of all hooks: those that record hidden states see the edited ones
+            module.register_forward_hook(edit_output, prepend=True)
+
+    def detach(self) -> None:
+        """Take the hook and this child off the module."""
+        module = self._module[0]
+        hooks: dict = module._forward_pre_hooks if self.side == "input" else module._forward_hooks
+        for number in [n for n, hook in hooks.items() if hook in (edit_input, edit_output)]:
+            del hooks[number]
+            module._forward_pre_hooks_with_kwargs.pop(number, None)
+        delattr(module, f"{PREFIX}{self.side}")
 
     @property
     def interventions(self) -> "ReftLayer":
         """Where PEFT finds the parameters by adapter: this dict itself."""
         return self
+
+    def get_base_layer(self) -> nn.Module:
+        """The module whose input or output is edited."""
+        return self._module[0]
+
+    @property
+    def weight(self) -> NoReturn:
+        """None of its own, and not that of the module, which is not replaced; so `hasattr` says no."""
+        raise AttributeError("A ReftLayer has no weight; its module has: get_base_layer().weight.")
+
+    @property
+    def bias(self) -> NoReturn:
+        raise AttributeError("A ReftLayer has no bias; its module has: get_base_layer().bias.")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to its module, in its own type; PEFT asks for it after loading with `low_cpu_mem_usage`."""
+        if adapter_name in self and not any(parameter.is_meta for parameter in self[adapter_name].parameters()):
+            self[adapter_name].to(device or device_of(self._module[0]))
 
     def add_intervention(
         self, adapter_name: str, index: int, intervention: Intervention, columns: tuple[int, int] | None = None
@@ -72,167 +104,92 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             modules = cast(Iterable[Intervention], self[adapter_name])
             yield from zip(self.indices[adapter_name], modules, strict=True)
 
-    def has(self, key: Key) -> bool:
-        """Whether the intervention of this representation is here."""
-        return key[1] in self.indices.get(key[0], ())
-
     def rank(self, key: Key) -> int | None:
         """The rank of the intervention of a representation, if it has one."""
         return next(getattr(module, "low_rank_dimension", None) for index, module in self.of(key[0]) if index == key[1])
 
-    def rotations(self, windows: dict[Key, Window]) -> Iterator[LowRankRotateLayer]:
-        """The orthonormal matrices that the next forward needs."""
-        located, rows = self.stream.located, self.stream.rows
-        for name in dict.fromkeys(name for name, _ in windows):
-            adapters = located.adapters(name, rows) if located is not None else []
-            for adapter in dict.fromkeys(adapters or [name]):
+    def rotations(self, reading: Reading) -> Iterator[LowRankRotateLayer]:
+        """The orthonormal matrices that edits in a forward need."""
+        for name in dict.fromkeys(name for name, _ in reading.at):
+            for adapter in dict.fromkeys(reading.adapters[name] or [name]):
                 for index, intervention in self.of(adapter):
-                    rotation = getattr(intervention, "rotate_layer", None)
-                    if (name, index) in windows and isinstance(rotation, LowRankRotateLayer):
-                        yield rotation
+                    if (name, index) in reading.at and hasattr(intervention, "rotate_layer"):
+                        yield cast(LowRankRotateLayer, intervention.rotate_layer)
 
-    def edit_located(self, h: Tensor) -> Tensor:
+    def edit(self, h: Tensor, call: Call, reading: Reading) -> Tensor:
         """Return the states `[batch, tokens, d]` with the located tokens edited and every other bit as it was."""
-        stream = self.stream
-        windows = stream.windows(h)
-        located = stream.located
-        by_row = located is not None and bool(located.groups)
-        here = self.keys() if by_row else self.enabled_adapters
-        names = [name for name in dict.fromkeys(name for name, _ in windows) if name in here]
+        here = self if call.row_adapters is not None else call.enabled[self.number]
+        names = [name for name in dict.fromkeys(name for name, _ in reading.at) if name in here]
         if not names:
             return h
-        shape = h.shape
-        if h.dim() == 2 and len(h) == stream.rows * stream.tokens:  # some modules see all tokens in one row
-            h = h.view(stream.rows, stream.tokens, -1)
-        if h.shape[:2] != (stream.rows, stream.tokens):
+        shape, dtype = h.shape, h.dtype
+        if h.dim() == 2 and len(h) == reading.rows * reading.tokens:  # some modules see all tokens in one row
+            h = h.view(reading.rows, reading.tokens, -1)
+        if h.shape[:2] != (reading.rows, reading.tokens):
             raise ReftError(
-                f"The states to edit have the shape {list(shape)}, expected [{stream.rows}, {stream.tokens}, width]; "
+                f"The states to edit have the shape {list(shape)}, expected [{reading.rows}, {reading.tokens}, width]; "
                 "this component cannot be edited by token."
             )
-        if len(names) == 1 or by_row:
+        if len(names) == 1 or call.row_adapters is not None:  # no two edit the same row
             for name in names:
-                adapters = located.adapters(name, stream.rows) if located is not None else []
-                h = self._edit_rows(h, name, windows, adapters) if adapters else self._edit(h, name, windows)
-        else:
-            wide = h.float()
-            edits = [self._edit(wide, name, windows) - wide for name in names]
-            h = functools.reduce(torch.add, edits, wide).to(h.dtype)
-        return h.view(shape)
+                h = self._edited(h, name, call, reading)
+            return h.view(shape)
+        wide = total = h.float()
+        for name in names:
+            total = total + (self._edited(wide, name, call, reading) - wide)
+        return total.to(dtype).view(shape)
 
-    def _edit(self, h: Tensor, name: str, windows: dict[Key, Window]) -> Tensor:
-        """Apply the interventions of one adapter, one after the other."""
-        stream = self.stream
-        strength = stream.locator.strength(name)
-        subspaces = {} if stream.located is None else stream.located.subspaces
-        for (index, intervention), columns in zip(self.of(name), self.columns[name], strict=True):
-            key = name, index
-            if key not in windows:
+    def _edited(self, h: Tensor, name: str, call: Call, reading: Reading) -> Tensor:
+        """Apply the interventions of an adapter, or those of the adapters of a group of rows, one after the other."""
+        adapters = reading.adapters[name]
+        strength: float | Tensor = reading.strengths[name][0]
+        if len(set(reading.strengths[name])) > 1:
+            strength = torch.tensor(reading.strengths[name], device=h.device).view(-1, 1, 1)
+        for number, (index, columns) in enumerate(zip(self.indices[name], self.columns[name], strict=True)):
+            if (name, index) not in reading.at:
                 continue
+            at = reading.at[name, index]
+            if any(isinstance(part, Tensor) and part.device != h.device for part in at):
+                at = at.to(h.device)
+            intervention, R = self._intervention(name, number, adapters, call, h)
+            context = _context(intervention, R, (name, index), at, reading, by_itself=not adapters)
+            there = h[at.rows, at.columns]  # gather: [n, k, d]
+            part = there if columns is None else there[..., slice(*columns)]
+            new = _formula(intervention, part if adapters else part.flatten(0, 1), strength, context).view_as(part)
+            if at.valid is not None:
+                new = torch.where(at.valid[..., None], new, part)
+            if columns is not None:
+                new = torch.cat((there[..., : columns[0]], new, there[..., columns[1] :]), dim=-1)
+            h = new if isinstance(at.rows, slice) else h.index_put(cast(Any, at[:2]), new)  # scatter
+        return h
+
+    def _intervention(
+        self, name: str, number: int, adapters: list[str], call: Call, h: Tensor
+    ) -> tuple[Intervention, Tensor | None]:
+        """An adapter's intervention, or those of the adapters of rows as one; and R, where the call has computed it."""
+        if not adapters:
+            intervention = cast(Any, self[name])[number]
             _check_device(intervention, name, h)
-            at = windows[key]
-            if isinstance(at, Tensor):
-                h = self._edit_all(h, at, intervention, columns, strength, subspaces.get(key))
-                continue
-            if at is None and not (intervention.by_row or subspaces):
-                flat = h.reshape(-1, h.shape[-1])
-                h = _edit_columns(intervention, flat, columns, strength).view_as(h)
-                continue
-            if at is None:
-                at = torch.ones(h.shape[:2], device=h.device).nonzero().unbind(1)  # type: ignore[assignment]
-            rows, tokens = (indices.to(h.device) for indices in cast(Iterable[Tensor], at))
-            context = {"rows": rows} if intervention.by_row else {}
-            if key in subspaces:
-                of_row = subspaces[key].to(h.device)
-                context["subspaces"] = of_row[rows // (stream.rows // len(of_row))]
-            edited = _edit_columns(intervention, h[rows, tokens], columns, strength, **context)
-            h = h.index_put((rows, tokens), edited)
-        return h
-
-    def _edit_rows(self, h: Tensor, group: str, windows: dict[Key, Window], adapters: list[str]) -> Tensor:
-        """Apply to each row of a group its own adapter's interventions, those of one representation all at once."""
-        stream = self.stream
-        subspaces = {} if stream.located is None else stream.located.subspaces
-        strengths = [stream.locator.strength(name) for name in adapters]
-        strength: float | Tensor = strengths[0]
-        if len(set(strengths)) > 1:
-            strength = torch.tensor(strengths, device=h.device).view(-1, 1, 1)
-        for number, (index, columns) in enumerate(zip(self.indices[group], self.columns[group], strict=True)):
-            if (group, index) not in windows:
-                continue
-            intervention = self._stacked(group, number, adapters, h)
-            at, context = windows[group, index], {}
-            if (of_row := subspaces.get((group, index))) is not None:
-                of_row = of_row.to(h.device).repeat_interleave(stream.rows // len(of_row), dim=0)
-                context["subspaces"] = (of_row if at is None else of_row[at[0].squeeze(-1)]).unsqueeze(1)
-            if at is None:
-                h = _edit_columns(intervention, h, columns, strength, **context)
-                continue
-            rows, tokens, valid = (part if part is None else part.to(h.device) for part in at)
-            there = h[rows, tokens]
-            edited = _edit_columns(intervention, there, columns, strength, **context)
-            h = h.index_put((rows, tokens), edited if valid is None else torch.where(valid, edited, there))
-        return h
-
-    def _stacked(self, group: str, number: int, adapters: list[str], h: Tensor) -> Intervention:
-        """The interventions of these adapters as one, kept until the call ends unless gradients flow through it."""
-        key = self, group, number, len(adapters)
-        stacks = self.stream.stacks
-        if (known := stacks.get(key)) is not None:
+            return intervention, call.rotations.get(getattr(intervention, "rotate_layer", None))
+        key = self.number, name, number, len(adapters)
+        if (known := call.stacked.get(key)) is not None:
             return known
-        interventions = [cast(Any, self[name])[number] for name in adapters]
-        for name, intervention in zip(adapters, interventions, strict=True):
-            _check_device(intervention, name, h)
-        made = stack(interventions)
-        if not torch.is_grad_enabled():
-            stacks[key] = made
+        interventions = [cast(Any, self[adapter])[number] for adapter in adapters]
+        for adapter, intervention in zip(adapters, interventions, strict=True):
+            _check_device(intervention, adapter, h)
+        R = None
+        if hasattr(interventions[0], "rotate_layer"):
+            layers = [intervention.rotate_layer for intervention in interventions]
+            known = call.rotations
+            R = torch.stack([known[one] if one in known else one.weight.mT for one in layers])  # noqa: SIM401 (costly)
+        made = stack(interventions), R
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            call.stacked[key] = made  # for the steps of a generation
         return made
 
-    @staticmethod
-    def _edit_all(
-        h: Tensor,
-        mask: Tensor,
-        intervention: Intervention,
-        columns: tuple[int, int] | None,
-        strength: float,
-        subspaces: Tensor | None,
-    ) -> Tensor:
-        """Edit every token and keep the edits of those in the mask: in a compiled forward, whose shapes are fixed."""
-        batch, tokens, width = h.shape
-        context = {}
-        if intervention.by_row:
-            context["rows"] = torch.arange(batch, device=h.device).repeat_interleave(tokens)
-        if subspaces is not None:
-            context["subspaces"] = subspaces.to(h.device).repeat_interleave(h.shape[0] * tokens // len(subspaces), 0)
-        edited = _edit_columns(intervention, h.reshape(-1, width), columns, strength, **context).view_as(h)
-        return torch.where(mask.to(h.device)[..., None], edited, h)
-
-    def set_hooked(self, wanted: bool) -> None:
-        """Put the hook on the module, or take it off: where nothing is located, nothing is called.
-
-        It is there while no forward runs, since a forward that is compiled finds its hooks and puts none.
-        """
-        module = self._module[0]
-        hooks = module._forward_pre_hooks if self.side == "input" else module._forward_hooks
-        for number in [n for n, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-            del hooks[number]
-            module._forward_pre_hooks_with_kwargs.pop(number, None)
-        if wanted and self.side == "input":
-            module.register_forward_pre_hook(self._edit_input, with_kwargs=True)
-        elif wanted:  # first of all hooks: those that record hidden states see the edited ones
-            module.register_forward_hook(self._edit_output, prepend=True)
-
-    def _edit_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        if isinstance(output, Tensor):
-            return self.edit_located(output)
-        return type(output)((self.edit_located(output[0]), *output[1:]))
-
-    def _edit_input(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (self.edit_located(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self.edit_located(kwargs["hidden_states"])}
-
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise NotImplementedError("A ReftLayer edits through the hook on its module.")
+    def forward(self, h: Any) -> Any:
+        """Nothing: the hook edits. An `nn.Sequential` that is edited runs this one after its own parts."""
+        return h
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         refuse_merge()
@@ -241,25 +198,100 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         refuse_merge()
 
 
-def _check_device(intervention: Intervention, adapter_name: str, h: Tensor) -> None:
-    if (device := next(intervention.parameters()).device) != h.device:
+def device_of(module: nn.Module) -> torch.device:
+    """Where the parameters of a module are; the CPU for those that are offloaded until they are needed."""
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    offloaded = device.type == "meta" and any(hasattr(part, "_hf_hook") for part in module.modules())
+    return torch.device("cpu") if offloaded else device
+
+
+def type_of(module: nn.Module) -> torch.dtype | None:
+    """The type of a module's parameters, but for quantized ones; none if all are."""
+    return next((parameter.dtype for parameter in module.parameters() if parameter.is_floating_point()), None)
+
+
+_NOTHING: Any = object()
+
+
+def edit_output(module: Any, args: tuple, output: Any) -> Any:
+    """The hook behind an edited module."""
+    layer = module.reft_output  # of this very module: a replica of it has its own
+    if (found := _reading(layer)) is None:
+        return None
+    if isinstance(output, Tensor):
+        return layer.edit(output, *_from_states(layer, found, output))
+    return type(output)((layer.edit(output[0], *_from_states(layer, found, output[0])), *output[1:]))
+
+
+def edit_input(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    """The hook before an edited module."""
+    layer = module.reft_input
+    if (found := _reading(layer)) is None:
+        return None
+    h = args[0] if args else kwargs["hidden_states"]
+    edited = layer.edit(h, *_from_states(layer, found, h))
+    return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
+
+
+def _reading(layer: ReftLayer) -> tuple[Call, Reading | None] | None:
+    """The call that runs, and what the forward reads; none if there is nothing to edit."""
+    frames = running.frames
+    call = frames[-1] if frames and frames[-1].edits is layer.edits else innermost(layer.edits)
+    if isinstance(call, Call):
+        reading = call.readings.get(layer.stack, _NOTHING)
+        return None if reading is _NOTHING or (reading is not None and not reading.at) else (call, reading)
+    if call is None and layer.enabled_adapters:
         raise ReftError(
-            f"The edits of adapter {adapter_name!r} are on {device}, the states on {h.device}; move them together, as "
-            "with model.to(device) or reft_model.set_device(device)."
+            "An edited module was called outside of a call of its model, so which tokens to edit is not known. Call "
+            "the model; to compute blocks once more in the backward, use model.gradient_checkpointing_enable()."
         )
+    return None
 
 
-def _edit_columns(
-    intervention: Intervention, h: Tensor, columns: tuple[int, int] | None, strength: float | Tensor, **context: Tensor
-) -> Tensor:
-    """Edit a part of the width of the states `[..., d]`, with h + s (Φ(h) - h) for another strength than 1."""
-    part = h if columns is None else h[..., columns[0] : columns[1]]
+def _from_states(layer: ReftLayer, found: tuple[Call, Reading | None], h: Tensor) -> tuple[Call, Reading]:
+    """The same; where pictures or sound came in, only the states say how many tokens they are."""
+    call, reading = found
+    return call, read_states(call, layer.stack, h) if reading is None else reading
+
+
+def _context(
+    intervention: Intervention, R: Tensor | None, key: Key, at: Tokens, reading: Reading, by_itself: bool
+) -> dict[str, Tensor]:
+    """What an intervention gets beside the states.
+
+    Args:
+        by_itself: whether each token stands by itself, `[n, d]`, or those of a row together, `[rows, k, d]`.
+    """
+    context = {} if R is None else {"R": R}
+    of_row = reading.located.subspaces.get(key)
+    if of_row is None and not intervention.by_row:
+        return context
+    rows, k = at.rows, 1
+    if isinstance(rows, slice):
+        rows, k = torch.arange(reading.rows, device=reading.located.masks[key].device)[:, None], reading.tokens
+    if intervention.by_row:
+        context["rows"] = rows.expand(-1, k).flatten()
+    if of_row is not None:  # [n, 1, r]
+        directions = of_row.to(rows.device)[rows // (reading.rows // len(of_row))]
+        context["subspaces"] = directions.expand(-1, k, -1).flatten(0, 1) if by_itself else directions[:, 0]
+    return context
+
+
+def _formula(intervention: Intervention, h: Tensor, strength: float | Tensor, context: dict[str, Tensor]) -> Tensor:
+    """h + s (Φ(h) - h), where s is another strength than 1."""
     if not isinstance(strength, Tensor) and strength == 1:
-        edited = intervention(part, **context)
-    else:
-        wide = part.float()
-        edited = (wide + strength * (intervention(wide, **context) - wide)).to(h.dtype)
-    return edited if columns is None else torch.cat((h[..., : columns[0]], edited, h[..., columns[1] :]), dim=-1)
+        return intervention(h, **context)
+    wide = h.float()
+    return (wide + strength * (intervention(wide, **context) - wide)).to(h.dtype)
+
+
+def _check_device(intervention: Intervention, adapter_name: str, h: Tensor) -> None:
+    parameter = next(intervention.parameters(), None)
+    if parameter is not None and parameter.device != h.device:
+        raise ReftError(
+            f"The edits of adapter {adapter_name!r} are on {parameter.device}, the states on {h.device}; move them "
+            "together, as with model.to(device) or reft_model.set_device(device)."
+        )
 
 
 def refuse_merge() -> NoReturn:

@@ -1,8 +1,9 @@
-"""The located tokens of a batch of sequences, as masks; and the windows of them that a forward computes.
+"""The located tokens of a batch of sequences, as masks; and those of them that lie in what a forward computes.
 
 Plain tensors: nothing is known of rules, models or layers.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +14,26 @@ from ..errors import ReftError
 Key = tuple[str, int]  # an adapter and the number of one of its representations
 
 
-class Grid(NamedTuple):
-    """The tokens to edit in rows that have an adapter each."""
+class Tokens(NamedTuple):
+    """The tokens to edit in the states `[batch, tokens, d]` of a forward: `states[rows, columns]`, `[n, k, d]`.
 
-    rows: Tensor  # `[rows, 1]`
-    columns: Tensor  # `[rows, n]`, filled up with others where a row has fewer to edit
-    valid: Tensor | None  # `[rows, n, 1]`, false for what fills up; none if nothing does
+    Where all rows share an adapter, each of n tokens stands alone, k = 1. Where each row has its own, k tokens of each
+    of n rows stand together, filled up with others where a row has fewer. In a compiled forward, whose shapes must not
+    depend on which tokens they are, all of them are here, and `valid` tells.
+    """
+
+    rows: Tensor | slice  # `[n, 1]`, or all
+    columns: Tensor | slice  # `[n, k]`, or all
+    valid: Tensor | None = None  # `[n, k]`, false for those that stay as they are; none if there are none
+
+    def to(self, device: torch.device) -> "Tokens":
+        """The same, where a layer is."""
+        rows, columns, valid = (part.to(device) if isinstance(part, Tensor) else part for part in self)
+        return Tokens(rows, columns, valid)  # type: ignore[arg-type]
 
 
-# row and column of every token to edit, or a grid of them; none for every token there is; in a compiled forward, whose
-# shapes must not depend on which tokens they are, a mask `[batch, tokens]`
-Window = tuple[Tensor, Tensor] | Grid | Tensor | None
+ALL = slice(None)
+EVERY = Tokens(ALL, ALL)
 
 
 class Located:
@@ -38,6 +48,7 @@ class Located:
         self.subspaces: dict[Key, Tensor] = {}  # `[batch, rank]`, the directions that each row's edits may take
         self.endless: set[Key] = set()  # those that cover every token after the mask, too
         self.length = 0
+        self.until: float = 0  # the index from which on nothing is located
         self.groups = groups or {}
         self._rows = {  # `[batch]`, of the groups that have not all of them
             name: torch.tensor([row is not None for row in rows]) for name, rows in self.groups.items() if None in rows
@@ -52,29 +63,28 @@ class Located:
         self.length = max(self.length, mask.shape[1])
         if endless:
             self.endless.add(key)
+        self.until = math.inf if self.endless else self.length
 
     def adapters(self, group: str, rows: int) -> list[str]:
         """The adapter of each row of a group of several adapters, in a forward of so many rows; empty if it is one."""
         own = self.groups.get(group, [])
         if len({*own} - {None}) < 2:
             return []
+        if torch.compiler.is_compiling():  # where rows without any are computed, too
+            own = [name or group for name in own]
         return [name for name in own if name is not None for _ in range(rows // len(own))]
 
-    def done(self, end: int) -> bool:
-        """Whether nothing is located from this index on."""
-        return end >= self.length and not self.endless
-
-    def windows(self, past: int, tokens: int, rows: int) -> dict[Key, Window]:
-        """What to edit in a forward over the tokens `[past, past + tokens)`.
+    def within(self, past: int, tokens: int, rows: int) -> dict[Key, Tokens]:
+        """What to edit in a forward over the tokens `[past, past + tokens)`; keys with nothing to edit are left out.
 
         Rows that beams or several answers to a prompt have multiplied share the locations of their prompt.
         """
-        found: dict[Key, Window] = {}
-        seen: dict[tuple[int, bool], Window] = {}
+        found: dict[Key, Tokens] = {}
+        seen: dict[tuple[int, bool], Tokens | None] = {}
         for key, mask in self.masks.items():
             endless, only = key in self.endless, self._rows.get(key[0])
             if endless and past >= self.length and only is None:
-                found[key] = None
+                found[key] = EVERY
                 continue
             same = id(mask), endless
             if same not in seen:
@@ -84,12 +94,10 @@ class Located:
                     part = part if only is None else part & only.to(part.device)[:, None]
                 times = rows // len(part)
                 part = part.repeat_interleave(times, dim=0)
-                if self.adapters(key[0], rows):
-                    seen[same] = _grid(part, only if only is None else only.repeat_interleave(times))
-                else:
-                    seen[same] = part if torch.compiler.is_compiling() else part.nonzero(as_tuple=True)  # type: ignore
-            at = seen[same]
-            if at is not None and (at.shape[1] if isinstance(at, Tensor) else at[1].numel()):
+                together = bool(self.adapters(key[0], rows))
+                chosen = only if only is None or times == 1 else only.repeat_interleave(times)
+                seen[same] = _tokens(part, together, chosen)
+            if (at := seen[same]) is not None:
                 found[key] = at
         return found
 
@@ -100,19 +108,30 @@ def mask_of(columns: Tensor, length: int) -> Tensor:
     return mask.scatter(1, columns.long() % (length + 1), True)[:, :length]
 
 
-def _grid(mask: Tensor, only: Tensor | None) -> Grid:
-    """The located tokens of a mask `[rows, tokens]`; of these rows alone, if any of the rows have no part in it."""
+def _tokens(mask: Tensor, together: bool, only: Tensor | None) -> Tokens | None:
+    """The true places of a mask `[rows, tokens]`, none if there are none.
+
+    Args:
+        together: those of a row stand together.
+        only: `[rows]`, false for rows without any part in it.
+    """
+    if torch.compiler.is_compiling():
+        return Tokens(ALL, ALL, mask) if mask.shape[1] else None
+    if not together:
+        rows, columns = mask.nonzero(as_tuple=True)
+        return Tokens(rows[:, None], columns[:, None]) if len(rows) else None
     rows = torch.arange(len(mask)) if only is None else only.nonzero().squeeze(-1)
     rows = rows.to(mask.device)
     mask = mask[rows]
     counts = mask.sum(-1)
     fewest, most = int(counts.min()), int(counts.max())
     columns = mask.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
-    return Grid(rows[:, None], columns, None if fewest == most else mask.gather(1, columns).unsqueeze(-1))
+    valid = None if fewest == most else mask.gather(1, columns)
+    return Tokens(rows[:, None], columns, valid) if most else None
 
 
 def group_rows(
-    row_adapters: list[str] | None, kinds: dict[str, Any], tokens: Tensor, beams: bool = False
+    row_adapters: list[str], kinds: dict[str, Any], tokens: Tensor, beams: bool = False
 ) -> dict[str, list[str | None]]:
     """Gather the adapters of one kind, whose rows are edited together, under the name of the first of them.
 
@@ -128,12 +147,10 @@ def group_rows(
     Raises:
         ReftError: another number of names than rows.
     """
-    if row_adapters is None:
-        return {}
     times, rest = divmod(len(tokens), len(row_adapters) or 1)
     if rest or not times or (times > 1 and not beams):
         raise ReftError(
-            f"adapter_names: expected one name for each of the {len(tokens)} rows, got {len(row_adapters)}."
+            f"expected one name for each of the {len(tokens)} rows, got {len(row_adapters)}.", setting="adapter_names"
         )
     groups: dict[str, set[str]] = {}
     for name, kind in kinds.items():
@@ -163,17 +180,20 @@ def subspace_masks(
             raise TypeError
         for key, rank in ranks.items():
             if rank is None:
-                raise ReftError("subspaces: only an intervention with a rank has directions to choose from.")
+                raise ReftError("only an intervention with a rank has directions to choose from.", setting="subspaces")
             mask = torch.zeros(len(rows), rank, dtype=torch.bool)
             for row, entry in enumerate(rows):
                 chosen = range(rank) if entry[key[1]] is None else entry[key[1]]
                 if not all(0 <= direction < rank for direction in chosen):
-                    raise ReftError(f"subspaces: expected directions from 0 to {rank - 1}, got {list(chosen)}.")
+                    raise ReftError(
+                        f"expected directions from 0 to {rank - 1}, got {list(chosen)}.", setting="subspaces"
+                    )
                 mask[row, list(chosen)] = True
             masks[key] = mask.to(tokens.device)
     except TypeError:
         raise ReftError(
-            f"subspaces: expected [batch][interventions][directions] for a batch of {len(tokens)} and "
-            f"{' or '.join(map(str, wanted))} interventions, got {given!r}."
+            f"expected [batch][interventions][directions] for a batch of {len(tokens)} and "
+            f"{' or '.join(map(str, wanted))} interventions, got {given!r}.",
+            setting="subspaces",
         ) from None
     return masks

@@ -3,6 +3,7 @@
 Knows how a row is told to be packed, and lays its examples apart and together again. Rules and models are not known.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -53,19 +54,47 @@ class Packed:
 def find_packed(inputs: Tensor, kwargs: dict[str, Any]) -> Packed | None:
     """Return the examples of a call's rows; none if each row is one text.
 
-    As transformers has it: rows are packed if there is no attention mask, and either `position_ids` begin anew or
-    `cu_seq_lens_q` say where the examples of the only row begin.
+    As transformers has it: without an attention mask, rows are packed if `position_ids` begin anew, or if
+    `cu_seq_lens_q` say where the examples of the only row begin. A mask `[batch, 1, tokens, tokens]` parts them where a
+    token does not see the one before it, and positions that begin anew do.
 
     Args:
         inputs: ids or embeddings, `[batch, tokens, ...]`.
         kwargs: of the call.
     """
-    if kwargs.get("attention_mask") is not None:
+    mask, positions, bounds = (kwargs.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
+    if isinstance(mask, dict):  # one for each kind of layer; the widest tells the most
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    sees = _allowed(mask, inputs) if mask is not None else None
+    if mask is not None and sees is None:
         return None
-    positions, bounds = kwargs.get("position_ids"), kwargs.get("cu_seq_lens_q")
     starts = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
-    if isinstance(bounds, Tensor) and len(inputs) == 1:
+    if sees is not None:
+        starts[:, 1:] = ~sees.diagonal(offset=-1, dim1=-2, dim2=-1).to(inputs.device)
+    if sees is None and isinstance(bounds, Tensor) and len(inputs) == 1:
         starts[0, bounds[:-1].to(inputs.device).long()] = True
-    elif isinstance(positions, Tensor) and positions.shape == inputs.shape[:2]:
-        starts = nn.functional.pad(positions.diff(dim=-1) != 1, (1, 0)).to(inputs.device)
+    elif isinstance(positions, Tensor) and positions.shape in (inputs.shape[:2], (1, inputs.shape[1])):
+        starts |= nn.functional.pad(positions.diff(dim=-1) != 1, (1, 0)).to(inputs.device)
+    elif sees is None:
+        return None  # and a compiled forward need not ask
     return Packed(starts) if bool(starts[:, 1:].any()) else None
+
+
+def tell_of_cache(kwargs: dict[str, Any], config: Any) -> None:
+    """Warn where transformers lets the examples of a row see each other although their positions begin anew."""
+    apart = any(kwargs.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q"))
+    cached = kwargs.get("use_cache")
+    if not apart and (getattr(config, "use_cache", False) if cached is None else cached):
+        warnings.warn(
+            "position_ids begin anew within a row, so each of its examples is edited by itself; but with a cache "
+            "transformers lets each of them see those before it. Pass use_cache=False, or a mask that parts them.",
+            stacklevel=2,
+        )
+
+
+def _allowed(mask: Any, inputs: Tensor) -> Tensor | None:
+    """Which tokens each one sees, `[batch or 1, tokens, tokens]`, by a mask of four dimensions; none by another."""
+    tokens = inputs.shape[1]
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2:] != (tokens, tokens):
+        return None
+    return mask[:, 0] == 0 if mask.is_floating_point() else mask[:, 0].bool()

@@ -1,66 +1,68 @@
 """Gradient checkpointing: a block that the backward computes once more edits what it edited the first time.
 
-By then the model may have run other forwards, of other rows or with other adapters, as for a reference in DPO.
+By then the model may have run other forwards, of other rows or with other adapters, as for a reference in DPO. So what
+checkpoints a block, in the manner of transformers, takes along the call in which it first ran.
 """
 
-import functools
+import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-if TYPE_CHECKING:
-    from .locator import Locator
+from .call import Call, innermost, within
+
+FUNCTION = "_gradient_checkpointing_func"  # where transformers' modules keep what checkpoints their blocks
 
 
-class Recomputation:
-    """Binds what is located in a forward to the blocks that will be computed once more.
+def recomputes(model: nn.Module) -> bool:
+    """Whether the backward of a forward that begins now will compute blocks, and so the edits in them, once more."""
+    return (
+        model.training
+        and torch.is_grad_enabled()
+        and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
+    )
 
-    Args:
-        locator: of the model.
-        model: whose modules say whether they checkpoint, and how, in the manner of transformers.
-    """
 
-    def __init__(self, locator: "Locator", model: nn.Module) -> None:
-        self._locator = locator
-        self._modules: list[Any] = [part for part in model.modules() if hasattr(part, "gradient_checkpointing")]
-        self._plain: list[tuple[Any, Callable]] = []  # the functions of the modules, while a forward runs
+def bind(edits: Any, model: nn.Module) -> None:
+    """Let the checkpointed blocks of a model find their call again; once done, until checkpointing is set anew."""
+    for module in model.modules():
+        if (plain := getattr(module, FUNCTION, None)) is not None and not isinstance(plain, _Checkpoint):
+            setattr(module, FUNCTION, _Checkpoint(edits, plain))
 
-    def will_be(self, model: nn.Module) -> bool:
-        """Whether the backward will compute blocks once more."""
-        return model.training and torch.is_grad_enabled() and any(part.gradient_checkpointing for part in self._modules)
 
-    def begin(self) -> None:
-        """Before a forward: have the blocks called with what is located then."""
-        self.end()  # of one that did not come to its end
-        for module in self._modules:
-            if (plain := getattr(module, "_gradient_checkpointing_func", None)) is not None:
-                self._plain.append((module, plain))
-                module._gradient_checkpointing_func = functools.partial(self._call, plain)
+def unbind(model: nn.Module) -> None:
+    """Undo it."""
+    for module in model.modules():
+        if isinstance(bound := getattr(module, FUNCTION, None), _Checkpoint):
+            setattr(module, FUNCTION, bound.plain)
 
-    def end(self) -> None:
-        """After it."""
-        for module, plain in self._plain:
-            module._gradient_checkpointing_func = plain
-        self._plain.clear()
 
-    def _call(self, plain: Callable, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        return plain(_Bound(self._locator, function), *args, **kwargs)
+class _Checkpoint:
+    """Checkpoints a block's computation by `plain`, bound to the call that runs."""
+
+    def __init__(self, edits: Any, plain: Callable) -> None:
+        self.edits, self.plain = edits, plain
+
+    def __call__(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+        call = innermost(self.edits)
+        return self.plain(_Bound(call, function) if isinstance(call, Call) else function, *args, **kwargs)
 
 
 class _Bound:
-    """A block's computation, which finds at each later call what was located at the first one."""
+    """A block's computation, which finds at each later run what was located at the first one."""
 
-    def __init__(self, locator: "Locator", function: Callable) -> None:
-        self._locator, self._function = locator, function
-        self._state = locator.state()
-        self._called = False
-        self._alone = False  # whether it is differentiated by itself, as reentrant checkpointing does
+    def __init__(self, call: Call, function: Callable) -> None:
+        self._call, self._function = copy.copy(call), function
+        self._call.readings = dict(call.readings)  # of this forward
+        self._ran = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._called:
-            self._called, self._alone = True, not torch.is_grad_enabled()
+        if not self._ran:
+            self._ran = True
+            if not torch.is_grad_enabled():  # it is differentiated by itself: each R gets a graph of its own, too
+                self._call.rotations = {}
             return self._function(*args, **kwargs)
-        with self._locator.recomputing(self._state, fresh=self._alone):
+        with within(self._call):
             return self._function(*args, **kwargs)

@@ -6,21 +6,30 @@ the `Locator` of the model says.
 
 import re
 import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NoReturn
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel
+from peft.functional import cast_adapter_dtype, set_adapter
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ReftError
 from ..interventions import Intervention, intervention_class
 from ..places.components import Site, find_site, hidden_width, number_of_layers, stack_module
+from ..places.structure import path_of
+from . import hooks
+from .call import Surroundings, running, within
 from .config import ReftConfig, Representation, shape_differences
-from .layer import ReftLayer, refuse_merge
-from .locator import Locator
+from .continuous import Batches
+from .edits import Edits
+from .layer import PREFIX, ReftLayer, device_of, refuse_merge, type_of
+from .overrides import METHODS, Methods
 
 
 class ReftTuner(BaseTuner):
@@ -30,36 +39,77 @@ class ReftTuner(BaseTuner):
         ReftError: a layer, component, rank or intervention that does not fit the model, before it is touched.
     """
 
-    prefix = "reft_"
+    prefix = PREFIX
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        wrapped = isinstance(peft_config, dict)  # by a `PeftModel`; else the model itself gets the adapter
+        _check_free(model, adapter_name, wrapped)
+        others = getattr(model, "peft_config", None) if wrapped else None  # of a LoRA, say: two sets, kept apart
+        if others is not None:
+            self.peft_config: dict[str, Any] = {}
+        with warnings.catch_warnings():
+            if wrapped:
+                warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+            super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if others is not None:
+            self.model.peft_config = others
+        self.edits.wrapped = wrapped
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.compute(super().forward, args, kwargs)
 
     def compute(self, ordinary: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A call of the model, `ordinary(*args, **kwargs)`, or what this thread lets compute it, see `in_part`."""
-        if args or torch.compiler.is_compiling():
+        """A call of the model, `ordinary(*args, **kwargs)`, or what computes it in this thread, see `in_part`."""
+        self.check_attached()
+        if torch.compiler.is_compiling():
             return ordinary(*args, **kwargs)
-        served = next((compute for tuner, compute in reversed(_in_part.served) if tuner is self), None)
-        return ordinary(**kwargs) if served is None else served(ordinary, kwargs)
+        before = len(running.frames)
+        try:
+            compute = next((compute for tuner, compute in reversed(_in_part.entries) if tuner is self), None)
+            return ordinary(*args, **kwargs) if compute is None or args else compute(ordinary, kwargs)
+        finally:
+            del running.frames[before:]  # of a forward that was interrupted
+
+    def check_attached(self) -> None:
+        """Refuse to act for edits that are not on the base model any more, where another's may be now.
+
+        Raises:
+            ReftError: `unload()`, or another `ReftModel` of this base model, took them off.
+        """
+        if self.edits.removed:
+            raise ReftError(
+                "This model's edits were taken off its base model when another ReftModel was made from it, or by "
+                "unload(). Load the adapter again, or add several to one model with load_adapter()."
+            )
 
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         config = self.peft_config[adapter_name]
         try:
-            representations, sites, self._places = _plan(model, config)
+            if "edits" in vars(self):
+                self.check_attached()
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                representations, sites, self._places = _plan(model, config)
         except ReftError:
             del self.peft_config[adapter_name]
             raise
-        self._locator = locator_of(model) or Locator(model, _stacks(model))
-        self._locator.rules[adapter_name] = [entry.rule() for entry in representations]
-        self._locator.places[adapter_name] = [site.stack for site in sites]
+        self.edits = edits_of(model) or _watched(model)
+        self.edits.rules[adapter_name] = [entry.rule() for entry in representations]
+        self.edits.places[adapter_name] = [site.stack for site in sites]
         stackable = all(intervention_class(entry.intervention).stackable for entry in representations)
-        self._locator.kinds[adapter_name] = representations if stackable else None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.edits.kinds[adapter_name] = representations if stackable else None
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
         return key in self._places
@@ -77,14 +127,53 @@ class ReftTuner(BaseTuner):
         for site, index, intervention in self._places[current_key]:
             name = f"{self.prefix}{site.side}"
             if not hasattr(target, name):
-                target.add_module(name, ReftLayer(target, site.side, self._locator.streams[site.stack]))
-            layer = getattr(target, name)
-            layer.add_intervention(adapter_name, index, intervention.to(_device(target)), site.columns)
+                layer = ReftLayer(target, site.side, self.edits, site.stack, len(self.edits.layers))
+                target.add_module(name, layer)
+                self.edits.layers.append(layer)
+            if not any(parameter.is_meta for parameter in intervention.parameters()):
+                intervention.to(device_of(target))
+            getattr(target, name).add_intervention(adapter_name, index, intervention, site.columns)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool | None = True) -> None:
+        """Cast an adapter's parameters to float32, or without autocast to the type of what they edit.
+
+        With none they stay as they were made: in float32, or in the type that an intervention was given.
+        """
+        for layer in reft_layers(self.model) if autocast_adapter_dtype is not None else ():
+            if autocast_adapter_dtype:
+                cast_adapter_dtype(layer, adapter_name)
+            elif adapter_name in layer and (dtype := type_of(layer.get_base_layer())) is not None:
+                layer[adapter_name].to(dtype)
+
+    def _heads(self) -> list[AuxiliaryTrainingWrapper]:
+        """What adapters train beside their edits, but for that of a LoRA beneath."""
+        configs = self.peft_config.values()
+        names = tuple(name for config in configs for name in getattr(config, "modules_to_save", None) or ())
+        found = self.model.named_modules()
+        return [m for path, m in found if isinstance(m, AuxiliaryTrainingWrapper) and path.endswith(names)]
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        self.check_attached()
+        for module in (*self._heads(), *reft_layers(self.model)):  # heads refuse several at once
+            set_adapter(module, adapter_name, inference_mode, ReftLayer)
+        self.active_adapter = adapter_name
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        for module in (*self._heads(), *reft_layers(self.model)):
+            module.enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it was the only active one, the first that is left becomes active."""
-        super().delete_adapter(adapter_name)  # which takes our layers for parameters of its own and passes them over
-        self.active_adapter = self._locator.forget(adapter_name)
+        """Delete an adapter; if it was the only active one, another becomes active, with its trained head.
+
+        Raises:
+            ValueError: no such adapter.
+        """
+        self.check_attached()
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        heads = self._heads()
+        del self.peft_config[adapter_name]
+        self.active_adapter = self.edits.forget(adapter_name, self.peft_config, heads)
 
     def _unload_and_optionally_merge(
         self,
@@ -95,8 +184,13 @@ class ReftTuner(BaseTuner):
     ) -> nn.Module:
         if merge:
             refuse_merge()
+        self.check_attached()
+        for head in self._heads():
+            path = path_of(self.model, head)
+            plain = head.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+            self.model.set_submodule(path, plain)
         detach(self.model)
-        return super()._unload_and_optionally_merge(merge=False, progressbar=progressbar)
+        return self.model
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> NoReturn:
         refuse_merge()
@@ -110,19 +204,29 @@ class ReftTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        self.check_attached()
         names = kwargs.get("adapter_names")
         if names is None:
             yield
             return
-        locator = self._locator
         if not names:
-            raise ReftError("adapter_names: expected one name for each row, got none.")
-        locator.check_names(names, "adapter_names")
-        locator.row_adapters = list(names)
-        try:
+            raise ReftError("expected one name for each row, got none.", setting="adapter_names")
+        self.edits.check_names(names, "adapter_names")
+        with within(Surroundings(self.edits, row_adapters=list(names))):
             yield
-        finally:
-            locator.row_adapters = None
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if (tuner := tuner_of(model)) is not None:
+            tuner.check_attached()
+        found = super()._get_adapter_state_dict(model, *args, **kwargs)
+        return {key: value for key, value in found.items() if f".{cls.prefix}" in key}  # not that of a LoRA beneath
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        if (tuner := tuner_of(model)) is not None:
+            tuner.check_attached()
+        return super()._remap_adapter_state_dict_for_load(model, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -131,7 +235,7 @@ class ReftTuner(BaseTuner):
 
 
 class _InPart(threading.local):
-    served: tuple[tuple[ReftTuner, Any], ...] = ()  # the innermost last
+    entries: tuple[tuple[ReftTuner, Any], ...] = ()  # the innermost last
 
 
 _in_part = _InPart()
@@ -147,16 +251,25 @@ def in_part(tuner: ReftTuner, compute: Callable[[Callable[..., Any], dict[str, A
             model itself do it.
     """
     entry = tuner, compute
-    _in_part.served = (*_in_part.served, entry)
+    _in_part.entries = (*_in_part.entries, entry)
     try:
         yield
     finally:  # in another thread, if the one that entered has ended, there is nothing to take back
-        _in_part.served = tuple(one for one in _in_part.served if one is not entry)
+        _in_part.entries = tuple(one for one in _in_part.entries if one is not entry)
 
 
 def reft_layers(model: nn.Module) -> list[ReftLayer]:
     """The edited places of a model."""
     return [module for module in model.modules() if isinstance(module, ReftLayer)]
+
+
+def interventions_of(model: nn.Module, adapter_name: str) -> dict[str, Intervention]:
+    """The interventions of an adapter by their places, in the order of its representations."""
+    named: dict[int, tuple[str, Intervention]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, ReftLayer):
+            named |= {index: (f"{name}.{index}", module) for index, module in layer.of(adapter_name)}
+    return dict(named[index] for index in sorted(named))
 
 
 def tuner_of(model: nn.Module) -> ReftTuner | None:
@@ -181,19 +294,26 @@ def penalty(model: nn.Module) -> Tensor | None:
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
 
 
-def locator_of(model: nn.Module) -> Locator | None:
-    """The locator of an adapted model, none if it has no representation edits."""
-    return next((layer.stream.locator for layer in reft_layers(model)), None)
+def edits_of(model: nn.Module) -> Edits | None:
+    """The edits of an adapted model, none if it has no representation edits."""
+    return next((layer.edits for layer in reft_layers(model)), None)
 
 
 def detach(model: nn.Module) -> None:
     """Take all representation edits off a model: every hook and every child module."""
-    locator = locator_of(model)
-    if locator is not None:
-        locator.remove()
-        for layer in locator.layers:
-            delattr(layer._module[0], f"{ReftTuner.prefix}{layer.side}")
-        model.__dict__.pop("peft_config", None)
+    edits = edits_of(model)
+    if edits is not None:
+        edits.removed = True
+        hooks.detach(edits)
+        for name in METHODS:
+            edits.model.__dict__.pop(name, None)
+        for layer in edits.layers:
+            layer.detach()
+        configs = {n: c for n, c in vars(model).pop("peft_config", {}).items() if not isinstance(c, ReftConfig)}
+        if configs:  # of a LoRA
+            model.peft_config = configs  # type: ignore[assignment]
+        elif getattr(model, "_hf_peft_config_loaded", False):  # by transformers' `add_adapter`
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
 
 
 Places = dict[str, list[tuple[Site, int, Intervention]]]
@@ -216,6 +336,37 @@ def _plan(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], l
     return representations, sites, places
 
 
+def _watched(model: nn.Module) -> Edits:
+    """New edits of a model, whose calls are watched from now on."""
+    stacks = _stacks(model)
+    edits = Edits(model, tuple(stacks) or ("",))
+    batches = Batches(edits)
+    hooks.attach(edits, batches, stacks)
+    Methods(edits, batches).attach()
+    return edits
+
+
+def _check_free(model: nn.Module, adapter_name: str, wrapped: bool) -> None:
+    """Refuse edits beside those of another PEFT model on one base model, which both would then have.
+
+    Args:
+        wrapped: whether a PEFT model is being made, not an adapter added to the model itself.
+    """
+    edits = edits_of(model)
+    if edits is None:
+        return
+    if wrapped or edits.wrapped:
+        raise ReftError(
+            f"This base model carries the edits of a model made before ({', '.join(edits.rules)}), and each of the "
+            "two would have those of the other. Add an adapter to that one, model.add_adapter(name, config), take its "
+            "edits off with model.unload(), or load the base model once more."
+        )
+    if adapter_name in edits.rules:
+        raise ReftError(
+            f"the model has an adapter {adapter_name!r}; give the new one another name.", setting="adapter_name"
+        )
+
+
 def _stacks(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that compute the streams of a model with an encoder and a decoder."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -224,15 +375,13 @@ def _stacks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def base_model_shape(model: nn.Module) -> dict[str, Any]:
-    """What tells base models apart that an adapter cannot be moved between."""
-    return {
+    """What tells base models apart that an adapter cannot be moved between; no sizes where a network has no blocks."""
+    shape: dict[str, Any] = {
         "model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
-        "hidden_size": hidden_width(model),
-        "num_hidden_layers": number_of_layers(model),
+        "hidden_size": None,
+        "num_hidden_layers": None,
     }
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Where the parameters of a module are; the CPU for those that are offloaded."""
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    return torch.device("cpu") if device.type == "meta" else device
+    with suppress(ReftError):
+        shape["num_hidden_layers"] = number_of_layers(model)
+        shape["hidden_size"] = hidden_width(model)
+    return shape

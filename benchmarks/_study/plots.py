@@ -6,7 +6,7 @@ Needs matplotlib, the extra `plot`.
 from pathlib import Path
 from typing import Any
 
-from ..inspect.plots import COLOURS, INK, check_matplotlib
+from pyreft.inspect.plots import COLOURS, INK, check_matplotlib
 
 _COLOUR = dict(zip(("LoReFT", "DiReFT", "RED", "LoRA"), (COLOURS[0], "#2a9d8f", "#e9a13b", COLOURS[1]), strict=True))
 _MARKER = {"LoReFT": "o", "DiReFT": "s", "RED": "^", "LoRA": "D"}

@@ -33,14 +33,16 @@ def find(directory: str | Path, names: Sequence[str], source: str) -> Path:
         ReftError: no such directory, or none of the files.
     """
     if not Path(directory).is_dir():
-        raise ReftError(f"data_dir: {directory} is not a directory. Expected {names[0]} in it; get it from {source}.")
+        raise ReftError(
+            f"{directory} is not a directory. Expected {names[0]} in it; get it from {source}.", setting="data_dir"
+        )
     for name in names:
         if (path := Path(directory) / name).is_file():
             return path
     folder = Path(directory) / Path(names[0]).parent
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = f"{folder} holds {', '.join(there[:6]) or 'nothing'}" if folder.is_dir() else f"there is no {folder}"
-    raise ReftError(f"data_dir: expected {' or '.join(names)} in {directory}; {found}. Get it from {source}.")
+    raise ReftError(f"expected {' or '.join(names)} in {directory}; {found}. Get it from {source}.", setting="data_dir")
 
 
 def read_json(path: Path, fields: Sequence[str]) -> list[Row]:

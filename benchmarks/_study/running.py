@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..errors import ReftError
+from pyreft.errors import ReftError
+
 from .comparing import summary
 from .settings import FULL, Plan, Setting
 from .tasks import read_tasks
@@ -45,7 +46,7 @@ def run_study(
     chosen = read_tasks(tasks)
     for name, number in (("seeds", plan.seeds), ("jobs", jobs)):
         if number < 1:
-            raise ReftError(f"{name}: expected 1 or more, got {number}.")
+            raise ReftError(f"expected 1 or more, got {number}.", setting=name)
     path = check_output(output) / "study.json"
     cells = [(setting, forms, plan) for setting, forms in plan.cells(chosen)]
     found: dict[str, Any] = {"complete": False, "machine": _machine(), "plan": _described(plan), "rows": []}
@@ -73,7 +74,9 @@ def check_output(output: str | Path) -> Path:
         probe.write_text("")
         probe.unlink()
     except OSError as error:
-        raise ReftError(f"output: {directory} cannot be written ({error.strerror}); name another directory.") from None
+        raise ReftError(
+            f"{directory} cannot be written ({error.strerror}); name another directory.", setting="output"
+        ) from None
     return directory
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import pocket
-from ..errors import ReftError, did_you_mean
+from pyreft import pocket
+from pyreft.errors import ReftError, did_you_mean
 
 Pair = tuple[str, str]
 TASKS = {
@@ -40,7 +40,7 @@ class Task:
 
 def load_task(name: str) -> Task:
     """Return a task of `TASKS`."""
-    found: dict[str, Any] = json.loads((Path(pocket.__file__).parent / "data" / "study.json").read_text("utf-8"))
+    found: dict[str, Any] = json.loads((Path(__file__).parent / "tasks.json").read_text("utf-8"))
     if name.removesuffix(_LONG) == "emoji":
         splits: list[list[Any]] = [
             [(row["prompt"], row["completion"]) for row in pocket.emoji_pairs()],
@@ -64,8 +64,8 @@ def read_tasks(names: str | Sequence[str]) -> list[str]:
         names = list(TASKS) if names.strip() == "all" else names.replace(",", ";").split(";")
     chosen = list(dict.fromkeys(name.strip() for name in names if name.strip()))
     if not chosen:
-        raise ReftError(f"tasks: expected 'all' or some of {', '.join(TASKS)}, got none.")
+        raise ReftError(f"expected 'all' or some of {', '.join(TASKS)}, got none.", setting="tasks")
     for name in chosen:
         if name not in TASKS:
-            raise ReftError(f"tasks: expected {', '.join(TASKS)}, got {name!r}.{did_you_mean(name, TASKS)}")
+            raise ReftError(f"expected {', '.join(TASKS)}, got {name!r}.{did_you_mean(name, TASKS)}", setting="tasks")
     return chosen

@@ -1,4 +1,4 @@
-"""An adapter from a job's settings: representation edits, or LoRA on the same data to compare them with."""
+"""The methods that a job can train: representation edits, or LoRA on the same data to compare them with."""
 
 import math
 import os
@@ -9,17 +9,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..errors import ReftError
-from ..files.adapter import read_config, read_config_data, read_shapes, write_beside
+from ..files.adapter import read_config_data, read_shapes, write_beside
 from ..model import ReftModel, get_reft_model
-from ..tuner.config import ReftConfig, ReftPeftType, shape_differences
+from ..tuner.config import ReftConfig, ReftPeftType
 from .settings import LORA, METHODS, TrainingJob
 
-# what a checkpoint and the job that goes on from it have in common
-_SAME_REFT = (
-    *("layers", "positions", "component", "intervention", "low_rank_dimension", "share_weights"),
-    *("prompt_format", "base_model_shape"),
-)
-_SAME_LORA = ("r", "lora_alpha", "target_modules")
 _REFT_ALONE = ("layers", "positions", "component", "intervention", "share_weights")
 _LORA_ALONE = ("alpha", "target_modules")
 
@@ -34,13 +28,13 @@ def make_config(job: TrainingJob) -> PeftConfig:
         _refuse(job, _REFT_ALONE, "LoRA has no such setting")
         modules = job.target_modules.split(";") if job.target_modules else None
         if job.rank < 1:
-            raise ReftError(f"rank: expected 1 or more, got {job.rank}.")
+            raise ReftError(f"expected 1 or more, got {job.rank}.", setting="rank")
         return LoraConfig(r=job.rank, lora_alpha=job.alpha, lora_dropout=job.dropout, target_modules=modules)
     _refuse(job, _LORA_ALONE, "it is LoRA's; representation edits have no such setting")
     formula = METHODS[job.method] if job.method else None
     if formula and job.intervention not in (formula, _default("intervention")):
         raise ReftError(
-            f"intervention: the method {job.method!r} is the formula {formula!r}, got {job.intervention!r}."
+            f"the method {job.method!r} is the formula {formula!r}, got {job.intervention!r}.", setting="intervention"
         )
     return ReftConfig(
         layers=job.layers,
@@ -69,12 +63,12 @@ def attach(model: nn.Module, config: PeftConfig, base: str | None) -> PeftModel:
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
-        raise ReftError(f"target_modules: LoRA does not fit this model: {error}") from None
+        raise ReftError(f"LoRA does not fit this model: {error}", setting="target_modules") from None
     config.base_model_name_or_path = known_as or config.base_model_name_or_path
     return adapted
 
 
-def heads_of(model: nn.Module) -> list[str]:
+def classifier_of(model: nn.Module) -> list[str]:
     """The names of a classifier's modules beside its backbone, which are trained with any adapter."""
     backbone = model.base_model_prefix
     return [
@@ -91,17 +85,17 @@ def save(model: PeftModel, directory: str | Path) -> None:
 
 
 def count(model: PeftModel) -> int:
-    """How many parameters a new adapter has, without a classifier's head."""
+    """How many parameters a new adapter has, without those of a classifier."""
     if isinstance(model, ReftModel):
         return model.count_parameters()
     return sum(parameter.numel() for name, parameter in model.named_parameters() if f"{LORA}_" in name)
 
 
 def count_saved(directory: str | os.PathLike) -> int:
-    """How many parameters a saved adapter has, without a classifier's head."""
-    heads = set(read_config_data(directory).get("modules_to_save") or ())
+    """How many parameters a saved adapter has, without those of a classifier."""
+    classifier = set(read_config_data(directory).get("modules_to_save") or ())
     shapes = read_shapes(directory)
-    return sum(math.prod(shape) for name, shape in shapes.items() if not heads & set(name.split(".")))
+    return sum(math.prod(shape) for name, shape in shapes.items() if not classifier & set(name.split(".")))
 
 
 def title(directory: str | os.PathLike) -> str | None:
@@ -112,28 +106,10 @@ def title(directory: str | os.PathLike) -> str | None:
     return "LoRA" if data.get("peft_type") == "LORA" else None
 
 
-def check_same(checkpoint: str, now: PeftConfig) -> None:
-    """Refuse to go on from a checkpoint that was made with other settings.
-
-    Raises:
-        ReftError: naming the first setting that differs.
-    """
-    before = read_config(checkpoint) if isinstance(now, ReftConfig) else PeftConfig.from_pretrained(checkpoint)
-    for name in _SAME_REFT if isinstance(now, ReftConfig) else _SAME_LORA:
-        old, new = getattr(before, name, None), getattr(now, name)
-        if old != new:
-            what = f"with {name} = {old!r}, now it is {new!r}"
-            if name == "base_model_shape":
-                what = f"for another base model: this one has {shape_differences(old, new)}"
-            raise ReftError(
-                f"resume: {checkpoint} was made {what}; resume with the same settings, or train to another output."
-            )
-
-
 def _refuse(job: TrainingJob, names: tuple[str, ...], why: str) -> None:
     for name in names:
         if (value := getattr(job, name)) != _default(name):
-            raise ReftError(f"{name}: {why}, got {value!r}; leave it out.")
+            raise ReftError(f"{why}, got {value!r}; leave it out.", setting=name)
 
 
 def _default(name: str) -> Any:

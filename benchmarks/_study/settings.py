@@ -6,8 +6,7 @@ from typing import Any
 
 from peft import LoraConfig, get_peft_model
 
-from ..model import get_reft_model
-from ..tuner.config import ReftConfig
+from pyreft import ReftConfig, get_reft_model
 
 RULES = ("l1", "l4", "l8", "l16", "f3+l3", "f7+l7", "prompt")
 """The position rules that are compared, with LoReFT of rank 4 in all layers."""
@@ -99,7 +98,7 @@ FULL = Plan(
         *(Setting("LoRA", rank) for rank in (1, 2, 8)),
     )
 )
-"""What `pyreft study` does."""
+"""What `study.py` does."""
 QUICK = Plan(
     settings=(Setting("LoReFT", 4, "l4"), Setting("LoReFT", 4, "f7+l7"), Setting("LoRA", 1)),
     seeds=1,
@@ -107,4 +106,4 @@ QUICK = Plan(
     marks=(4, 8),
     heldout=10,
 )
-"""What `pyreft study --quick` does: too little to say anything of the adapters."""
+"""What `study.py --quick` does: too little to say anything of the adapters."""

@@ -1,17 +1,31 @@
-"""`pyreft study`: small adapters of the embedded model beside each other, as a table, a picture and numbers."""
+"""Small adapters of the embedded model beside each other: which method, rank and tokens reach what at what cost.
 
+    python benchmarks/study.py
+
+It knows the embedded model alone: other models and tasks may rank otherwise. What it found is in RESULTS.md.
+"""
+
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
+from typer import Option
 
-from pyreft_cli.output import Json, Quiet, console, hush, print_json, progress_bar
+from _study.plots import write_plots
+from _study.running import run_study
+from _study.settings import FULL, QUICK
+from pyreft.errors import ReftError
+from pyreft.inspect.plots import check_matplotlib
+from pyreft_cli.console import console, hush, print_json, progress_bar
+from pyreft_cli.options import Json, Quiet
 
-Option = typer.Option
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 
+@app.command()
 def study(
     tasks: Annotated[str, Option(help="Which tasks: emoji, middle, emoji-long, middle-long, or all.")] = "all",
     seeds: Annotated[int | None, Option(help="How many seeds for each adapter.  [default: 3]")] = None,
@@ -30,9 +44,6 @@ def study(
     "pyreft[plot]". With --json, the numbers are printed and no pictures are drawn.
     """
     hush()
-    from pyreft.inspect.plots import check_matplotlib
-    from pyreft.study import FULL, QUICK, run_study
-
     plan = QUICK if quick else FULL
     plan = plan if seeds is None else replace(plan, seeds=seeds)
     shown = not (quiet or as_json)
@@ -47,8 +58,6 @@ def study(
     if as_json:
         print_json(found)
         return
-    from pyreft.study.plots import write_plots
-
     paths = write_plots(found, output)
     if shown:
         _tell(found)
@@ -79,3 +88,15 @@ def _points(difference: dict[str, float | None]) -> str:
     mean, error = difference["mean"], difference["error"]
     assert mean is not None
     return f"{100 * mean:+.0f}" + ("" if error is None else f" ± {100 * error:.0f}")
+
+
+def main() -> None:
+    try:
+        app()
+    except ReftError as error:
+        print(f"study: {error.told({error.setting: f'--{error.setting}'} if error.setting else {})}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -8,23 +8,13 @@ import pytest
 from typer.testing import CliRunner
 
 import pyreft
+from _study import training
+from _study.comparing import compare_rules, frontier, means, score_at
+from _study.running import run_study
+from _study.settings import FULL, QUICK, RULES, Setting
+from _study.tasks import TASKS, load_task, read_tasks
 from pyreft import pocket
-from pyreft.study import (
-    FULL,
-    QUICK,
-    RULES,
-    TASKS,
-    Setting,
-    compare_rules,
-    frontier,
-    load_task,
-    means,
-    read_tasks,
-    run_study,
-    score_at,
-    training,
-)
-from pyreft_cli.app import app
+from study import app, main
 
 
 def row(positions, scores, seconds, *, task="a", seed=0, method="LoReFT", rank=4):
@@ -133,7 +123,7 @@ def test_direft_is_the_papers():
 
 def run(*arguments, status=0):
     """Run the command in this process; errors of the library come out as they would in `main`."""
-    result = CliRunner().invoke(app, ["study", *map(str, arguments)])
+    result = CliRunner().invoke(app, [*map(str, arguments)])
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == status, result.output
@@ -214,7 +204,7 @@ def test_names_of_tasks_are_read():
 @pytest.fixture
 def nothing_trained(monkeypatch):
     """A training that begins fails the test."""
-    monkeypatch.setattr("pyreft.study.running.run_cell", lambda *_: pytest.fail("training began"))
+    monkeypatch.setattr("_study.running.run_cell", lambda *_: pytest.fail("training began"))
 
 
 @pytest.mark.usefixtures("nothing_trained")
@@ -230,6 +220,14 @@ def nothing_trained(monkeypatch):
 def test_bad_input_is_told_before_the_work(tmp_path, arguments, message):
     with pytest.raises(pyreft.ReftError, match=message):
         run("--quick", "--jobs", 1, "--output", tmp_path, *arguments)
+
+
+def test_a_mistake_ends_with_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study.py", "--tasks", "emojis"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("study: --tasks: expected emoji, middle, ")
 
 
 @pytest.mark.usefixtures("nothing_trained")

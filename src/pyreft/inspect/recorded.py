@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..places.structure import has_stacks
 from ..positions import Positions
+from ..tuner.call import Call, innermost
 from ..tuner.layer import ReftLayer
-from ..tuner.tuner import locator_of
-from .texts import Row, batches, check_edited
+from ..tuner.tuner import edits_of
+from .rows import Row, batches, check_edited
 
 
 @dataclass(frozen=True)
@@ -90,17 +91,18 @@ def record_edits(
         ReftError: no such active adapter, an encoder-decoder model, or a row of which no token is edited.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    locator = locator_of(base)
-    active = locator.active if locator is not None else []
+    edits = edits_of(base)
+    active = edits.active if edits is not None else []
     name = active[0] if adapter_name is None and len(active) == 1 else adapter_name
-    if locator is None or name not in active:
+    if edits is None or name not in active:
         raise ReftError(
-            f"adapter_name: expected one of the active adapters ({', '.join(active) or 'there is none'}), got "
-            f"{name!r}; activate it with model.set_adapter(...)."
+            f"expected one of the active adapters ({', '.join(active) or 'there is none'}), got "
+            f"{name!r}; activate it with model.set_adapter(...).",
+            setting="adapter_name",
         )
     if has_stacks(base):
         raise ReftError(f"{type(base).__name__}: a model with an encoder and a decoder cannot be looked at yet.")
-    check_edited(locator.rules[name], rows)
+    check_edited(edits.rules[name], rows)
     recorder = _Recorder(base, name, model.peft_config[name])
     training = model.training
     model.eval()
@@ -128,7 +130,7 @@ class _Recorder:
             if not isinstance(layer, ReftLayer) or name not in layer:
                 continue
             for (index, intervention), columns in zip(layer.of(name), layer.columns[name], strict=True):
-                entry, rule = entries[index], layer.stream.locator.rules[name][index]
+                entry, rule = entries[index], layer.edits.rules[name][index]
                 at = f"{entry.positions} ({entry.side})" if entry.side else entry.positions
                 self._places[index] = Place(
                     *(index, entry.layer, entry.component, entry.head, at),
@@ -139,10 +141,13 @@ class _Recorder:
 
     def _keep(self, layer: ReftLayer, key: tuple[str, int]) -> Any:
         def keep(module: nn.Module, args: tuple[Tensor], edited: Tensor) -> None:
-            h, window = args[0].float(), layer.stream.windows(args[0])[key]
-            assert window is not None  # a forward over whole rows: the tokens are listed
-            edit = layer.stream.locator.strength(key[0]) * (edited.float() - h)
-            rows, tokens = window[:2]
+            call = innermost(layer.edits)
+            assert isinstance(call, Call)
+            reading, h = call.readings[""], args[0].float()
+            assert reading is not None  # a forward over whole rows: the tokens are listed
+            at: Any = reading.at[key]
+            edit = call.strength(key[0]) * (edited.float() - h)
+            rows, tokens = at.rows.squeeze(-1), at.columns.squeeze(-1)
             self._kept[key[1]].append(tuple(t.cpu() for t in (rows + self.first_row, tokens, h, edit)))
 
         return keep

@@ -1,10 +1,20 @@
-"""Settings from a YAML file, as the options of a command would give them."""
+"""The settings of a job as a command gets them: options, and a YAML file of them."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import typer
+
+_OTHERS = ("recipe", "config", "quiet", "as_json")  # the parameters of a command that are no settings
+
+
+def read_settings(params: dict[str, Any], config: Path | None) -> dict[str, Any]:
+    """The settings of a file and of a command's parameters, which win; those that are not given are left out."""
+    given = {name: value for name, value in params.items() if name not in _OTHERS and value is not None}
+    settings = read_config(config) | given
+    check_positions(settings.get("positions"))
+    return settings
 
 
 def read_config(path: Path | None) -> dict[str, Any]:

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from .. import pocket
-from ..data.supervised import IGNORED
-from ..generation import generate_answers
-from ..reach import Reach
+from pyreft import pocket
+from pyreft.data.supervised import IGNORED
+from pyreft.generation import generate_answers
+from pyreft.reach import Reach
+
 from .settings import Plan, Setting
 from .tasks import Pair, Task, load_task
 

@@ -1,0 +1,72 @@
+"""The weights of an adapter in a model: which tensors its file must have, and others put in their place."""
+
+import re
+from os import PathLike
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
+
+from ..errors import ReftError
+from ..tuner.config import Representation
+from ..tuner.tuner import interventions_of
+from .adapter import check_tensors, read_config
+from .original import Values, fill, legacy_place, read_interventions, read_model
+from .trained_heads import saved_heads
+
+
+def expected_tensors(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors in an adapter's file."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def overwrite(model: PeftModel, adapter_name: str, directory: str | PathLike, include_model: bool) -> None:
+    """Load the weights of a saved adapter into one of a model, in place.
+
+    Args:
+        model: the adapted model.
+        adapter_name: the adapter to overwrite, whose places must be those of the saved one.
+        directory: where this library saved, or the original or its trainers.
+        include_model: for files of the original: load what it trained of the base model, too.
+
+    Raises:
+        ReftError: files that are missing, damaged, or of another adapter; the model is then as it was.
+    """
+    config = model.peft_config[adapter_name]
+    layers = config.base_model_shape["num_hidden_layers"]
+    representations = config.expand(layers)
+    place = legacy_place(directory)
+    if place is not None:
+        fill(_legacy_values(model, adapter_name, place, representations, include_model))
+        return
+    theirs = _edits(read_config(directory).expand(layers))
+    if theirs != (ours := _edits(representations)):
+        raise ReftError(f"{directory}: expected the edits of this model, {ours}; it holds {theirs}.")
+    heads = saved_heads(directory, model.get_base_model())
+    check_tensors(directory, expected_tensors(model, adapter_name) | {k: tuple(t.shape) for k, t in heads.items()})
+    state = load_file(Path(directory, SAFETENSORS_WEIGHTS_NAME))
+    with torch.no_grad():
+        for key, tensor in heads.items():
+            tensor.copy_(state.pop(key))
+    set_peft_model_state_dict(model, state, adapter_name)
+
+
+def _legacy_values(
+    model: PeftModel, name: str, place: Path, representations: list[Representation], include_model: bool
+) -> Values:
+    values = read_interventions(place, representations, interventions_of(model, name).values())
+    if include_model:  # a module that the adapter trains stands for the base model's
+        parameters = {
+            re.sub(rf"\b(original_module|modules_to_save\.{re.escape(name)})\.", "", path): parameter
+            for path, parameter in model.get_base_model().named_parameters()
+        }
+        values += read_model(place, parameters)
+    return values
+
+
+def _edits(representations: list[Representation]) -> list[tuple]:
+    """What says, beside the tensors, which edits they make, at whatever tokens."""
+    return [(entry.layer, entry.component, entry.intervention, entry.act_fn) for entry in representations]

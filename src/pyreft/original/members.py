@@ -1,0 +1,80 @@
+"""What a `ReftModel` of the original had beside its calls and files: interventions, counts, gradients, devices."""
+
+from collections.abc import Iterator
+from typing import Self
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from ..interventions import Intervention
+from ..tuner.layer import ReftLayer
+from ..tuner.tuner import interventions_of, reft_layers
+
+
+class OriginalMembers(PeftModel):
+    """A PEFT model with representation edits and the members that the original's callers use."""
+
+    @property
+    def interventions(self) -> dict[str, Intervention]:
+        """The active adapter's interventions, in the order of its representations."""
+        return interventions_of(self, self.active_adapter)
+
+    def count_parameters(self, include_model: bool = False) -> int:
+        """How many parameters are trained: those of the interventions, with `include_model` any others, too."""
+        modules = [self] if include_model else reft_layers(self)
+        return sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, and their share of the base model's."""
+        edits, trained = self.count_parameters(), self.count_parameters(include_model=True)
+        everything = sum(p.numel() for p in self.parameters())
+        own = sum(p.numel() for layer in reft_layers(self) for p in layer.parameters())
+        base = everything - own
+        print(
+            f"trainable intervention params: {edits:,d} || trainable model params: {trained - edits:,d}\n"
+            f"model params: {base:,d} || trainable%: {100 * trained / base:.6f}"
+        )
+
+    def get_trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained, for an optimiser of one's own."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def set_zero_grad(self) -> None:
+        """Drop the gradients of the interventions."""
+        for layer in reft_layers(self):
+            layer.zero_grad()
+
+    def disable_model_gradients(self) -> None:
+        """Freeze the base model, not what an adapter trains."""
+        for _, parameter in base_parameters(self):
+            parameter.requires_grad_(False)
+
+    def enable_model_gradients(self) -> None:
+        """Train the base model, too. Files of an adapter do not hold it: save it apart."""
+        for _, parameter in base_parameters(self):
+            parameter.requires_grad_(True)
+
+    def set_device(self, device: str | torch.device, set_model: bool = True) -> Self:
+        """Move the interventions, and with `set_model` the base model, to a device."""
+        for module in [self] if set_model else reft_layers(self):
+            module.to(device)
+        return self
+
+    def get_device(self) -> torch.device:
+        """The device of the base model."""
+        return next(self.get_base_model().parameters()).device
+
+
+def base_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of the base model that no adapter holds or replaces, by their names in it."""
+    held = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, ReftLayer | ModulesToSaveWrapper)
+        for parameter in module.parameters()
+    }
+    for name, parameter in model.get_base_model().named_parameters():
+        if id(parameter) not in held:
+            yield name, parameter

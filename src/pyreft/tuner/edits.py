@@ -1,0 +1,106 @@
+"""The edits of one model: its adapters, with their rules and places, and the layers in which they act.
+
+What is here lives as long as the model. What belongs to a call is in `Call`; `Edits.begin` makes one, with what is
+active at that moment, so that a change of adapters or strengths applies to calls that begin later.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+
+from ..errors import ReftError, did_you_mean
+from ..positions import Positions
+from .call import STRENGTH, Call, Surroundings, running, within
+from .deletion import delete_edits
+from .located import Located
+from .threads import Steps
+
+_keys = itertools.count()
+
+BASE = "__base__"  # the name of no adapter, as in PEFT
+
+
+class Edits:
+    """The adapters of a model and its edited layers.
+
+    Args:
+        model: the adapted base model.
+        stacks: the names of what computes tokens of its own, `"encoder"` and `"decoder"`; `""` if it is the model.
+    """
+
+    def __init__(self, model: Any, stacks: tuple[str, ...] = ("",)) -> None:
+        self.model, self.stacks = model, stacks
+        self.layers: list[Any] = []  # the ReftLayers
+        self.rules: dict[str, list[Positions | None]] = {}  # of each adapter, by representation
+        self.places: dict[str, list[str]] = {}  # of each adapter, by representation: the stack whose tokens pass there
+        self.kinds: dict[str, Any] = {}  # of each adapter: equal for those whose edits can be stacked, none otherwise
+        self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
+        self.causal = hasattr(model, "can_generate") and model.can_generate()
+        self.removed = False
+        self.wrapped = False  # whether a PEFT model holds the edits; if not, the model itself does
+        self.steps = Steps()
+        self.key = next(_keys)  # by which caches know this one's tokens
+
+    # -- adapters -------------------------------------------------------------------------------------------------
+
+    @property
+    def active(self) -> list[str]:
+        """The adapters that edit in a call that would begin now, in the order in which they are summed."""
+        return self.begin({}).active
+
+    @property
+    def row_adapters(self) -> list[str] | None:
+        """The adapter of each row of a call that would begin now, if each has its own."""
+        return self.begin({}).row_adapters
+
+    def check_names(self, names: Any, what: str, base: bool = True) -> None:
+        """Refuse adapters that the model does not have; with `base`, the name of none is taken."""
+        for name in names:
+            if name not in self.rules and not (base and name == BASE):
+                known = f"({', '.join(self.rules)}){f' or {BASE!r}' if base else ''}"
+                raise ReftError(
+                    f"expected adapters of this model {known}, got {name!r}.{did_you_mean(name, self.rules)}",
+                    setting=what,
+                )
+
+    def check_given(self, given: dict[str, Any]) -> None:
+        """Refuse a strength for an adapter that the model does not have."""
+        if isinstance(given.get(STRENGTH), dict):
+            self.check_names(given[STRENGTH], STRENGTH)
+
+    def forget(self, name: str, others: Iterable[str], heads: Sequence[AuxiliaryTrainingWrapper]) -> list[str]:
+        """Let go of an adapter; return those that are active then (see `delete_edits`)."""
+        for known in (self.rules, self.places, self.kinds, self.strengths):
+            known.pop(name, None)
+        return delete_edits(name, others, self.layers, heads)
+
+    # -- calls ----------------------------------------------------------------------------------------------------
+
+    def begin(self, given: dict[str, Any]) -> Call:
+        """Return a call that begins now, with the adapters that are active now, or that its surroundings name.
+
+        Args:
+            given: what it gives, by the names in `GIVEN`, and its `labels`.
+        """
+        around = [frame for frame in running.frames if frame.edits is self]
+        row_adapters = around[-1].row_adapters if around and isinstance(around[-1], Surroundings) else None
+        if any(isinstance(frame, Surroundings) and frame.off for frame in around):
+            enabled: list[list[str]] = [[] for _ in self.layers]
+        elif row_adapters is None:
+            enabled = [layer.enabled_adapters for layer in self.layers]
+        else:
+            on = not any(layer.disable_adapters for layer in self.layers)
+            names = [name for name in dict.fromkeys(row_adapters) if name != BASE] if on else []
+            enabled = [names for _ in self.layers]
+        return Call(self, given, enabled, row_adapters, dict(self.strengths))
+
+    @contextmanager
+    def serving(self, located: Located, given: dict[str, Any] | None = None) -> Iterator[None]:
+        """Edit the forwards in it at these locations, in the columns of cache and inputs."""
+        call = self.begin(given or {})
+        call.located, call.serving = located, True
+        with within(call):
+            yield

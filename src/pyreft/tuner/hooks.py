@@ -1,0 +1,264 @@
+"""Where the forwards of a model enter and leave a call.
+
+A forward is a call by itself, or a step of the generation that runs. At the module that reads the tokens of a stack,
+the located tokens are found, and of these the ones that lie in what the forward computes.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ReftError
+from ..interventions import orthonormalize
+from ..places.structure import without_adapters
+from .call import GIVEN, LENGTHS, LOCATIONS, STRENGTH, Call, Reading, innermost, running
+from .continuous import Batches
+from .edits import Edits
+from .located import Located
+from .packed import find_packed, tell_of_cache
+from .recompute import bind, recomputes, unbind
+from .resolve import resolve
+
+CACHES = ("past_key_values", "cache_params")  # by which names models take and return what they keep of passed tokens
+_INSIDE = 10  # the depth of stacks, below any other entry
+
+
+def attach(edits: Edits, batches: Batches, stacks: dict[str, nn.Module]) -> None:
+    """Watch the calls of a model.
+
+    Args:
+        edits: of the model.
+        batches: its continuous batching.
+        stacks: by its name, the module that computes the tokens of an encoder or a decoder; none if the model does.
+    """
+    inner: Any = without_adapters(edits.model)
+    backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "", None)
+    # some trainers call the backbone directly, without the head
+    modules = dict.fromkeys(entry for entry in (edits.model, inner, backbone) if isinstance(entry, nn.Module))
+    for depth, module in enumerate(modules):
+        Entry(edits, batches, depth, None if stacks else "").attach(module)
+    for name, module in stacks.items():
+        Entry(edits, batches, _INSIDE, name).attach(module)
+
+
+def detach(edits: Edits) -> None:
+    """Take every hook off a model."""
+    for module in edits.model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for number in [n for n, hook in hooks.items() if getattr(_owner(hook), "edits", None) is edits]:
+                del hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
+                module._forward_hooks_always_called.pop(number, None)
+    unbind(edits.model)
+
+
+def _owner(hook: Any) -> Any:
+    owner = getattr(hook, "__self__", None)
+    return owner if isinstance(owner, Entry) else None
+
+
+class Entry:
+    """One module whose forward a call may enter.
+
+    Args:
+        edits: of the model.
+        batches: its continuous batching.
+        depth: entries call those of a greater one.
+        stack: whose tokens the module takes; those of `""` are read by the outermost entry alone.
+    """
+
+    def __init__(self, edits: Edits, batches: Batches, depth: int, stack: str | None) -> None:
+        self.edits, self.batches, self.depth, self.stack = edits, batches, depth, stack
+
+    def attach(self, module: nn.Module) -> None:
+        """Enter and leave at this module."""
+        module.register_forward_pre_hook(self.before, with_kwargs=True)
+        module.register_forward_hook(self.after, always_call=True)
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Enter a call: the one that runs, if this forward is a part of it, or a new one."""
+        given, frame = take_given(kwargs), self._frame()
+        if isinstance(frame, Call) and self._is_part(frame, module, args, kwargs):
+            call = frame
+            call.given |= given
+        else:
+            if kwargs.get("labels") is not None:
+                given["labels"] = kwargs["labels"]
+            requests = "read_index" in kwargs and self.batches.is_step(kwargs)
+            call = self.batches.begin() if requests else self.edits.begin(given)
+            call.below, call.is_forward = len(running.frames), True
+            running.frames.append(call)
+        outermost = not call.entered
+        call.entered.append(self.depth)  # from here on `after` leaves again, whatever happens
+        if outermost:
+            self._begin_forward(call, module, kwargs)
+        if call.active and self.stack is not None and (outermost or self.stack):
+            self._read(call, self.stack, module, args, kwargs)
+        return args, kwargs
+
+    def after(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """Leave it."""
+        call = self._frame()
+        if not isinstance(call, Call) or not call.entered or call.entered[-1] != self.depth:
+            return
+        call.entered.pop()
+        if self.stack is not None and (reading := call.readings.get(self.stack)) is not None:
+            self._remember(call, reading, output)
+        if call.entered:
+            return
+        if call.is_forward:
+            del running.frames[call.below :]
+            if call.trains:
+                self.edits.steps.watch(output)
+        else:
+            call.readings.clear()
+
+    def _frame(self) -> Any:
+        """What runs of the model in this thread: mostly the last that began."""
+        frames = running.frames
+        return frames[-1] if frames and frames[-1].edits is self.edits else innermost(self.edits) if frames else None
+
+    def _is_part(self, call: Call, module: nn.Module, args: tuple, kwargs: dict) -> bool:
+        """Whether a forward belongs to the call that runs: as a part of its forward, or as its next step."""
+        if call.entered:
+            return self.depth > call.entered[-1]
+        if call.serving or not call.generating or not call.steps:
+            return call.serving or call.generating
+        cache = _cache(kwargs)
+        if cache is None and call.cache is None:  # each step computes all tokens again
+            return self.stack != "encoder" and _prolongs(_inputs(module, args, kwargs), call.prompt)
+        return cache is not None and (cache is call.cache or _length(cache) == call.passed)
+
+    def _begin_forward(self, call: Call, module: nn.Module, kwargs: dict) -> None:
+        if STRENGTH in call.given:
+            self.edits.check_given(call.given)
+        if call.generating:
+            call.steps += self.stack != "encoder"
+            call.cache = _cache(kwargs)
+        elif call.active and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            replica = getattr(module, "_is_replica", False)  # of DataParallel, whose gradients are added up on purpose
+            call.trains = not replica and (self.edits.model.training or "labels" in call.given)
+            if recomputes(self.edits.model):
+                bind(self.edits, self.edits.model)
+
+    def _read(self, call: Call, stack: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Find what is edited in this forward."""
+        call.readings.pop(stack, None)
+        inputs, cache = _inputs(module, args, kwargs), _cache(kwargs)
+        if inputs is None:
+            call.readings[stack] = None  # pictures or sound came in: only the states say how many tokens they are
+            return
+        past = self._past(call, cache)
+        located = call.located or self._locate(call, stack, past, inputs, kwargs)
+        end = past + inputs.shape[1]
+        if call.generating and past >= located.until:  # an answer after the last located token: nothing to compute
+            if cache is not None and not _counts(cache):
+                cache.reft_past = Past(self.edits.key, None, end)
+            return
+        call.passed = end
+        reading = call.read(stack, located, inputs.shape[0], inputs.shape[1], past)
+        if reading.at.keys() - call.rotated and not torch.compiler.is_compiling():
+            needed = [one for layer in self.edits.layers if layer.stack == stack for one in layer.rotations(reading)]
+            call.rotations |= orthonormalize([one for one in needed if one not in call.rotations])
+            call.rotated |= reading.at.keys()
+
+    def _locate(self, call: Call, stack: str, past: int, inputs: Tensor, kwargs: dict) -> Located:
+        if "read_index" in kwargs and self.batches.is_step(kwargs):
+            return self.batches.locate(call, inputs, kwargs)
+        known = past_of(self.edits, _cache(kwargs))
+        if past and known and known.located and (call.generating or not call.given.keys() & {LOCATIONS, LENGTHS}):
+            return known.located
+        rows, end = inputs.shape[0], past + inputs.shape[1]
+        mask, labels = kwargs.get("attention_mask"), call.given.get("labels")
+        if not (isinstance(mask, Tensor) and mask.shape == (rows, end)):
+            mask = inputs.new_ones((rows, end), dtype=torch.bool)
+        takes_labels = self.edits.causal and stack != "encoder"
+        if not (takes_labels and isinstance(labels, Tensor) and labels.shape == (rows, end)):
+            labels = None  # none, or not those of a language model
+        elif stack == "decoder":  # whose first input is the start token, and comes before the first label
+            labels = nn.functional.pad(labels[:, :-1], (1, 0), value=-100)
+        ids = inputs if inputs.dim() == 2 and not past else None
+        packed = None if past or call.generating else find_packed(inputs, kwargs)
+        if packed is not None:
+            tell_of_cache(kwargs, getattr(self.edits.model, "config", None))
+        return resolve(self.edits, call, stack, mask.bool(), labels, ids, packed)
+
+    def _past(self, call: Call, cache: Any) -> int:
+        """How many tokens have passed before a forward."""
+        if cache is None:
+            return 0
+        if _counts(cache):
+            length = cache.get_seq_length()
+            # a static cache has the number on its device, where to ask for it would stop each step
+            return call.passed if isinstance(length, Tensor) and call.generating and call.passed else int(length)
+        known = past_of(self.edits, cache)
+        if known is None and cache.has_previous_state():
+            raise ReftError(
+                "this recurrent state does not say how many tokens it has seen. Begin with a state that "
+                "the adapted model has made itself, with its adapter active.",
+                setting="cache_params",
+            )
+        return 0 if known is None else known.tokens
+
+    def _remember(self, call: Call, reading: Reading, output: Any) -> None:
+        """Leave what was found with the cache, for forwards that go on from it."""
+        cache = _cache(output) if hasattr(output, "get") else None
+        if call.generating and call.cache is None:
+            call.cache = cache
+        if cache is not None:
+            located = None if call.located else reading.located
+            cache.reft_past = Past(self.edits.key, located, reading.past + reading.tokens)
+
+
+class Past(NamedTuple):
+    """What a cache knows of the tokens that it holds; copies of it do, too."""
+
+    key: int  # of whose edits
+    located: Located | None  # none after a generation: a new one has a prompt of its own
+    tokens: int
+
+
+def past_of(edits: Edits, cache: Any) -> Past | None:
+    """What a cache knows for a model; none if another one filled it."""
+    past = getattr(cache, "reft_past", None)
+    return past if past is not None and past.key == edits.key else None
+
+
+def take_given(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take out of a call's arguments what the edits are given."""
+    given = {name: kwargs.pop(name) for name in GIVEN if name in kwargs}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _cache(values: Any) -> Any:
+    """The keys and values, or the recurrent states, of the tokens that have passed."""
+    found = [values.get(name) for name in CACHES]
+    return next((cache for cache in found if cache is not None), None)
+
+
+def _counts(cache: Any) -> bool:
+    """Whether a cache knows how many tokens have passed; recurrent states alone do not."""
+    layers = getattr(cache, "layers", [])
+    return not layers or any(hasattr(layer, "get_seq_length") for layer in layers)
+
+
+def _length(cache: Any) -> int | None:
+    return int(cache.get_seq_length()) if _counts(cache) else None
+
+
+def _inputs(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
+    """The token ids or embeddings of a call, none for a model that is given pictures or sound instead."""
+    first = args[0] if args and getattr(module, "main_input_name", "input_ids") == "input_ids" else None
+    for value in (kwargs.get("input_ids"), first, kwargs.get("inputs_embeds")):
+        if isinstance(value, Tensor):
+            return value
+    return None
+
+
+def _prolongs(inputs: Tensor | None, prompt: Tensor | None) -> bool:
+    """Whether these are the tokens of a prompt, and perhaps what was generated after them."""
+    if inputs is None or prompt is None or inputs.dim() != prompt.dim() or inputs.shape[1] < prompt.shape[1]:
+        return inputs is None or prompt is None or inputs.dim() != prompt.dim()
+    times = len(inputs) // max(len(prompt), 1)
+    return bool((inputs[:, : prompt.shape[1]] == prompt.repeat_interleave(max(times, 1), dim=0)).all())

@@ -1,0 +1,97 @@
+"""What an adapted model does itself in place of transformers' methods of these names: `generate`, and two more."""
+
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor
+
+from .call import Call, innermost, within
+from .continuous import Batches
+from .edits import Edits
+from .hooks import take_given
+from .resolve import resolve
+
+METHODS = ("generate", "delete_adapter", "init_continuous_batching")
+
+
+class Methods:
+    """The methods of an adapted model.
+
+    Args:
+        edits: of the model.
+        batches: its continuous batching.
+    """
+
+    def __init__(self, edits: Edits, batches: Batches) -> None:
+        self.edits, self.model, self.batches = edits, edits.model, batches
+
+    def attach(self) -> None:
+        """Put them in the place of those of its class, if it has them."""
+        for name in METHODS:
+            if hasattr(self.model, name):
+                setattr(self.model, name, getattr(self, name))
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """See `Batches`."""
+        return self.batches.init_continuous_batching(*args, **kwargs)
+
+    def delete_adapter(self, adapter_names: list[str] | str) -> None:
+        """As the model's, which takes our layers for parameters and passes them over."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        configs = dict(getattr(self.model, "peft_config", {}))
+        heads = [module for module in self.model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        if all(name in configs for name in names):  # else nothing is deleted
+            for name in names:
+                del configs[name]
+                if name in self.edits.rules:
+                    self.edits.forget(name, configs, heads)
+        type(self.model).delete_adapter(self.model, adapter_names)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the model, with the locations resolved on the whole prompt before its first forward.
+
+        Also takes `prompt_lengths`, `intervention_locations`, `subspaces` and `strength`. Right-padded prompts are
+        aligned to the right first, since generation continues the last column: the result is that of the left-padded
+        batch.
+        """
+        given, outer = take_given(kwargs), innermost(self.edits)
+        if isinstance(outer, Call) and getattr(kwargs.get("generation_config"), "is_assistant", False):
+            call = outer.again()  # drafts for the very generation that runs, with a cache of its own
+        else:
+            self.edits.check_given(given)
+            call = self.edits.begin(given)
+            call.generating = True
+            if call.active and self.edits.stacks == ("",):
+                args, kwargs = self._locate(call, args, kwargs)
+        with within(call):
+            return type(self.model).generate(self.model, *args, **kwargs)
+
+    def _locate(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Find the located tokens of the prompts; return the arguments with the prompts aligned to the right."""
+        name = next((n for n in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
+        if args:
+            name, args, kwargs = "inputs", args[1:], {"inputs": args[0], **kwargs}
+        if name is None:
+            return args, kwargs
+        mask, inputs = kwargs.get("attention_mask"), kwargs[name]
+        tokens = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        ids = inputs if inputs.dim() == 2 and inputs.shape == tokens.shape else None
+        located = resolve(self.edits, call, "", tokens, None, ids)
+        if mask is not None and kwargs.get("past_key_values") is None and not bool(tokens[:, -1].all()):
+            order = tokens.long().argsort(dim=1, stable=True)
+            for aligned in [key for key, value in kwargs.items() if key == name or _is_by_token(value, mask)]:
+                kwargs[aligned] = _take(kwargs[aligned], order)
+            located.masks = {key: _take(mask, order) for key, mask in located.masks.items()}
+        call.located, call.prompt = located, kwargs[name]
+        return args, kwargs
+
+
+def _take(rows: Tensor, order: Tensor) -> Tensor:
+    """Reorder the tokens of `[batch, tokens, ...]`."""
+    return rows[torch.arange(len(rows), device=rows.device)[:, None], order]
+
+
+def _is_by_token(value: Any, mask: Tensor) -> bool:
+    """Whether this is a mask, ids or types of the same tokens."""
+    return isinstance(value, Tensor) and value.shape == mask.shape and not value.is_floating_point()

@@ -1,0 +1,102 @@
+"""The options that commands share, and the many of a training: each with its type, its help and its limits.
+
+What an option is called, a command's parameter says; so does its default, but for settings of a job: these have none
+here, as a file may say them, and the help names the library's.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+# of every command
+Quiet = Annotated[bool, Option("--quiet", "-q", help="Print nothing but results and errors.")]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON, and nothing else.")]
+
+# of an adapter, and of its answers
+Adapter = Annotated[str, Argument(help="The adapter's directory.")]
+AdapterOption = Annotated[str, Option(help="The adapter's directory.")]
+AdapterModel = Annotated[
+    str | None, Option(help="Base model: a hub id or a directory; by default the one the adapter was made for.")
+]
+MaxNewTokens = Annotated[int, Option(help="The most tokens of an answer.", min=1)]
+Temperature = Annotated[float, Option(help="0 takes the likeliest tokens; above, tokens are drawn.", min=0)]
+DrawingSeed = Annotated[int, Option(help="Seed for drawn tokens.", min=0, max=2**32 - 1)]
+
+# of a training: what is learned from what
+Recipe = Annotated[
+    str | None,
+    Argument(help="A recipe of the paper: commonsense, arithmetic, instruct, glue, or a YAML file like them."),
+]
+Data = Annotated[
+    str | None,
+    Option(
+        help="Examples as .jsonl, .json or .csv with prompt and completion; instruction, input and output; "
+        "or chat messages."
+    ),
+]
+Output = Annotated[str | None, Option(help="The directory for the adapter.")]
+Model = Annotated[str | None, Option(help="Base model: a hub id or a directory; by default the embedded one.")]
+DataDir = Annotated[str | None, Option(help="Of a recipe: the directory of its data.  [default: the hub]")]
+Task = Annotated[str | None, Option(help="Of the recipe glue: one task.  [default: each, one after the other]")]
+Limit = Annotated[int | None, Option(help="Of a recipe: train on the first so many examples.")]
+MaxLength = Annotated[int | None, Option(help="Most tokens of a row.  [default: the model's context]")]
+Format = Annotated[
+    str | None,
+    Option(
+        help="How prompts are written: 'text' as they stand, 'chat' in the tokenizer's chat template, 'alpaca'.  "
+        "[default: as the data says, else chat if there is a template]"
+    ),
+]
+Validation = Annotated[str | None, Option(help="A file of examples to measure the loss on.")]
+ValidationSplit = Annotated[float | None, Option(help="Or the share of the data to hold out for it.")]
+Dtype = Annotated[str | None, Option(help="Of the base model: float32, bfloat16, float16 or auto.")]
+
+# of a training: the adapter
+Method = Annotated[
+    str | None, Option(help="loreft, direft (of the paper), or lora to compare with.  [default: loreft]")
+]
+Layers = Annotated[str | None, Option(help="'all', or numbers such as '3;9;18'.  [default: all]")]
+Positions = Annotated[str | None, Option(help="Tokens to edit: f<n>, l<n>, f<n>+l<m>, prompt or all.  [default: l16]")]
+Rank = Annotated[int | None, Option(help="Rank of the edits, or of LoRA.  [default: 8]")]
+Alpha = Annotated[float | None, Option(help="LoRA's scale.  [default: 16]")]
+TargetModules = Annotated[
+    str | None, Option(help="What LoRA adapts, as 'q_proj;v_proj'.  [default: what PEFT knows of the model]")
+]
+Component = Annotated[str | None, Option(help="States to edit.  [default: block_output]")]
+Intervention = Annotated[
+    str | None,
+    Option(
+        help="The formula of the edit: loreft, noreft, consreft, lobireft, direft, nodireft, red, bias, reftr1, "
+        "road, lofit or jola.  [default: loreft]"
+    ),
+]
+ShareWeights = Annotated[
+    bool | None,
+    Option("--share-weights/--no-share-weights", help="One edit for first and last tokens.  [default: share]"),
+]
+Dropout = Annotated[float | None, Option(help="Dropout on the edit.  [default: 0]")]
+
+# of a training: how it goes
+Epochs = Annotated[float | None, Option(help="Passes over the data.  [default: 10]")]
+LearningRate = Annotated[float | None, Option(help="Learning rate.  [default: 0.001]")]
+BatchSize = Annotated[int | None, Option(help="Examples in a batch.  [default: 8]")]
+GradientAccumulation = Annotated[int | None, Option(help="Batches in a step.  [default: 1]")]
+WarmupRatio = Annotated[float | None, Option(help="Share of the steps to warm up.  [default: 0]")]
+WeightDecay = Annotated[float | None, Option(help="Weight decay.  [default: 0]")]
+Seed = Annotated[int | None, Option(help="Seed.  [default: 42]")]
+Reach = Annotated[
+    bool | None,
+    Option("--reach/--no-reach", help="Compute only what the edits can reach.  [default: where it is exact]"),
+]
+ReachMemory = Annotated[
+    str | None, Option(help="How much may be held of the rest, as 4GB.  [default: half of the free memory]")
+]
+ReachDirectory = Annotated[str | None, Option(help="Where to put what does not fit into it.")]
+SaveSteps = Annotated[int | None, Option(help="Steps between checkpoints.  [default: a tenth of the training]")]
+ReportTo = Annotated[
+    str | None, Option(help="A logger that is installed: tensorboard, trackio, wandb, ...  [default: none]")
+]
+Resume = Annotated[bool | None, Option("--resume", help="Go on from the last checkpoint in the output.")]
+Overwrite = Annotated[bool | None, Option("--overwrite", help="Replace the adapter in the output.")]
+Config = Annotated[Path | None, Option(help="A YAML file with any of the options above; those given here win.")]

@@ -1,0 +1,23 @@
+"""The commands of pyreft as a test runs them: in this process, or in one of their own."""
+
+import subprocess
+import sys
+
+from typer.testing import CliRunner
+
+from pyreft_cli.app import app
+
+
+def run(*arguments, text=None, status=0):
+    """Run a command in this process; errors of the library come out as they would in `main`."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), input=text)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == status, result.output
+    return result
+
+
+def command(*arguments, cwd):
+    """Run a command in a process of its own."""
+    line = [sys.executable, "-m", "pyreft_cli", *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, text=True, capture_output=True)
