@@ -8,10 +8,14 @@ import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from conftest import tiny_llama
 from pyreft.reach import Reach
+from pyreft.reach.prefixes import SkipPrefixes
+from pyreft.reach.structure import Structure
+from pyreft.reach.values import Values
 from reaching import LENGTHS, adapt, assert_exact, assert_same, batch_of, loss_and_gradients, rows_of
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -130,10 +134,6 @@ def attribute_of_the_head(base, patch):
     base.lm_head = nn.Sequential(base.lm_head, nn.Softsign())
 
 
-def container(base, patch):
-    base.model.layers[0].forward.__self__.rates[0] = 0.5
-
-
 def weight_around_the_count(base, patch):
     base.model.layers[0].mlp.down_proj.weight.data.mul_(2)
 
@@ -146,8 +146,13 @@ def buffer(base, patch):
     base.model.rotary_emb.inv_freq = base.model.rotary_emb.inv_freq * 2
 
 
-def training_flag(base, patch):
-    base.model.layers[0].mlp.act_fn.train()
+def attention_that_can_be_chosen(base, patch):
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def sharper(module, query, key, value, *args, **kwargs):
+        return plain(module, 2 * query, key, value, *args, **kwargs)
+
+    patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", sharper)
 
 
 def input_embeddings(base, patch):
@@ -198,9 +203,9 @@ def lora_above(base, patch):
 CHANGES = [
     block_forward, block_forward_bound, block_forward_above, class_forward, function_of_the_file, backbone_forward,
     model_forward, model_forward_of_the_class, hook_on_a_block, hook_on_a_block_above, hook_before_a_block,
-    hook_on_the_model, hook_on_everything, attribute, attribute_of_the_head, weight_around_the_count,
-    weight_there_and_back, buffer, input_embeddings, output_embeddings, larger_vocabulary, tied_weights, another_layer,
-    lora, lora_above,
+    hook_on_the_model, hook_on_everything, attribute, attention_that_can_be_chosen, attribute_of_the_head,
+    weight_around_the_count, weight_there_and_back, buffer, input_embeddings, output_embeddings, larger_vocabulary,
+    tied_weights, another_layer, lora, lora_above,
 ]  # fmt: skip
 
 
@@ -208,7 +213,8 @@ class Patch:
     """What a change of more than the model takes back in the end."""
 
     def __init__(self, monkeypatch, request):
-        self.setattr, self.callback = monkeypatch.setattr, request.addfinalizer
+        self.setattr, self.setitem = monkeypatch.setattr, monkeypatch.setitem
+        self.callback = request.addfinalizer
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
@@ -233,3 +239,170 @@ def test_a_change_before_the_first_step(change, monkeypatch, request):
     expected = loss_and_gradients(adapted, adapted, BATCH)
     for _ in range(2):
         assert_same(loss_and_gradients(reach, adapted, BATCH), expected, 1e-9)
+
+
+class Own(nn.Module):
+    """A part of a base model with what is not in its tensors or its config."""
+
+    def __init__(self, plain):
+        super().__init__()
+        self.plain, self.rates, self.table, self.calls = plain, [1.0], {"bias": 0.0}, 0
+        self.shift, self.named = torch.zeros(32, dtype=torch.float64), {"inner": [1.0]}
+
+    def forward(self, h):
+        factor = self.rates[0] * self.named["inner"][0] * (2 if self.training else 1)
+        return factor * self.plain(h) + self.table["bias"] + self.shift
+
+
+def with_own(layers):
+    base = base_model()
+    base.model.layers[0].mlp = Own(base.model.layers[0].mlp).eval()
+    adapted = adapt(base, layers=layers)
+    return adapted, base.model.layers[0].mlp
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda own: own.rates.__setitem__(0, 3.0),
+        lambda own: own.table.update(bias=0.7),
+        lambda own: own.named["inner"].append(own.named["inner"].pop() * 2),
+        lambda own: own.shift.add_(0.5),
+        lambda own: setattr(own, "shift", torch.ones(32, dtype=torch.float64)),
+        lambda own: own.train(),
+        lambda own: setattr(own, "forward", lambda h: h.tanh()),
+        lambda own: setattr(own, "plain", nn.Identity()),
+    ],
+    ids=["list", "dict", "in a dict", "tensor in place", "tensor", "mode", "forward", "child"],
+)
+@pytest.mark.parametrize("layers", [[0], [2]], ids=str)
+def test_a_part_of_ones_own(change, layers):
+    adapted, own = with_own(layers)
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, BATCH, tolerance=1e-9)
+    before = loss_and_gradients(reach, adapted, BATCH)
+    change(own)
+    assert_exact(reach, adapted, BATCH, tolerance=1e-9)
+    assert abs(loss_and_gradients(reach, adapted, BATCH)[0] - before[0]) > 1e-3
+
+
+def test_a_change_is_seen_behind_a_call_that_is_computed_whole():
+    adapted, own = with_own([2])
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, BATCH, tolerance=1e-9)
+    own.forward = lambda h: h.tanh()
+    own.shift.add_(0.5)
+    reach(**BATCH | {"output_attentions": True})
+    adapted.get_base_model().lm_head.weight.requires_grad_(True)
+    adapted.get_base_model().model.embed_tokens.weight.requires_grad_(True)
+    reach(**BATCH)
+    assert "are trained" in reach.why_not
+    adapted.get_base_model().lm_head.weight.requires_grad_(False)
+    adapted.get_base_model().model.embed_tokens.weight.requires_grad_(False)
+    assert_exact(reach, adapted, BATCH, tolerance=1e-9)
+
+
+def test_what_comes_back_is_still_held():
+    """As a training goes over to an evaluation, and back, nothing is lost."""
+    adapted = adapt(base_model(), layers=[2])
+    base, reach = adapted.get_base_model(), Reach(adapted)
+    for mode in (True, False):
+        base.train(mode)
+        assert_exact(reach, adapted, BATCH, tolerance=1e-9)
+    missed, tried = reach.store.missed, reach._choice._probe
+    for mode in (True, False, True):
+        base.train(mode)
+        assert_exact(reach, adapted, BATCH, tolerance=1e-9)
+    assert reach.store.missed == missed
+    assert reach._choice._probe is tried
+
+
+def test_a_model_that_changes_in_each_step():
+    """Nothing that is held of it could be used again."""
+    adapted, own = with_own([2])
+    reach = Reach(adapted)
+    expected = loss_and_gradients(adapted, adapted, BATCH)
+    for _ in range(8):
+        assert_same(loss_and_gradients(reach, adapted, BATCH), expected, 1e-9)
+        own.calls += 1
+    assert reach.why_not == "modules of the base model change from step to step"
+    for _ in range(2):
+        assert_same(loss_and_gradients(reach, adapted, BATCH), expected, 1e-9)
+    assert reach.why_not is None
+    assert type(reach._way) is SkipPrefixes
+
+
+def test_another_attention():
+    adapted = adapt(tiny_llama())  # in float64, padding is NaN in it
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, BATCH)
+    missed = reach.store.missed
+    adapted.get_base_model().set_attn_implementation("eager")
+    assert_exact(reach, adapted, BATCH)
+    assert reach.store.missed > missed
+
+
+def test_hooks_that_are_known_to_be_harmless():
+    """Those of accelerate, of transformers for outputs and for checkpointing."""
+    adapted = adapt(base_model())
+    base = adapted.get_base_model()
+    base.enable_input_require_grads()
+    base(**BATCH, output_hidden_states=True, output_attentions=True)
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, BATCH, tolerance=1e-9)
+    assert type(reach._way) is SkipPrefixes
+
+
+def test_a_structure_knows_what_it_is():
+    base = base_model()
+    one, other = Structure(base), Structure(base_model())
+    assert one.is_same()
+    assert one.facts == other.facts  # also in a later run
+    base.model.layers[0].input_layernorm.variance_epsilon = 0.1
+    assert not one.is_same()
+    assert Structure(base).facts != one.facts
+    base.model.layers[0].input_layernorm.variance_epsilon = 1e-6
+    assert Structure(base).facts == one.facts
+
+
+class Tensors(nn.Module):
+    """One of every kind."""
+
+    def __init__(self):
+        super().__init__()
+        kinds = [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float8_e4m3fn, torch.complex64]
+        for number, kind in enumerate(kinds):
+            self.register_buffer(f"of{number}", torch.ones(40).to(kind))
+        self.register_buffer("empty", torch.zeros(0))
+        self.register_buffer("number", torch.tensor(3.0))
+        self.register_buffer("across", torch.randn(6, 8).T)
+        self.plain = torch.randn(9)
+        with torch.inference_mode():
+            self.uncounted = torch.randn(50)
+
+
+def test_values_of_every_kind():
+    module = Tensors()
+    values = Values([module])
+    assert values.is_same_to_the_bit()
+    for name in ("of0", "of1", "of2", "of3", "of4", "number", "plain", "uncounted"):
+        tensor = getattr(module, name)
+        with torch.inference_mode():
+            tensor.data.copy_(torch.zeros_like(tensor))
+        assert not values.is_same()
+        values = Values([module])
+    module.across.data.mul_(2)
+    assert not values.is_same_to_the_bit()
+
+
+def test_a_tensor_at_the_address_of_another():
+    linear = nn.Linear(64, 64)
+    values = Values([linear])
+    same = linear.weight.data.clone()
+    address = linear.weight.data_ptr()
+    linear.weight.data = torch.empty(0)
+    for _ in range(100):  # until the allocator gives it again
+        linear.weight.data = same.clone()
+        if linear.weight.data_ptr() == address:
+            break
+    assert not values.is_same()

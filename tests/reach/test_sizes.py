@@ -87,8 +87,9 @@ def test_few_sizes_are_tried():
     adapted = adapt(made("llama"), layers=[0])
     reach, tried = Reach(adapted), []
     reach(**batch_of(rows_of(9, 8), "left"))
-    plain = reach._probe._apart_in_prefixes
-    reach._probe._apart_in_prefixes = lambda way, ordinary, batches: (
+    probe = reach._choice._probe
+    plain = probe._apart_in_prefixes
+    probe._apart_in_prefixes = lambda way, ordinary, batches: (
         tried.append(batches[0]["input_ids"].shape[1]),
         plain(way, ordinary, batches),
     )[1]

@@ -26,7 +26,7 @@ def check_call(call: dict[str, Any]) -> None:
     if odd := sorted(given - _TAKEN):
         raise NotExactError(f"the call has {', '.join(odd)}")
     ids = call.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or call.get("labels") is None:
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not isinstance(call.get("labels"), Tensor):
         raise NotExactError("the call has no input_ids or no labels")
 
 

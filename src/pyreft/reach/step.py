@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-import xxhash
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -21,16 +19,12 @@ from ..errors import ReftError
 from ..places.structure import without_adapters
 from ..tuner.edits import Edits
 from ..tuner.tuner import calls_tuner, in_part, tuner_of
-from .calls import COUNT, FUSED, TYPES, check_call
-from .layers import LayerPlan, SkipLayers
-from .loss import own_loss
-from .prefixes import LabelOutput, PrefixPlan, SkipPrefixes
-from .probe import Probe, Way
+from .calls import FUSED
+from .choice import Choice
+from .prefixes import LabelOutput, SkipPrefixes
+from .probe import Way
 from .rows import IGNORED, NotExactError
 from .store import Store, read_budget
-from .watch import Seen, Watch
-
-_ATTENTIONS = {"full_attention", "sliding_attention"}  # which see a token's own past, wherever its row begins
 
 
 class Reach:
@@ -74,10 +68,7 @@ class Reach:
         self._tuner = tuner
         self._edits: Edits = tuner.edits
         self._base: Any = without_adapters(model)
-        self._watch = Watch(self._base, tuner.model, self._edits, prints=directory is not None)
-        self._probe: Probe | None = None
-        self._ways: dict[tuple, list[Way]] = {}  # by what they rest on, the one that leaves out more first
-        self._way: Way | None = None  # the last one
+        self._choice = Choice(self._base, tuner.model, self._edits, self.store, prints=directory is not None)
         self._lock = threading.RLock()
 
     def __call__(self, **batch: Any) -> Any:
@@ -119,27 +110,26 @@ class Reach:
             return ordinary(**call)
         with self._lock:
             try:
-                way, plan = self._choose(call, ordinary, scored)
+                way, plan = self._choice.choose(call, ordinary)
                 output = way(call, plan, self.store)  # type: ignore[arg-type]  # each way has plans of its own
             except NotExactError as reason:
-                self._way, self.why_not = None, str(reason)
+                self.why_not = str(reason)
             else:
                 self.why_not = None
-                # a trainer would take more for logits
-                return (
-                    CausalLMOutputWithPast(loss=output.loss)
-                    if isinstance(output, LabelOutput) and not scored
-                    else output
-                )
+                if isinstance(way, SkipPrefixes):
+                    self._edits.steps.watch(output)  # as after a forward of the model
+                if isinstance(output, LabelOutput) and not scored:  # a trainer would take more for logits
+                    return CausalLMOutputWithPast(loss=output.loss)
+                return output
         return ordinary(**call)
 
     def find_way(self, **batch: Any) -> Way | None:
         """How a batch would be computed, without computing it; none for whole rows, and `why_not` says why."""
         with self._lock, in_part(self._tuner, None):
             try:
-                way, _ = self._choose(batch, self.model)
+                way, _ = self._choice.choose(batch, self.model)
             except NotExactError as reason:
-                self._way, self.why_not = None, str(reason)
+                self.why_not = str(reason)
                 return None
             self.why_not = None
             return way
@@ -148,7 +138,12 @@ class Reach:
         """Tell that another pass over the data begins; the base model is looked at more closely then."""
         with self._lock:
             self.store.new_epoch()
-            self._watch.new_epoch()
+            self._choice.new_epoch()
+
+    @property
+    def _way(self) -> Way | None:
+        """The last one."""
+        return self._choice.last
 
     def describe(self) -> str:
         """One line: what is skipped, what is held, and why not if not."""
@@ -163,83 +158,3 @@ class Reach:
         more = f", {store.on_disk:,} more on disk" if store.on_disk else ""
         full = "; what does not fit is computed again" if store.full else ""
         return f"Each step leaves out {skipped}, held are {held}{more}{full}."
-
-    # -- which way -------------------------------------------------------------------------------------------------
-
-    def _choose(
-        self, call: dict[str, Any], ordinary: Callable[..., Any], scored: bool = False
-    ) -> tuple[Way, PrefixPlan | LayerPlan]:
-        """Return the way that is exact for this call, and its plan.
-
-        The call is checked in each step; of the base model, `Watch` says whether it has changed.
-
-        Raises:
-            NotExactError: there is none.
-        """
-        check_call(call)
-        if self._edits.stacks != ("",):
-            raise NotExactError("an encoder and a decoder have tokens of their own")
-        begun = self._edits.begin({})
-        if not begun.active or begun.row_adapters is not None:
-            raise NotExactError("no adapter is active, or each row has its own")
-        if len({len(self._edits.rules[name]) for name in begun.active}) > 1:
-            raise NotExactError("the active adapters have different numbers of interventions")
-        seen = self._watch.look(
-            (layer._module[0], layer.side)
-            for layer, names in zip(self._edits.layers, begun.enabled, strict=True)
-            if names
-        )
-        if seen.anew or self._probe is None:
-            self.store.clear()
-            self._ways.clear()
-            self._probe = Probe(seen.parts, self._edits)
-        self._way, reason = None, self._why_prefixes(call, seen)
-        for way in self._ways_for(call, seen, begun.active):
-            if isinstance(way, SkipPrefixes) and reason is not None:
-                continue
-            if (plan := self._plan(way, call, ordinary, seen)) is not None:
-                self._way = way
-                return way, plan
-            reason = reason or self._probe.why_not(way)
-        raise NotExactError(reason or f"no layer of {type(self._base).__name__} lies below the edits")
-
-    def _why_prefixes(self, call: dict[str, Any], seen: Seen) -> str | None:
-        """Why the prefixes cannot be left out, as far as it can be told without a trial."""
-        config, name = self._base.config.get_text_config(), type(self._base).__name__
-        if not self._edits.causal or seen.parts.backbone is self._base:
-            return f"{name} is no causal language model"
-        if not set(getattr(config, "layer_types", None) or ()) <= _ATTENTIONS:
-            return f"layers of {name} keep more than keys and values of attention"
-        if call.get(TYPES) is not None:
-            return f"the call has {TYPES}"
-        return seen.reason or (None if call.get(FUSED) else own_loss(self._base))
-
-    def _ways_for(self, call: dict[str, Any], seen: Seen, active: list[str]) -> list[Way]:
-        """The ways to try, the one that leaves out more first."""
-        kind = call["input_ids"].device.type
-        autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        asked = tuple(call.get(name) is not None for name in (FUSED, TYPES, COUNT))
-        state = seen.key, autocast, asked, tuple(active)
-        if state not in self._ways:
-            key = xxhash.xxh3_128_digest(f"{seen.key} {autocast}".encode())
-            self._ways[state] = [SkipPrefixes(seen.parts, self._edits, seen.kept, key)]
-            if seen.kept:
-                self._ways[state] += [SkipLayers(seen.parts, seen.kept, padding, key) for padding in (False, True)]
-        return self._ways[state]
-
-    def _plan(
-        self, way: Way, call: dict[str, Any], ordinary: Callable[..., Any], seen: Seen
-    ) -> PrefixPlan | LayerPlan | None:
-        """How a way would compute a batch; none if it would not be exact."""
-        assert self._probe is not None
-        plan = way.plan(call)
-        if seen.limit is not None and plan.columns > seen.limit:
-            raise NotExactError(f"rotary angles depend on the length of rows of more than {seen.limit} tokens")
-        if not self._probe.allows(way, call, ordinary, plan.columns, seen.context):
-            return None
-        if isinstance(plan, PrefixPlan) and plan.joined > self._probe.proven(way):
-            # two rows may take more columns together than either: more than a table of positions has, perhaps
-            known = plan.joined <= max(plan.columns, seen.context)
-            if not (known and self._probe.allows(way, call, ordinary, plan.joined, seen.context)):
-                plan = plan.within(self._probe.proven(way))
-        return plan

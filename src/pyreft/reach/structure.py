@@ -1,7 +1,8 @@
 """What a base model is made of, but for the numbers in its tensors, and whether it is still that.
 
 Compared are, by identity, all attributes of its modules, their hooks, tensors and children, the members of their
-classes and what the files of transformers' models define; by value, the containers among them, configs included.
+classes, and what transformers has for them: the files of models, and the functions of attention that can be chosen. By
+value, the containers among them are, configs included.
 """
 
 import copy
@@ -15,6 +16,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..tuner.layer import ReftLayer
 from .origin import functions_of, module_of
@@ -71,6 +74,7 @@ class Structure:
         tensors = [kind for module in self.modules for kind in (module._parameters, module._buffers)]
         hooks = [getattr(module, name) for module in self.modules for name in _HOOKS]
         self._views = [[values.values() for values in group] for group in (self._attributes, code, tensors, hooks)]
+        self._views[1] += [functions.values() for functions in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS)]
         self._parameters = [p for module in self.modules for p in module._parameters.values() if p is not None]
         self._then = self._now()
         self._containers = [(one, copy.copy(one)) for one in self._find_containers()]

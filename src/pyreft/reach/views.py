@@ -73,17 +73,25 @@ def rebound(value: Any, copies: Copies, inside: tuple = ()) -> Any:
 
 
 def _enclosing(function: types.FunctionType, copies: Copies, inside: tuple) -> types.FunctionType:
-    cells = []
-    for cell in function.__closure__ or ():
+    cells, changed, own = list(function.__closure__ or ()), False, []
+    for number, cell in enumerate(cells):
         try:
-            held = rebound(cell.cell_contents, copies, (*inside, function))
-            cells.append(cell if held is cell.cell_contents else types.CellType(held))
+            held = cell.cell_contents
         except ValueError:  # nothing in it yet
-            cells.append(cell)
-    if all(new is old for new, old in zip(cells, function.__closure__ or (), strict=True)):
+            continue
+        if held is function:
+            own.append(number)
+        elif (bound := rebound(held, copies, (*inside, function))) is not held:
+            cells[number], changed = types.CellType(bound), True
+    if not changed:  # its cells are shared, for what it counts there
         return function
-    parts = function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
-    made = types.FunctionType(*parts)
+    for number in own:
+        cells[number] = types.CellType()
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    for number in own:
+        cells[number].cell_contents = made
     made.__kwdefaults__ = function.__kwdefaults__
     vars(made).update(vars(function))
     return made

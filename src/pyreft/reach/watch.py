@@ -1,5 +1,6 @@
 """What holds of a base model now: looked at in each step, and worked out anew only where something has changed."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +62,7 @@ class Watch:
         self._codes = 0  # how often what cannot be compared has changed
         self._known: set[tuple[str, int]] = set()
         self._new = 0  # structures that were not there before, one step after the other
+        self._anew = False
         self._checkpointed: list[nn.Module] = []
         self._limit: int | None = None
         self._context = 0
@@ -74,7 +76,7 @@ class Watch:
         Raises:
             NotExactError: parts of a forward would differ when they are computed apart.
         """
-        anew = self._look_at_structure()
+        self._anew = self._look_at_structure() or self._anew  # also if what follows is no step
         assert self._structure is not None
         if self._new >= _UNSETTLED:
             raise NotExactError("modules of the base model change from step to step")
@@ -86,7 +88,7 @@ class Watch:
         reason, modules = self._frozen[kept]
         if not modules:
             raise NotExactError(reason)
-        anew = self._look_at_values(modules) or anew
+        anew, self._anew = self._look_at_values(modules) or self._anew, False
         key = f"{self._print} {self._structure.facts} {self._codes} {kept}"
         return Seen(self.parts, kept, reason, key, anew, self._limit, self._context)
 
@@ -103,12 +105,10 @@ class Watch:
             return False
         now = self._structure = Structure(self._outer)
         self._frozen.clear()
-        self._limit, self._context = (
-            longest_plain_row(self._base.config),
-            context_of(self._base.config.get_text_config()),
-        )
-        if self._limit is not None:
-            self._context = min(self._context, self._limit)
+        self._checkpointed = [module for module in now.modules if getattr(module, "gradient_checkpointing", False)]
+        config = self._base.config
+        self._limit = longest_plain_row(config)
+        self._context = min(context_of(config.get_text_config()), self._limit or sys.maxsize)
         moved = before is not None and before.modules != now.modules
         other = before is not None and not now.has_objects_of(before)
         self._codes += other
