@@ -146,7 +146,7 @@ def test_rows_that_are_computed_whole_say_why(data, tmp_path):
     base = saved(tmp_path, "mamba")
     plan = make_plan(prepared(data, model=base, layers="0", component="block_input"), timed=False)
     assert (plan.computes, plan.skipped) == ("rows", 0)
-    assert plan.why_not == "parts of MambaForCausalLM computed apart differ from the whole"
+    assert plan.why_not == "layers of MambaForCausalLM keep more than keys and values of attention"
     plan = make_plan(prepared(data, reach=False))
     assert "is turned off (reach: false)" in plan.why_not
     assert {(cost.share, cost.held_bytes, cost.frozen_first) for cost in plan.costs} == {(1, 0, 0)}
@@ -288,6 +288,6 @@ def test_a_training_of_whole_rows_says_so(data, tmp_path):
         "layers; the 2 below the first edit are computed once."
     ) in run(*arguments, "--layers", 1).stdout
     whole = ("--layers", 0, "--component", "block_input")
-    line = "Whole rows are computed in each step, whatever the rule: parts of MambaForCausalLM computed apart differ"
+    line = "Whole rows are computed in each step, whatever the rule: layers of MambaForCausalLM keep more than keys"
     assert line in run(*arguments, *whole).stdout
     assert line in run("plan", "--data", data, "--model", base, *whole).stdout

@@ -16,6 +16,7 @@ from pyreft.reach import Reach
 from pyreft.reach.prefixes import SkipPrefixes
 from pyreft.reach.structure import Structure
 from pyreft.reach.values import Values
+from pyreft.tuner import reft_layers
 from reaching import LENGTHS, adapt, assert_exact, assert_same, batch_of, loss_and_gradients, rows_of
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -254,6 +255,13 @@ class Own(nn.Module):
         return factor * self.plain(h) + self.table["bias"] + self.shift
 
 
+class Halved(Own):
+    """Another class for it."""
+
+    def forward(self, h):
+        return super().forward(h) / 2
+
+
 def with_own(layers):
     base = base_model()
     base.model.layers[0].mlp = Own(base.model.layers[0].mlp).eval()
@@ -272,8 +280,9 @@ def with_own(layers):
         lambda own: own.train(),
         lambda own: setattr(own, "forward", lambda h: h.tanh()),
         lambda own: setattr(own, "plain", nn.Identity()),
+        lambda own: setattr(own, "__class__", Halved),
     ],
-    ids=["list", "dict", "in a dict", "tensor in place", "tensor", "mode", "forward", "child"],
+    ids=["list", "dict", "in a dict", "tensor in place", "tensor", "mode", "forward", "child", "class"],
 )
 @pytest.mark.parametrize("layers", [[0], [2]], ids=str)
 def test_a_part_of_ones_own(change, layers):
@@ -315,6 +324,42 @@ def test_what_comes_back_is_still_held():
         assert_exact(reach, adapted, BATCH, tolerance=1e-9)
     assert reach.store.missed == missed
     assert reach._choice._probe is tried
+
+
+@pytest.mark.parametrize(
+    "do",
+    [
+        lambda adapted: adapted.generate(BATCH["input_ids"], max_new_tokens=3, do_sample=False),
+        lambda adapted: adapted(**BATCH, output_hidden_states=True, use_cache=True),
+        lambda adapted: setattr(adapted.get_base_model().config, "use_cache", False),
+        lambda adapted: adapted.save_pretrained(adapted.directory),
+        lambda adapted: setattr(adapted.get_base_model(), "warnings_issued", {"estimate_tokens": True}),
+        lambda adapted: adapted.add_adapter("other", adapted.peft_config["default"]),
+        lambda adapted: adapted.get_base_model().requires_grad_(False),
+    ],
+    ids=["generate", "outputs", "use_cache", "save", "warnings", "another adapter", "frozen again"],
+)
+def test_what_changes_nothing(do, tmp_path):
+    """What was held before is used after it."""
+    adapted = adapt(base_model(), layers=[2])
+    adapted.directory = tmp_path
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, BATCH, tolerance=1e-9)
+    missed = reach.store.missed
+    do(adapted)
+    for layer in reft_layers(adapted):
+        layer.requires_grad_(True)
+    assert_exact(reach, adapted, BATCH, tolerance=1e-9)
+    assert reach.store.missed == missed
+
+
+def test_an_evaluation_in_inference_mode():
+    adapted = adapt(base_model(), layers=[1])
+    reach = Reach(adapted)
+    with torch.inference_mode():
+        reach(**BATCH)
+    assert_exact(reach, adapted, BATCH, tolerance=1e-9)
+    assert len(reach.store) == 6
 
 
 def test_a_model_that_changes_in_each_step():

@@ -25,7 +25,8 @@ from .origin import functions_of, module_of
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _OF_TORCH = set(vars(nn.Module())) - {"training"}  # attributes that every module has
 _NEUTRAL = {"warnings_issued", "name_or_path", "_name_or_path", "_commit_hash", "transformers_version", "use_cache"}
-_NEUTRAL |= {"peft_config", "rope_deltas"}  # what acts is in the modules; what one forward leaves to a generation
+_NEUTRAL |= {"peft_config", "_output_capturing_hooks_installed"}  # what acts of it is in the modules
+_NEUTRAL |= {"rope_deltas"}  # what one forward leaves to the generation behind it
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 _MODELS = "transformers.models."
 _CONTAINERS = (dict, list, tuple, set, frozenset)
@@ -93,10 +94,10 @@ class Structure:
         return _equal(self._opaque, other._opaque) and _equal(self._then[1], other._then[1])
 
     def _now(self) -> list[list]:
-        """Attributes and children; what classes and files define; tensors; hooks; which tensors are trained."""
+        """Attributes and children; what classes and files define; tensors; hooks; the classes, and what is trained."""
         found = [list(itertools.chain.from_iterable(group)) for group in self._views]
         found[3] += hooks_everywhere()
-        return [*found, [parameter.requires_grad for parameter in self._parameters]]
+        return [*found, [*map(type, self.modules)], [parameter.requires_grad for parameter in self._parameters]]
 
     def _find_containers(self) -> Iterator[Any]:
         found: set[int] = set()

@@ -63,7 +63,7 @@ def near(sample: Sample) -> dict[str, Any]:
 
 
 def long(sample: Sample, columns: int, context: int) -> list[dict[str, Any]]:
-    """Two batches of so many columns: with a window at the end of a long row, and with a long window.
+    """Two batches of so many columns: with a window of one token at the end of a long row, and behind a prefix of one.
 
     Beside the long row is a short one, whose padding fills the columns. Few tokens have labels.
     """
@@ -74,8 +74,8 @@ def long(sample: Sample, columns: int, context: int) -> list[dict[str, Any]]:
     short = min(2 * _AROUND, length)
     batches = []
     for begin, pad, gap in (
-        (max(length - _AROUND, 1), (columns - length, 0), length - short),
-        (min(_AROUND, length - 2), (0, columns - length), short - length),
+        (length - 2, (columns - length, 0), length - short),
+        (1, (0, columns - length), short - length),
     ):
         edited = torch.zeros_like(ids, dtype=torch.bool)
         pattern = sample.edited[sample.begin :][: length - begin]

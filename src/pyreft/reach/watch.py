@@ -112,7 +112,7 @@ class Watch:
         moved = before is not None and before.modules != now.modules
         other = before is not None and not now.has_objects_of(before)
         self._codes += other
-        if moved:
+        if moved or other:
             self.parts = Parts(self._base, self._outer, self._edits)
         state = now.facts, self._codes
         self._new = 0 if state in self._known or before is None else self._new + 1
