@@ -27,6 +27,7 @@ FLOORS = (
     ("training",),
     ("tasks",),
     ("jobs",),
+    ("serving",),
     ("inspect", "harness"),
     ("config", "dataset", "reft_model", "reft_trainer", "utils", "checkpoint", "training.job"),  # doors
 )

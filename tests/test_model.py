@@ -203,6 +203,19 @@ def test_save_and_load_the_interventions(adapted, tmp_path):
     )
 
 
+def test_where_the_originals_trainers_put_a_checkpoint(adapted, tmp_path):
+    adapted.save(tmp_path / "checkpoint-2")
+    call = {"input_ids": IDS, "intervention_locations": [[[9]]] * 2}
+    expected = adapted(**call).logits
+    shaken(adapted)
+    adapted.load_intervention(tmp_path / "checkpoint-2" / "intervenable_model", include_model=False)
+    assert torch.equal(adapted(**call).logits, expected)
+    loaded = pyreft.ReftModel.load(tmp_path / "checkpoint-2" / "intervenable_model", tiny_llama())
+    assert torch.equal(loaded(**call).logits, expected)
+    with pytest.raises(pyreft.ReftError, match="checkpoint-3/intervenable_model: expected an adapter's directory"):
+        adapted.load_intervention(tmp_path / "checkpoint-3" / "intervenable_model")
+
+
 def test_the_interventions_of_another_place(adapted, tmp_path):
     adapted.save_intervention(tmp_path)
     other = pyreft.get_reft_model(tiny_llama(), one_layer(1))

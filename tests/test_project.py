@@ -60,10 +60,12 @@ def test_what_is_imported_is_a_dependency_or_comes_with_one(everything):
             for each in names:
                 imported.setdefault(each.split(".")[0], set()).add(file.name)
     foreign = imported.keys() - known - sys.stdlib_module_names
-    assert foreign == {"matplotlib", "lm_eval"}
+    assert foreign == {"matplotlib", "lm_eval", "vllm", "fastapi"}
     assert imported["matplotlib"] == {"loss_curve.py", "plots.py"}  # losses and inspections come as numbers, too
     assert imported["lm_eval"] == {"harness.py"}
-    for extra, package in {"plot": "matplotlib", "eval": "lm-eval"}.items():
+    serving = {file.name for file in (ROOT / "src" / "pyreft" / "serving" / "vllm").glob("*.py")}
+    assert imported["vllm"] | imported["fastapi"] <= serving  # FastAPI comes with vLLM
+    for extra, package in {"plot": "matplotlib", "eval": "lm-eval", "vllm": "vllm"}.items():
         assert [name(each) for each in PROJECT["project"]["optional-dependencies"][extra]] == [package]
 
 

@@ -1,7 +1,11 @@
-"""The one exception that users of pyreft need to know, and the hint it gives for a mistyped name."""
+"""The one exception that users of pyreft need to know, and what it says of a mistyped name or a value of no use."""
 
 import difflib
+import math
+import reprlib
 from collections.abc import Iterable, Mapping
+
+_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list", dict: "fields"}
 
 
 class ReftError(ValueError):
@@ -41,3 +45,22 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the nearest of the known names, or an empty string."""
     near = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def check_type(name: str, value: object, *kinds: type) -> None:
+    """Refuse a value of another type, such as one that stands in a file; whole numbers count as numbers, too.
+
+    Args:
+        name: what it is the value of, with its file or place if it has one.
+        kinds: `str`, `bool`, `int`, `float`, `list` or `dict`; a number has to be finite.
+
+    Raises:
+        ReftError: naming what was expected and what came.
+    """
+    finite = not isinstance(value, float) or math.isfinite(value)
+    for kind in kinds:
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if fits and finite and (kind is bool or not isinstance(value, bool)):
+            return
+    expected = " or ".join(_WORDS.get(kind, kind.__name__) for kind in kinds)
+    raise ReftError(f"expected {expected}, got {reprlib.repr(value)}.", setting=name)

@@ -26,9 +26,10 @@ from . import pocket
 from .errors import ReftError
 from .files.adapter import read_config, read_config_data, read_shapes
 from .files.record import read_record
+from .files.together import reading
 from .model import ReftModel
 from .tuner.config import ReftPeftType, shape_differences
-from .tuner.tuner import base_model_shape
+from .tuner.injection import base_model_shape
 
 EMBEDDED = "pocket"  # the name of the model that ships with the package
 
@@ -104,7 +105,8 @@ def load_adapted(
     if kind.get("peft_type") == ReftPeftType.REFT.value:
         return ReftModel.from_pretrained(model, adapter), tokenizer
     try:
-        return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
+        with reading(adapter):
+            return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
     except (RuntimeError, ValueError) as error:  # other sizes, or other modules
         first = str(error).strip().splitlines()[0]
         raise ReftError(f"{adapter}: the adapter does not fit the base model {name!r}: {first}") from None

@@ -8,22 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .errors import ReftError
-from .files.adapter import check_tensors, model_card, read_config, write_beside
+from .files.adapter import WEIGHTS, as_it_was, check_room, model_card, read_config
 from .files.original import legacy_place, read_legacy
+from .files.together import leave_out, reading, save_together
 from .files.trained_heads import add_heads
-from .files.weights import expected_tensors
-from .original.calls import answer, is_original, translate
+from .files.weights import checked_load
+from .original.calls import FORWARD, GENERATE, answer, is_original, translate
+from .original.configs import as_config
 from .original.members import OriginalMembers
 from .original.saving import OriginalSaving
 from .places.structure import without_adapters
+from .positions import Positions
 from .tuner.call import Surroundings, within
 from .tuner.config import ReftConfig
 from .tuner.edits import Edits
-from .tuner.tuner import detach, tuner_of
+from .tuner.injection import detach
+from .tuner.tuner import tuner_of
 
 
 class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
@@ -35,7 +40,7 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
     Args:
         model: the base model; it is frozen, and edited in place.
-        peft_config: what to edit.
+        peft_config: what to edit; it may also come first, as in the original.
         adapter_name: a name for the adapter.
         autocast_adapter_dtype: the adapter's parameters in float32 (true) or in the type of the base model's (false);
             if nothing is said as they are made, which is float32 or the type that an intervention was given.
@@ -44,21 +49,24 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
     def __init__(
         self,
-        model: nn.Module,
-        peft_config: ReftConfig,
+        model: Any,
+        peft_config: Any,
         adapter_name: str = "default",
         autocast_adapter_dtype: bool | None = None,
         low_cpu_mem_usage: bool = False,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            model, peft_config = peft_config, model
         with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-            options: Any = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-            super().__init__(model, peft_config, adapter_name, **options)
+            made: Any = (model, as_config(peft_config), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            super().__init__(*made)
         self._edits: Edits = self.base_model.edits
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_original(args, kwargs):
-            return answer(super().forward, self._translate(args, kwargs), self.disable_adapter)
+            call = translate(args, kwargs, FORWARD, self.position_rules)
+            return answer(super().forward, call, self.disable_adapter)
         return self.base_model.compute(super().forward, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -68,11 +76,14 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         `intervention_locations` (`[batch, interventions, positions]`) say where the located tokens are.
         """
         if is_original(args, kwargs):
-            return answer(super().generate, self._translate(args, kwargs), self.disable_adapter)
+            call = translate(args, kwargs, GENERATE, self.position_rules)
+            return answer(super().generate, call, self.disable_adapter)
         return super().generate(*args, **kwargs)
 
-    def _translate(self, args: tuple, kwargs: dict) -> dict:
-        return translate(args, kwargs, self._edits.rules[self.active_adapter])
+    @property
+    def position_rules(self) -> list[Positions | None]:
+        """The active adapter's rules, in the order of its representations; none where each call gives locations."""
+        return self._edits.rules[self.active_adapter]
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -94,15 +105,17 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         self._edits.strengths[adapter_name] = float(strength)
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
-        """Save the adapters in PEFT's layout; a save is complete or leaves nothing behind."""
+        """Save the adapters in PEFT's layout, all of them or none; see `pyreft.files`."""
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(str(save_directory), **kwargs)
 
         def write(staged: str) -> None:
             super(ReftModel, self).save_pretrained(staged, **kwargs)
             add_heads(staged, self.get_base_model())
+            for config in Path(staged).rglob(CONFIG_NAME):
+                leave_out(config.parent, *WEIGHTS)
 
-        write_beside(save_directory, write)
+        save_together(save_directory, write)
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the model card of the active adapter."""
@@ -138,30 +151,44 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         Raises:
             ReftError: a damaged adapter, or one that was made for another base model.
         """
-        place = legacy_place(model_id)
-        if place is None:
-            config = read_config(model_id)
-            if act_fn is not None:
-                raise ReftError(
-                    f"{model_id} says itself which activation it has; leave the argument out.", setting="act_fn"
-                )
-        elif kwargs:
-            raise ReftError(f"{', '.join(kwargs)}: of no use for files of the original pyreft; leave them out.")
-        else:
-            config = read_legacy(place, act_fn)
-            config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
-        config.inference_mode = not is_trainable
-        _release(model)
+        if (subfolder := kwargs.pop("subfolder", None)) is not None:
+            model_id = Path(model_id, subfolder)
         options: Any = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
-        adapted = cls(model, config, adapter_name, **options)
-        if place is None:
-            try:
-                check_tensors(model_id, expected_tensors(adapted, adapter_name))
-            except ReftError:
-                detach(model)
-                raise
-            adapted.load_adapter(str(model_id), adapter_name, is_trainable=is_trainable, **options, **kwargs)
+        with reading(model_id):
+            place = legacy_place(model_id)
+            if place is None:
+                config = read_config(model_id)
+                if act_fn is not None:
+                    raise ReftError(
+                        f"{model_id} says itself which activation it has; leave the argument out.", setting="act_fn"
+                    )
+            elif kwargs:
+                raise ReftError(f"{', '.join(kwargs)}: of no use for files of the original pyreft; leave them out.")
+            else:
+                config = read_legacy(place, act_fn)
+                config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+            config.inference_mode = not is_trainable
+            _release(model)
+            if place is None:
+                check_room(model_id, config, model)
+            with as_it_was(model, model_id):
+                adapted = cls(model, config, adapter_name, **options)
+                if place is None:
+                    adapted.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **options, **kwargs)
         return adapted if is_trainable else adapted.eval()
+
+    def load_adapter(self, model_id: str | PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Load a saved adapter beside the others, as PEFT does; a directory is checked first.
+
+        Raises:
+            ReftError: a damaged adapter, or one that does not fit; it is then not there.
+        """
+        place = Path(model_id, kwargs.get("subfolder") or "")
+
+        def load() -> Any:
+            return super(ReftModel, self).load_adapter(str(model_id), adapter_name, *args, **kwargs)
+
+        return checked_load(self, adapter_name, place, load, renamed=bool(kwargs.get("key_mapping")))
 
 
 def get_reft_model(
@@ -185,6 +212,7 @@ def get_reft_model(
         ReftError: a layer, component, rank or intervention that does not fit the model, before it is touched.
     """
     _release(model)
+    reft_config = as_config(reft_config)
     trained = [] if disable_model_grads else [p for p in model.parameters() if p.requires_grad]
     if reft_config.base_model_name_or_path is None:
         reft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None

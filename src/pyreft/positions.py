@@ -71,12 +71,12 @@ class Positions:
         >>> Positions.parse("f7+l5")
         Positions(first=7, last=5, whole=None, side=None, own=None)
         """
-        if rule in _OWN:
+        if isinstance(rule, str) and rule in _OWN:
             return cls(own=rule)
         text = str(rule).replace(" ", "").lower()
         if text in _WHOLE:
             return cls(whole=_WHOLE[text])
-        match = re.fullmatch(r"(?:f(\d+))?(?:(?:^|\+)l(\d+))?", text)
+        match = re.fullmatch(r"(?:f(\d{1,9}))?(?:(?:^|\+)l(\d{1,9}))?", text)
         if not match or not text or not any(int(n or 0) for n in match.groups()):
             hint = _nearest(text) or " A rule of your own is made known by pyreft.positions.register_rule."
             raise ReftError(f"expected {RULES}, got {rule!r}.{hint}", setting="positions")
@@ -146,7 +146,7 @@ def _nearest(text: str) -> str:
         return f" Did you mean 'l{digits[0] if digits else 1}'?"
     if text.startswith("first"):
         return f" Did you mean 'f{digits[0] if digits else 1}'?"
-    if re.fullmatch(r"0*[1-9]\d*", text):
+    if re.fullmatch(r"0*[1-9]\d{0,8}", text):
         return f" Did you mean 'l{int(text)}'?"
     swapped = re.fullmatch(r"l(\d+)\+f(\d+)", text)
     if swapped:

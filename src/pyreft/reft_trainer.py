@@ -1,6 +1,7 @@
-"""The original's module of this name; the code is in `pyreft.training.trainer` and `pyreft.data.supervised`."""
+"""The original's module of this name; the code is in `pyreft.training.trainer` and `pyreft.original.data_modules`."""
 
 from .data.supervised import ReftDataCollator
+from .original.data_modules import make_data_collator, make_dataloader
 from .training.trainer import (
     ReftTrainer,
     ReftTrainerForCausalLM,
@@ -14,4 +15,6 @@ __all__ = [
     "ReftTrainerForCausalLM",
     "ReftTrainerForCausalLMDistributed",
     "ReftTrainerForSequenceClassification",
+    "make_data_collator",
+    "make_dataloader",
 ]

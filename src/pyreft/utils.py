@@ -3,5 +3,6 @@
 from peft import TaskType
 
 from .model import ReftModel, get_reft_model
+from .original.configs import ReftType
 
-__all__ = ["ReftModel", "TaskType", "get_reft_model"]
+__all__ = ["ReftModel", "ReftType", "TaskType", "get_reft_model"]

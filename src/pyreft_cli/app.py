@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyreft_cli import ask, demo, eval, info, inspect, plan, train
+from pyreft_cli import ask, demo, eval, info, inspect, plan, serve, train
 
 if TYPE_CHECKING:
     from pyreft.errors import ReftError
@@ -46,6 +46,7 @@ app.command()(ask.generate)
 app.command()(ask.chat)
 app.command()(info.info)
 app.command()(inspect.inspect)
+app.command(context_settings={"allow_extra_args": True})(serve.serve)
 
 
 def main() -> None:

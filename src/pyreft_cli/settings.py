@@ -27,7 +27,7 @@ def read_config(path: Path | None) -> dict[str, Any]:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be read: {error.strerror}.", param_hint="--config") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, a date that is none, nested too deeply
         raise typer.BadParameter(f"{path} is not valid YAML: {error}", param_hint="--config") from None
     if not isinstance(settings, dict):
         raise typer.BadParameter(f"{path} should hold 'name: value' lines.", param_hint="--config")

@@ -252,7 +252,7 @@ def config_edited(**values):
         (edited(lambda t: t.update(weight=torch.ones(4, 9))), r"found .*learned_source.weight \[4, 9\]"),
         (edited(lambda t: t.update(rotate_layer=torch.ones(32))), "expected the tensors of LoreftIntervention"),
         (edited(lambda t: t["rotate_layer"].mul_(1.1)), "with orthonormal columns, up to 0.05; these are off by 0.21"),
-        (edited(lambda t: t["rotate_layer"].fill_(torch.nan)), "these are off by nan"),
+        (edited(lambda t: t["rotate_layer"].fill_(torch.nan)), "rotate_layer: 128 of 128 numbers are not finite"),
         (edited(lambda t: t.update({"rotate_layer.parametrizations.weight.original": torch.ones(32, 4)})), "two parts"),
         (lambda place: (place / "config.json").write_text("{"), r"config.json: the file is damaged, it is not JSON"),
         (lambda place: (place / "config.json").write_text("[]"), "expected the lists sorted_keys, intervention_types"),

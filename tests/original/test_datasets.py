@@ -11,6 +11,8 @@ from transformers import DataCollatorForSeq2Seq
 import pyreft
 from pyreft import pocket
 from pyreft.data.files import alpaca_prompt
+from pyreft.dataset import ReftClassificationDataset
+from pyreft.reft_trainer import make_data_collator, make_dataloader
 
 
 @pytest.fixture
@@ -190,3 +192,41 @@ def test_more_bad_input(tokenizer, tmp_path):
 
     with pytest.raises(pyreft.ReftError, match="Row 0: all of its 2 labels are -100"):
         NothingToLearn("raw", None, tokenizer, dataset=ROWS, **arguments)
+
+
+@pytest.mark.parametrize("label", ["label", "text", None])
+def test_texts_and_their_labels(tokenizer, label):
+    rows = [{"text": "A whale is large.", "label": "yes"}, {"text": "An oak is a fish.", "label": "no"}]
+    arguments = {"num_interventions": 2, "position": "f1+l1", "input_field": "text", "label_field": label}
+    items = ReftClassificationDataset("words", None, tokenizer, dataset=rows, **arguments)
+    for row, item in zip(rows, items, strict=True):
+        ids = tokenizer(row["text"])["input_ids"]
+        assert item["input_ids"].tolist() == [tokenizer.pad_token_id, *ids]
+        assert item["intervention_locations"] == [[1], [len(ids) - 1]]  # the last token of a text does not count
+        if label is None:
+            assert "labels" not in item
+        else:
+            assert item["labels"].tolist() == [-100, *tokenizer(row[label])["input_ids"]]
+
+
+def test_raw_rows_have_their_columns(tokenizer):
+    rows = [{"instruction": "Say", "output": "yes"}, {"instruction": "Say it", "output": "no"}]
+    arguments = {"dataset": rows, "position": "l1", "num_interventions": 1}
+    data = pyreft.ReftRawDataset("raw", None, tokenizer, **arguments)
+    for name in ("input_ids", "attention_mask", "intervention_locations", "labels", "id"):
+        for row, item in enumerate(data):
+            assert torch.equal(torch.as_tensor(getattr(data, name)[row]), torch.as_tensor(item[name]))
+    assert data.subspaces is None
+    assert pyreft.ReftRawDataset("raw", None, tokenizer, data_split="test", **arguments).labels is None
+
+
+def test_batches_are_those_of_the_data_modules(tokenizer):
+    module = pyreft.make_last_position_supervised_data_module(tokenizer, None, ["Say it", "Say"], ["yes", "no"])
+    rows = module["train_dataset"]
+    loader = make_dataloader(rows, 2, make_data_collator(tokenizer, None), shuffle=False)
+    (batch,) = loader
+    expected = module["data_collator"]([rows[0], rows[1]])
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    loader = make_dataloader(rows, 1, make_data_collator(tokenizer, None), shuffle=False, sampler=[1, 0])
+    assert [batch["input_ids"][0].tolist() for batch in loader] == [rows[1]["input_ids"], rows[0]["input_ids"]]

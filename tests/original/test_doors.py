@@ -5,8 +5,10 @@ import importlib
 import pytest
 
 import pyreft
+from pyreft import dataset
 from pyreft.dataset import IGNORE_INDEX
 from pyreft.reft_model import count_parameters
+from pyreft.utils import ReftType
 
 ORIGINAL = """ReftConfig ReftModel TaskType ReftTrainer ReftTrainerForCausalLM ReftTrainerForCausalLMDistributed
 ReftTrainerForSequenceClassification NoreftIntervention LoreftIntervention ConsreftIntervention LobireftIntervention
@@ -39,6 +41,36 @@ def test_the_names_of_a_module(module, names):
     door = importlib.import_module(f"pyreft.{module}")
     for name in names:
         assert getattr(door, name) is getattr(pyreft, name)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("dataset", ["ReftClassificationDataset", "make_last_position_supervised_chat_data_module"]),
+        ("dataset", ["prompt_input", "prompt_no_input", "no_header_prompt_template"]),
+        ("reft_trainer", ["make_data_collator", "make_dataloader"]),
+        ("utils", ["ReftType"]),
+    ],
+)
+def test_names_that_only_a_module_had(module, names):
+    door = importlib.import_module(f"pyreft.{module}")
+    for name in names:
+        assert name in door.__all__
+        assert hasattr(door, name)
+
+
+def test_the_templates():
+    task = "Below is an instruction that describes a task"
+    asked = "Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    assert dataset.prompt_no_input % "Say" == f"{task}. {asked}Say\n\n### Response:\n"
+    assert dataset.prompt_input % ("Say", "it") == (
+        f"{task}, paired with an input that provides further context. {asked}Say\n\n### Input:\nit\n\n### Response:\n"
+    )
+    assert dataset.no_header_prompt_template % "Say" == "### Instruction:\nSay\n\n### Response:\n"
+
+
+def test_the_methods():
+    assert [(kind.name, kind.value) for kind in ReftType] == [("LOREFT", "LOREFT"), ("NLOREFT", "NOREFT")]
 
 
 def test_the_label_without_loss():

@@ -1,5 +1,7 @@
 """A compiled model computes, and trains, what the plain one does, as one graph."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -50,6 +52,58 @@ def test_other_tokens_and_weights_need_no_other_graph(prompts):
                 parameter.add_(0.1)
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    "names", [["a", "b", "__base__", "b"], ["b", "b", "b", "b"], ["__base__", "a", "__base__", "c"]]
+)
+def test_rows_with_adapters_of_their_own(prompts, names):
+    """Two rules that are stacked and one that is not, and rows without any."""
+    rules = {"a": "l2", "b": "l2", "c": "all"}
+    configs = {name: pyreft.ReftConfig(positions=rule, low_rank_dimension=4) for name, rule in rules.items()}
+    model = pyreft.get_reft_model(tiny_llama(), configs["a"], adapter_name="a")
+    model.add_adapter("b", configs["b"])
+    model.add_adapter("c", configs["c"])
+    shaken(model)
+    inputs = {name: value for name, value in batch(prompts).items() if name != "labels"}
+    compiled = torch.compile(model, backend="aot_eager")  # several adapters become one outside of graphs
+    with torch.no_grad():
+        for chosen in (names, names[::-1]):
+            found = compiled(**inputs, adapter_names=chosen).logits
+            torch.testing.assert_close(found, model(**inputs, adapter_names=chosen).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_one_graph_without_a_mask_and_with_a_cache():
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4)))
+    ids = torch.randint(3, 96, (2, 7))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        found, expected = compiled(input_ids=ids), model(input_ids=ids)
+        torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-4)
+        # the cache knows which tokens were located, whoever goes on with it
+        more = torch.randint(3, 96, (2, 1))
+        steps = [model(input_ids=more, past_key_values=output.past_key_values).logits for output in (found, expected)]
+    torch.testing.assert_close(*steps, atol=1e-5, rtol=1e-4)
+
+
+def test_a_compiled_model_in_threads(prompts):
+    """Of a graph that breaks, what is left in Python finds the call of its thread, too."""
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l2", low_rank_dimension=4)))
+    model.get_base_model().model.layers[1].register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    compiled = torch.compile(model, backend="eager")
+    rows = [torch.tensor([row]) for row in prompts]
+    with torch.no_grad():
+        expected = [model(input_ids=row, use_cache=False).logits for row in rows]
+        compiled(input_ids=rows[0], use_cache=False)
+
+        def ask(number):
+            with torch.no_grad():
+                return compiled(input_ids=rows[number % 4], use_cache=False).logits
+
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(ask, range(12)))
+    for number, logits in enumerate(found):
+        torch.testing.assert_close(logits, expected[number % 4], atol=1e-5, rtol=1e-4)
 
 
 def test_packed_rows_break_the_graph_and_are_right():

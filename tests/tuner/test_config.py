@@ -56,6 +56,7 @@ def test_keys_of_the_original_that_go_without_saying():
 
 
 READY = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2)
+TANH = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2, act_fn="tanh")
 
 
 @pytest.mark.parametrize(
@@ -72,12 +73,12 @@ READY = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2)
         ({"representations": {"layers": 1}}, "got 'layers'. Did you mean 'layer'?"),
         ({"representations": {"layer": 1, "unit": "w"}}, "expected the unit 'pos', or the number of a head, got 'w'"),
         (
-            {"representations": [{"layer": n, "intervention": READY} for n in (1, 2)]},
-            "the same intervention module stands in two of them",
+            {"representations": {"layer": 1, "act_fn": "relu", "intervention": TANH}},
+            "act_fn is relu beside an intervention made with tanh",
         ),
         (
-            {"representations": {"layer": 1, "low_rank_dimension": 4, "intervention": READY}},
-            "low_rank_dimension is 4 beside an intervention made with 2",
+            {"representations": [{"layer": 1}] * 2, "intervention_types": ["loreft"]},
+            "expected 2, one for each entry",
         ),
     ],
 )

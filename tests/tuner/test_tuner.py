@@ -554,6 +554,7 @@ def test_an_interrupted_forward_leaves_nothing_behind(model, monkeypatch):
         patch.setattr(model.model.norm, "forward", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             adapted(ids)
+    assert not running.frames
     assert torch.equal(adapted(ids).logits, expected)
 
 

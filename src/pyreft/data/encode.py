@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import ReftError
-from .files import Example, Format, alpaca_prompt
+from ..errors import ReftError, did_you_mean
+from .files import FORMATS, Example, Format, alpaca_prompt
 from .supervised import IGNORED
 
 
@@ -22,7 +22,13 @@ def default_format(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Exampl
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, form: Format, given: str = "") -> str:
-    """Return what the model reads before it answers a prompt of one turn; `given` is an instruction's input."""
+    """Return what the model reads before it answers a prompt of one turn; `given` is an instruction's input.
+
+    Raises:
+        ReftError: another format, which the file of an adapter may name.
+    """
+    if form not in FORMATS:
+        raise ReftError(f"expected {', '.join(FORMATS)}, got {form!r}.{did_you_mean(form, FORMATS)}", setting="format")
     if form == "alpaca":
         return alpaca_prompt(prompt, given)
     text = f"{prompt}\n\n{given}" if given else prompt

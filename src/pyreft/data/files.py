@@ -5,13 +5,13 @@ Knows files and fields, nothing of tokenizers or models.
 
 import csv
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ReftError, did_you_mean
+from ..files.text import parse_json, read_text
 
 Format = Literal["text", "chat", "alpaca"]
 FIELDS = {
@@ -102,20 +102,6 @@ def read_prompts(path: str | Path) -> list[tuple[str, str]]:
     return prompts
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.
-
-    Raises:
-        ReftError: no such file, or another encoding.
-    """
-    if not path.is_file():
-        raise ReftError(f"{path}: there is no such file.")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ReftError(f"{path}: the file is not UTF-8 text ({error}).") from None
-
-
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each row of a `.jsonl`, `.json` or `.csv` file with its place; what fields it has is not looked at.
 
@@ -152,11 +138,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _json(text: str, where: str, kind: type = dict) -> Any:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        place = where if kind is dict else f"{where}, line {error.lineno}"
-        raise ReftError(f"{place}: this is not valid JSON ({error.msg} at column {error.colno}).") from None
+    value = parse_json(text, where)
     if not isinstance(value, kind):
         expected = "an object with fields" if kind is dict else "a list of objects"
         raise ReftError(f"{where}: expected {expected}, got {type(value).__name__}.")

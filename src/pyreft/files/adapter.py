@@ -1,25 +1,46 @@
-"""Files in, files out: an adapter's directory is complete or absent, and read without executing anything.
+"""An adapter's config, weights and model card: written for strangers, and read without trust.
 
-The layout is PEFT's: `adapter_config.json`, `adapter_model.safetensors` and a model card, `README.md`.
+`adapter_config.json` and `adapter_model.safetensors` may be another method's of PEFT, and may be edited by hand.
 """
 
+import inspect
 import json
+import math
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 
-from ..errors import ReftError
+from ..errors import ReftError, check_type, did_you_mean
+from ..places.components import find_site, number_of_layers
 from ..tuner.config import ReftConfig, ReftPeftType
+from ..tuner.injection import detach
+from ..tuner.values import check_values
+from .pickles import read_pickle
+from .text import read_json
+from .together import reading
 
-# written last: a directory with this file is complete
-_LAST = CONFIG_NAME
+WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # either, the first one preferred
+
+_PREFIX = "base_model.model."  # of the names in an adapter's file
+_EDITS = "reft_"  # how the modules that hold edits are called
+_SLACK = 10**7  # numbers that may be made in vain; what is a little wrong is said more exactly later
+
+# of every method's config, what is read here and by those who load it
+_COMMON: dict[str, tuple[type, ...]] = {
+    "peft_type": (str,),
+    "task_type": (str,),
+    "base_model_name_or_path": (str,),
+    "prompt_format": (str,),
+    "modules_to_save": (list,),
+}
 
 _CARD = """---
 {header}
@@ -46,26 +67,6 @@ _GENERATE = """output = model.generate(**inputs, max_new_tokens=64)[0, inputs["i
 print(tokenizer.decode(output, skip_special_tokens=True))"""
 
 
-def write_beside(directory: str | os.PathLike, write: Callable[[str], None]) -> None:
-    """Let `write` fill a new directory beside the target, then move its files in; on any failure nothing is left.
-
-    Other files of the target directory stay.
-    """
-    target = Path(directory)
-    if target.is_file():
-        raise ReftError(f"{target}: expected a directory to save in, this is a file.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        write(str(staged))
-        files = [path.relative_to(staged) for path in sorted(staged.rglob("*")) if path.is_file()]
-        for name in sorted(files, key=lambda path: path.name == _LAST):
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staged / name, target / name)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-
-
 def model_card(config: ReftConfig, model: Any) -> str:
     """A model card that a stranger can use: what it is, its base model, and how to load and ask it."""
     base = config.base_model_name_or_path or ""
@@ -87,22 +88,31 @@ def model_card(config: ReftConfig, model: Any) -> str:
 
 def is_adapter(directory: str | os.PathLike) -> bool:
     """Whether a directory holds an adapter of PEFT, this method's or another's."""
-    return (Path(directory) / CONFIG_NAME).is_file()
+    with reading(directory) as place:
+        return (place / CONFIG_NAME).is_file()
 
 
 def read_config(directory: str | os.PathLike) -> ReftConfig:
     """Return the config of an adapter's directory, checked.
 
     Raises:
-        ReftError: not an adapter, one of another method, or a file that is damaged.
+        ReftError: not an adapter, one of another method, or a file that is damaged; a field that is not known or has a
+            value that it cannot have, by its name.
     """
-    data = read_config_data(directory)
+    data, path = read_config_data(directory), Path(directory) / CONFIG_NAME
     if (kind := data.get("peft_type")) != ReftPeftType.REFT.value:
-        raise ReftError(
-            f"{Path(directory) / CONFIG_NAME}: expected an adapter of representation finetuning, this is one of the "
-            f"type {kind!r}."
-        )
-    return ReftConfig(**ReftConfig.check_kwargs(**data))
+        raise ReftError(f"{path}: expected an adapter of representation finetuning, this is one of the type {kind!r}.")
+    known = inspect.signature(ReftConfig).parameters
+    for name in [name for name in data if name not in known]:
+        if data.pop(name) is not None:  # what a later PEFT writes and this adapter does not use
+            raise ReftError(
+                f"{path}: {name}: there is no such field.{did_you_mean(name, known)} If a later version of pyreft or "
+                "PEFT wrote it, update; if not, delete it."
+            )
+    try:
+        return ReftConfig(**data)
+    except ReftError as error:
+        raise ReftError(f"{path}: {error}") from None
 
 
 def read_config_data(directory: str | os.PathLike) -> dict[str, Any]:
@@ -111,18 +121,19 @@ def read_config_data(directory: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ReftError: not an adapter, or a file that is damaged.
     """
-    path = Path(directory) / CONFIG_NAME
-    if not path.is_file():
-        hint = ""
-        if any(Path(directory).glob("intkey_*.bin")):
-            hint = " It holds files of the original pyreft: load them with ReftModel.load() and save them again."
-        raise ReftError(f"{directory}: expected an adapter's directory, found no {CONFIG_NAME}.{hint}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReftError(f"{path}: the file is damaged, it is not JSON ({error}).") from None
-    if not isinstance(data, dict):
-        raise ReftError(f"{path}: expected an adapter's config, this is a list of values or a single one.")
+    with reading(directory) as place:
+        path = place / CONFIG_NAME
+        if not path.is_file():
+            hint = ""
+            if any(place.glob("intkey_*.bin")):
+                hint = " It holds files of the original pyreft: load them with ReftModel.load() and save them again."
+            raise ReftError(f"{directory}: expected an adapter's directory, found no {CONFIG_NAME}.{hint}")
+        data = read_json(path, "an adapter's config")
+    for name, kinds in _COMMON.items():
+        if data.get(name) is not None:
+            check_type(f"{path}: {name}", data[name], *kinds)
+    for name in data.get("modules_to_save") or ():
+        check_type(f"{path}: modules_to_save", name, str)
     return data
 
 
@@ -132,22 +143,37 @@ def read_shapes(directory: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     Raises:
         ReftError: the file is missing, damaged or cut short.
     """
-    path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise ReftError(f"{directory}: the adapter has no {SAFETENSORS_WEIGHTS_NAME}; was it copied completely?")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ReftError(f"{path}: the file is damaged or was cut short ({error}). Save or copy it again.") from None
+    return _read(directory, shapes=True)
 
 
-def check_tensors(directory: str | os.PathLike, expected: dict[str, tuple[int, ...]]) -> None:
-    """Compare an adapter's tensors with those its config asks for on this model.
+def check_room(directory: str | os.PathLike, config: ReftConfig, model: nn.Module) -> None:
+    """Refuse a config that asks for far more than its file holds, before anything is made for it.
 
     Raises:
-        ReftError: tensors that are missing, of another shape, or too many.
+        ReftError: with the numbers; or places and ranks that the model does not have.
     """
+    shapes = read_shapes(directory)
+    wanted = tuple(config.modules_to_save or ())
+    for path, _ in model.named_modules() if wanted else ():
+        if path.endswith(wanted) and not any(name.startswith(f"{_PREFIX}{path}.") for name in shapes):
+            raise ReftError(
+                f"{directory}: modules_to_save: the file does not fit its config, it has nothing of {path!r}."
+            )
+    stored = sum(math.prod(shape) for name, shape in shapes.items() if f".{_EDITS}" in name)
+    asked = 0
+    for entry in config.expand(number_of_layers(model, config.component) if config.representations is None else 0):
+        width = find_site(model, entry.component, entry.layer, entry.head).width
+        with torch.device("meta"):
+            asked += sum(parameter.numel() for parameter in entry.make(width).parameters())
+        if asked > stored + _SLACK:
+            raise ReftError(
+                f"{directory}: the file does not fit its config, which asks for {asked:,} numbers or more in its "
+                f"edits; {stored:,} are there."
+            )
+
+
+def check_tensors(directory: str | os.PathLike, expected: Mapping[str, Tensor]) -> None:
+    """Compare an adapter's tensors with those its config asks for on this model; see `load_tensors`."""
     found = read_shapes(directory)
     missing, more = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or more:
@@ -156,6 +182,68 @@ def check_tensors(directory: str | os.PathLike, expected: dict[str, tuple[int, .
             f"{f' ({missing[0]}, ...)' if missing else ''}, {len(more)} are not known"
             f"{f' ({more[0]}, ...)' if more else ''}."
         )
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise ReftError(f"{directory}: {name} has the shape {list(found[name])}, the model needs {list(shape)}.")
+    for name, tensor in expected.items():
+        if found[name] != tuple(tensor.shape):
+            raise ReftError(
+                f"{directory}: {name} has the shape {list(found[name])}, the model needs {list(tensor.shape)}."
+            )
+
+
+def load_tensors(directory: str | os.PathLike, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's tensors, on the CPU, checked against those of the model that its config asks for.
+
+    Args:
+        directory: the adapter's.
+        expected: by their names in the file, the tensors of the model that they are for.
+
+    Raises:
+        ReftError: a file that is missing or damaged; tensors that are missing, of another shape or kind, or too many;
+            numbers that are not finite.
+    """
+    check_tensors(directory, expected)
+    tensors: dict[str, Tensor] = _read(directory)
+    for name, tensor in tensors.items():
+        check_values(f"{directory}: {name}", tensor, expected[name].is_floating_point())
+    return tensors
+
+
+@contextmanager
+def as_it_was(model: nn.Module, directory: str | os.PathLike) -> Iterator[None]:
+    """Leave a base model without edits if those of a directory cannot be loaded."""
+    modules = dict(model.named_modules())
+    try:
+        yield
+    except Exception as error:
+        detach(model)
+        for name, module in modules.items():
+            if name and model.get_submodule(name) is not module:  # PEFT has put it into a wrapper
+                model.set_submodule(name, module)
+        if isinstance(error, ReftError) or not isinstance(error, (ValueError, TypeError)):
+            raise
+        raise ReftError(f"{directory}: {error}") from error
+
+
+def weights_file(directory: Path) -> Path:
+    """The file of an adapter's weights: PEFT prefers safetensors to a pickle, of which we read nothing but tensors.
+
+    Raises:
+        ReftError: there is none.
+    """
+    for name in WEIGHTS:
+        if (path := directory / name).is_file():
+            return path
+    raise ReftError(f"{directory}: the adapter has no {WEIGHTS[0]}; was it copied completely?")
+
+
+def _read(directory: str | os.PathLike, shapes: bool = False) -> dict[str, Any]:
+    """The tensors of an adapter, or their shapes, by name."""
+    with reading(directory) as place:
+        path = weights_file(place)
+        if path.suffix != ".safetensors":
+            return {name: tuple(tensor.shape) if shapes else tensor for name, tensor in read_pickle(path).items()}
+        try:
+            with safe_open(path, framework="pt") as file:
+                names = file.keys()
+                return {n: tuple(file.get_slice(n).get_shape()) if shapes else file.get_tensor(n) for n in names}
+        except (SafetensorError, OSError) as error:
+            raise ReftError(f"{path}: the file is damaged or was cut short ({error}). Save or copy it again.") from None

@@ -1,17 +1,15 @@
 """Checkpoints of the original: what `save` of pyreft 0.1.0 and its trainers wrote.
 
 `config.json` lists the edited places, a pickle `intkey_<key>.bin` for each of them holds the tensors of its
-intervention, and `pytorch_model.bin` trained parameters of the base model, if any. Pickles are read as tensors
-only: nothing in them is executed.
+intervention, and `pytorch_model.bin` trained parameters of the base model, if any.
 """
 
-import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +17,16 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..interventions import INTERVENTIONS, Intervention, LowRankIntervention
 from ..tuner.config import ReftConfig, Representation
+from ..tuner.values import check_values
 from .adapter import is_adapter
+from .pickles import read_pickle
+from .text import LARGEST, read_json
 
 CONFIG = "config.json"
 MODEL = "pytorch_model.bin"
 SUBFOLDER = "intervenable_model"  # where the original's trainers saved in each of their checkpoints
 
+_COLUMNS = "the lists sorted_keys, intervention_types and representations (layer, component, ...)"
 _SIZES = ("embed_dim", "interchange_dim")  # stored beside the parameters, which say it themselves
 _NAMES = {  # LoReFT's tensors, stored under names of their own
     "weight": "learned_source.weight",
@@ -47,10 +49,16 @@ def legacy_place(directory: str | os.PathLike) -> Path | None:
     for place in (Path(directory), Path(directory, SUBFOLDER)):
         if any(place.glob("intkey_*.bin")):
             return place
-        config = place / CONFIG
-        if config.is_file() and '"intervention_types"' in config.read_text(encoding="utf-8", errors="replace"):
+        config = place / CONFIG  # such a file stands beside many models
+        if config.is_file() and config.stat().st_size <= LARGEST and b'"intervention_types"' in config.read_bytes():
             return place
     return None
+
+
+def adapter_place(directory: str | os.PathLike) -> Path:
+    """Return where an adapter is; callers of the original look in `intervenable_model` of a checkpoint, ours is not."""
+    place = Path(directory)
+    return place.parent if place.name == SUBFOLDER and not place.exists() and is_adapter(place.parent) else place
 
 
 def read_legacy(place: Path, act_fn: str | None = None) -> ReftConfig:
@@ -116,10 +124,11 @@ def read_model(place: Path, parameters: Mapping[str, nn.Parameter]) -> Values:
     file = place / MODEL
     if not file.is_file():
         raise ReftError(f"{place}: it has no {MODEL}, so nothing of the base model; use include_model=False.")
-    tensors = _read_tensors(file)
+    tensors = read_pickle(file)
     for name, tensor in tensors.items():
         if name not in parameters or parameters[name].shape != tensor.shape:
             raise ReftError(f"{file}: the base model has no parameter {name!r} of the shape {list(tensor.shape)}.")
+        check_values(f"{file}: {name}", tensor, parameters[name].is_floating_point())
     return [(parameters[name], tensor) for name, tensor in tensors.items()]
 
 
@@ -159,24 +168,18 @@ def _read_places(place: Path) -> list[tuple[str, str, int | None, str]]:
             "the model with the config it was trained with, get_reft_model(model, config), then use its "
             "load_intervention()."
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ReftError(f"{path}: the file is damaged, it is not JSON ({error}).") from None
+    data = read_json(path, _COLUMNS)
     try:
         columns = (data[name] for name in ("sorted_keys", "intervention_types", "representations"))
         rows = [(key, name, *entry[:2]) for key, name, entry in zip(*columns, strict=True)]
         fits = all(
-            isinstance(key, str) and isinstance(name, str) and isinstance(layer, int | None) and isinstance(comp, str)
+            isinstance(key, str) and isinstance(name, str) and type(layer) in (int, NoneType) and isinstance(comp, str)
             for key, name, layer, comp in rows
         )
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
-        raise ReftError(
-            f"{path}: expected the lists sorted_keys, intervention_types and representations (layer, component, ...), "
-            "one entry for each intervention, as pyreft 0.1.0 writes them."
-        )
+        raise ReftError(f"{path}: expected {_COLUMNS}, one entry for each intervention, as pyreft 0.1.0 writes them.")
     return rows
 
 
@@ -193,28 +196,17 @@ def _class(name: str, place: Path) -> type[LowRankIntervention]:
     return ours[name]
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise ReftError(f"{file.parent}: {file.name} is missing; was the checkpoint copied completely?")
-    try:
-        data: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # bytes that are not tensors fail in any way, and torch advises to execute them
-        raise ReftError(
-            f"{file}: the file is damaged, or holds more than tensors, which is never read. Copy or save it again."
-        ) from None
-    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
-        raise ReftError(f"{file}: expected tensors by name, found something else.")
-    return data
-
-
 def _read_state(place: Path, key: str) -> dict[str, Tensor]:
     """The parameters of one intervention, under our names and in float32."""
-    tensors = _read_tensors(place / _file(key))
-    state = {_NAMES.get(name, name): tensor.float() for name, tensor in tensors.items() if name not in _SIZES}
+    file, state = place / _file(key), {}
+    for name, tensor in read_pickle(file).items():
+        if name not in _SIZES:
+            check_values(f"{file}: {name}", tensor)
+            state[_NAMES.get(name, name)] = tensor.float()
     if (free := state.pop(f"{_PARAMETRIZED}original", None)) is not None:
         base = state.pop(f"{_PARAMETRIZED}0.base", None)
-        if base is None or free.dim() != 2 or base.shape != (len(free), len(free)):
-            raise ReftError(f"{place / _file(key)}: the two parts of rotate_layer do not fit each other.")
+        if base is None or free.dim() != 2 or base.shape != (len(free), len(free)) or free.shape[1] > len(free):
+            raise ReftError(f"{file}: the two parts of rotate_layer do not fit each other.")
         state["rotate_layer.free"] = base @ _orthogonal(free)
     return state
 

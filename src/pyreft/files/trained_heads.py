@@ -7,16 +7,18 @@ import json
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, WEIGHTS_NAME
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..tuner.layer import ReftLayer
-from .adapter import read_config
+from .adapter import read_config, weights_file
+from .pickles import read_pickle
+from .text import read_json
 
 _PREFIX = "base_model.model."  # of the names in an adapter's file
 
@@ -58,9 +60,12 @@ def add_heads(directory: str, base: nn.Module) -> None:
         for key, tensor in head.state_dict().items()
     }
     for path in Path(directory).rglob(CONFIG_NAME) if heads else ():
-        weights = path.parent / SAFETENSORS_WEIGHTS_NAME
-        save_file({**load_file(weights), **tensors}, weights, metadata={"format": "pt"})
-        config: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        weights = weights_file(path.parent)
+        if weights.name == WEIGHTS_NAME:
+            torch.save({**read_pickle(weights), **tensors}, weights)
+        else:
+            save_file({**load_file(weights), **tensors}, weights, metadata={"format": "pt"})
+        config = read_json(path)
         config["modules_to_save"] = sorted({*(config.get("modules_to_save") or ()), *heads})
         path.write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
 

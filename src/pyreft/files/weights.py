@@ -1,26 +1,59 @@
 """The weights of an adapter in a model: which tensors its file must have, and others put in their place."""
 
 import re
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
+from torch import Tensor
 
 from ..errors import ReftError
+from ..sharded import is_sharded
+from ..tuner.adapted import interventions_of
 from ..tuner.config import Representation
-from ..tuner.tuner import interventions_of
-from .adapter import check_tensors, read_config
+from .adapter import check_room, is_adapter, load_tensors, read_config
 from .original import Values, fill, legacy_place, read_interventions, read_model
+from .together import reading
 from .trained_heads import saved_heads
 
 
-def expected_tensors(model: PeftModel, adapter_name: str) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors in an adapter's file."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+def expected_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Return the tensors of an adapter in a model, by their names in its file."""
+    return get_peft_model_state_dict(model, adapter_name=adapter_name)
+
+
+def checked_load(
+    model: PeftModel, adapter_name: str, place: Path, load: Callable[[], Any], *, renamed: bool = False
+) -> Any:
+    """Let PEFT load an adapter from a directory, which is checked first; an adapter that does not fit is not there.
+
+    Args:
+        renamed: whether the tensors get other names while they are loaded.
+
+    Raises:
+        ReftError: a damaged adapter, or one that does not fit.
+    """
+    known = adapter_name in model.peft_config
+    with reading(place):
+        if is_adapter(place) and not known:
+            check_room(place, read_config(place), model.get_base_model())
+        elif is_adapter(place) and not renamed and not any(map(is_sharded, model.parameters())):
+            heads = saved_heads(place, model.get_base_model())
+            load_tensors(place, expected_tensors(model, adapter_name) | heads)  # PEFT would load whatever there is
+        try:
+            found = load()
+            if found.missing_keys or found.unexpected_keys:
+                raise ReftError(f"{place}: the file does not fit its config: {found}.")
+        except Exception as error:
+            if not known and adapter_name in model.peft_config:
+                model.delete_adapter(adapter_name)
+            if "size mismatch" in str(error):
+                raise ReftError(f"{place}: {error}") from error
+            raise
+    return found
 
 
 def overwrite(model: PeftModel, adapter_name: str, directory: str | PathLike, include_model: bool) -> None:
@@ -42,12 +75,12 @@ def overwrite(model: PeftModel, adapter_name: str, directory: str | PathLike, in
     if place is not None:
         fill(_legacy_values(model, adapter_name, place, representations, include_model))
         return
-    theirs = _edits(read_config(directory).expand(layers))
-    if theirs != (ours := _edits(representations)):
-        raise ReftError(f"{directory}: expected the edits of this model, {ours}; it holds {theirs}.")
-    heads = saved_heads(directory, model.get_base_model())
-    check_tensors(directory, expected_tensors(model, adapter_name) | {k: tuple(t.shape) for k, t in heads.items()})
-    state = load_file(Path(directory, SAFETENSORS_WEIGHTS_NAME))
+    with reading(directory):
+        theirs = _edits(read_config(directory).expand(layers))
+        if theirs != (ours := _edits(representations)):
+            raise ReftError(f"{directory}: expected the edits of this model, {ours}; it holds {theirs}.")
+        heads = saved_heads(directory, model.get_base_model())
+        state = load_tensors(directory, expected_tensors(model, adapter_name) | heads)
     with torch.no_grad():
         for key, tensor in heads.items():
             tensor.copy_(state.pop(key))

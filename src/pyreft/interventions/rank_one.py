@@ -28,7 +28,7 @@ class Reftr1Intervention(Intervention):
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0, top_k: int = 8, l1: float = 0.005) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
-        if top_k < 1:
+        if not isinstance(top_k, int) or top_k < 1:
             raise ReftError(f"expected at least one latent that counts, got {top_k}.", setting="top_k")
         self.top_k, self.l1 = top_k, l1
         self.rotate_layer = LowRankRotateLayer(embed_dim, 1)

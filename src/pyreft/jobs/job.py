@@ -26,21 +26,18 @@ from ..data.encode import context_length, default_format, encode
 from ..data.files import Example, read_examples
 from ..data.supervised import IGNORED
 from ..errors import ReftError
+from ..files.checkpoints import last_complete, steps_done
+from ..files.record import FILE as RECORD
 from ..files.record import write_record
+from ..files.together import leave_out
 from ..loading import load_base
 from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import ReachPrinter
 from ..tasks.suites import GENERATED, GLUE
-from ..training.checkpoints import (
-    CheckpointingTrainer,
-    check_same_rows,
-    disk_full_as_os_error,
-    last_complete,
-    steps_done,
-)
+from ..training.checkpoints import CheckpointingTrainer, check_same_rows, disk_full_as_os_error
 from ..tuner.config import ReftConfig
-from .loss_curve import write_losses
+from .loss_curve import PICTURE, losses_of, write_losses
 from .methods import attach, count, make_config, save
 from .output import CHECKPOINTS, check_output, check_same, check_unfinished
 from .settings import LORA, TrainingJob, check_settings
@@ -174,11 +171,16 @@ class PreparedJob:
             shutil.rmtree(self.output / CHECKPOINTS, ignore_errors=True)
         outcome = trainer.train(resume_from_checkpoint=self.checkpoint)
         self.model.eval()
-        with disk_full_as_os_error():
-            save(self.model, self.output)
+        losses = losses_of(trainer.state.log_history)
+
+        def beside(directory: str) -> None:
             if self.job.suite or self.job.method == LORA:
-                write_record(self.output, asdict(replace(self.job, format=self.format)))
-            losses = write_losses(self.output, trainer.state.log_history)
+                write_record(directory, asdict(replace(self.job, format=self.format)))
+            write_losses(directory, losses)
+            leave_out(directory, RECORD, PICTURE)
+
+        with disk_full_as_os_error():
+            save(self.model, self.output, beside)
         self.tokenizer.padding_side = "left"
         return {
             "output": str(self.output),
@@ -193,7 +195,7 @@ class PreparedJob:
             "best": trainer.state.best_metric,
             "parameters": count(self.model),
             "computed": self.reach.describe() if self.reach else "Whole rows are computed in each step.",
-            "plot": (self.output / "loss.png").exists(),
+            "plot": (self.output / PICTURE).exists(),
         }
 
     def last_checkpoint(self) -> str | None:

@@ -3,14 +3,22 @@
 import csv
 from pathlib import Path
 
+TABLE, PICTURE = "loss.csv", "loss.png"
 
-def write_losses(directory: Path, history: list[dict]) -> dict[str, list[tuple[int, float]]]:
-    """Write the losses of a Trainer's log as `loss.csv`, and as `loss.png` where matplotlib is installed."""
-    found = {
+Losses = dict[str, list[tuple[int, float]]]
+
+
+def losses_of(history: list[dict]) -> Losses:
+    """The points (step, loss) of a Trainer's log, by name."""
+    return {
         name: [(entry["step"], float(entry[key])) for entry in history if key in entry]
         for name, key in (("loss", "loss"), ("validation_loss", "eval_loss"))
     }
-    with open(directory / "loss.csv", "w", newline="", encoding="utf-8") as file:
+
+
+def write_losses(directory: str | Path, found: Losses) -> None:
+    """Write losses as `loss.csv`, and as `loss.png` where matplotlib is installed."""
+    with open(Path(directory) / TABLE, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["step", *found])
         by_step = {name: dict(points) for name, points in found.items()}
@@ -19,12 +27,11 @@ def write_losses(directory: Path, history: list[dict]) -> dict[str, list[tuple[i
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return found
+        return
     figure = Figure(figsize=(6, 4))
     axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for name, points in found.items():
         if points:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", " "))
     axes.legend()
-    figure.savefig(directory / "loss.png", dpi=120)
-    return found
+    figure.savefig(Path(directory) / PICTURE, dpi=120)

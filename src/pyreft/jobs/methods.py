@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from ..errors import ReftError
-from ..files.adapter import read_config_data, read_shapes, write_beside
+from ..files.adapter import read_config_data, read_shapes
+from ..files.together import save_together
 from ..model import ReftModel, get_reft_model
 from ..tuner.config import ReftConfig, ReftPeftType
 from .settings import LORA, METHODS, TrainingJob
@@ -76,12 +78,17 @@ def classifier_of(model: nn.Module) -> list[str]:
     ]
 
 
-def save(model: PeftModel, directory: str | Path) -> None:
-    """Save an adapter, completely or not at all."""
-    if isinstance(model, ReftModel):
-        model.save(directory)
-    else:
-        write_beside(directory, model.save_pretrained)
+def save(model: PeftModel, directory: str | Path, beside: Callable[[str], object] = lambda directory: None) -> None:
+    """Save an adapter and what `beside` writes with it, completely or not at all; see `files.together`."""
+
+    def write(staged: str) -> None:
+        if isinstance(model, ReftModel):
+            model.save(staged)
+        else:
+            model.save_pretrained(staged)
+        beside(staged)
+
+    save_together(directory, write)
 
 
 def count(model: PeftModel) -> int:

@@ -8,8 +8,9 @@ from peft import PeftConfig
 
 from ..errors import ReftError
 from ..files.adapter import is_adapter, read_config
-from ..training.checkpoints import LAST_FILE, last_complete, steps_done
+from ..files.checkpoints import LAST_FILE, last_complete, steps_done
 from ..tuner.config import ReftConfig, shape_differences
+from .loss_curve import TABLE
 from .settings import TrainingJob
 
 CHECKPOINTS = "checkpoints"
@@ -88,7 +89,7 @@ def check_unfinished(checkpoint: str, output: Path, steps: int) -> None:
         ReftError: all is done.
     """
     done = steps_done(checkpoint)
-    losses, last = output / "loss.csv", Path(checkpoint) / LAST_FILE  # each is written last
+    losses, last = output / TABLE, Path(checkpoint) / LAST_FILE  # each is written last
     complete = is_adapter(output) and losses.is_file() and losses.stat().st_mtime >= last.stat().st_mtime
     if done >= steps and complete:
         raise ReftError(

@@ -21,8 +21,8 @@ from ..positions import Positions
 from ..reach.layers import SkipLayers
 from ..reach.prefixes import SkipPrefixes
 from ..reach.rows import IGNORED
+from ..tuner.adapted import edits_of
 from ..tuner.edits import Edits
-from ..tuner.tuner import edits_of
 from .count import Count, Held, count_batches, cut_rows
 from .job import PreparedJob
 from .settings import LORA

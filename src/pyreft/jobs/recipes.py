@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ReftError, did_you_mean
 from ..files.record import FILE as RECORD
 from ..files.record import read_record
+from ..files.text import read_yaml
 from ..loading import read_model_config
 from ..tasks.glue import TASKS, find_task
 from ..tasks.suites import GLUE, check_suite
@@ -39,8 +40,6 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     Raises:
         ReftError: no such recipe, not YAML, or a key that is not known, with the nearest one.
     """
-    import yaml
-
     path = SHIPPED / f"{name}.yaml" if str(name) in shipped() else Path(name)
     if not path.is_file():
         raise ReftError(
@@ -48,10 +47,7 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
             f"{did_you_mean(Path(name).stem, shipped())}",
             setting="recipe",
         )
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ReftError(f"{path}: this is not valid YAML ({error}).") from None
+    recipe = read_yaml(path)
     _check(recipe, str(name))
     return recipe
 

@@ -1,11 +1,15 @@
-"""The original's training sets from lists of prompts and answers, edited at the last token or at several."""
+"""The original's training sets from lists of prompts and answers, edited at the last token or at several.
 
-from collections.abc import Sequence
+Also what it puts their rows into batches with.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from ..data.supervised import make_data_module
+from ..data.supervised import IGNORED, ReftDataCollator, make_data_module
 from .locations import get_intervention_locations
 
 
@@ -34,6 +38,9 @@ def make_last_position_supervised_data_module(
     )
 
 
+make_last_position_supervised_chat_data_module = make_last_position_supervised_data_module  # as in the original
+
+
 def make_multiple_position_supervised_data_module(
     tokenizer: PreTrainedTokenizerBase,
     model: Any,
@@ -60,3 +67,23 @@ def make_multiple_position_supervised_data_module(
         )
 
     return make_data_module(tokenizer, inputs, outputs, locate, nonstop=nonstop)
+
+
+def make_data_collator(tokenizer: PreTrainedTokenizerBase, model: Any) -> ReftDataCollator:
+    """Return the collator of the functions above; a `model` that makes decoder inputs of labels does so."""
+    return ReftDataCollator(
+        data_collator=DataCollatorForSeq2Seq(
+            tokenizer=tokenizer, model=model, label_pad_token_id=IGNORED, padding="longest", max_length=2048
+        )
+    )
+
+
+def make_dataloader(
+    dataset: Dataset,
+    batch_size: int,
+    collate_fn: Callable[..., Any],
+    shuffle: bool,
+    sampler: Sampler | Iterable | None = None,
+) -> DataLoader:
+    """Return batches of a data set."""
+    return DataLoader(dataset, shuffle=shuffle, batch_size=batch_size, sampler=sampler, collate_fn=collate_fn)

@@ -193,8 +193,16 @@ def _load(task: str, data_path: str | None, split: str) -> Any:
 class ReftRawDataset(ReftDataset):
     """Rows with `instruction` and `output`, which is learned as it stands; edited in the instruction.
 
-    A split other than `"train"` has no answers: its items are prompts. With `no_stop` no EOS token is added.
+    A split other than `"train"` has no answers: its items are prompts. With `no_stop` no EOS token is added. The
+    columns are attributes, too, such as `input_ids` and `intervention_locations`; `labels` and `subspaces` are none
+    where the rows have none.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for name in ("input_ids", "attention_mask", "intervention_locations", "labels", "subspaces", "id"):
+            column = [item[name] for item in self.result if name in item]
+            setattr(self, name, column if len(column) == len(self.result) else None)
 
     def preprocess(self, kwargs: dict[str, Any]) -> None:
         self.no_stop: bool = kwargs.get("no_stop", False)

@@ -1,4 +1,4 @@
-"""Data sets of prompts with answers, edited in the prompts: instructions, completions, and preferences."""
+"""Data sets of texts, edited in what comes before an answer: labels, instructions, completions, and preferences."""
 
 from typing import Any
 
@@ -8,6 +8,32 @@ from torch import nn
 from ..data.files import alpaca_prompt
 from ..data.supervised import IGNORED
 from .datasets import ReftDataset, tokenize_pair, truncated_ids
+
+no_header_prompt_template = "### Instruction:\n%s\n\n### Response:\n"
+prompt_no_input = alpaca_prompt("%s")
+prompt_input = alpaca_prompt("%s", "%s")
+
+
+class ReftClassificationDataset(ReftDataset):
+    """Texts with a label each, which is a text, too; edited in the texts.
+
+    As in the original, the last token of the text is not among those that a rule counts, and labels are the token ids
+    of the label, of a length of their own.
+
+    Args:
+        kwargs: besides those of `ReftDataset`, `input_field` and `label_field`; none for the latter leaves labels out.
+    """
+
+    def preprocess(self, kwargs: dict[str, Any]) -> None:
+        self.input_field: str = kwargs["input_field"]
+        self.label_field: str | None = kwargs["label_field"]
+
+    def tokenize(self, data_item: Any) -> tuple[dict[str, Any], int]:
+        ids = truncated_ids(self.tokenizer, data_item[self.input_field])
+        result = {"input_ids": ids}
+        if self.label_field is not None:
+            result["labels"] = truncated_ids(self.tokenizer, data_item[self.label_field])
+        return result, len(ids) - 1
 
 
 class ReftGenerationDataset(ReftDataset):

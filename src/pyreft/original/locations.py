@@ -69,13 +69,35 @@ def get_intervention_locations(
     return [side + [pad] * (width - len(side)) for side in sides]
 
 
-def _nested(given: Any) -> Any:
-    """What the original's callers wrap in `{"sources->base": (None, L)}` or `{"base": L}`: L as plain lists."""
+def _nested(given: Any, batch: int, interventions: int) -> Any:
+    """What the original's callers wrap in `{"sources->base": (None, L)}` or `{"base": L}`: L as plain lists.
+
+    Also one number, or a bare list of them, for each intervention and row.
+    """
     if isinstance(given, dict):
         given = next((given[key] for key in ("sources->base", "base") if key in given), None)
-        if isinstance(given, tuple):
-            given = given[-1]
-    return given.tolist() if hasattr(given, "tolist") else given
+    paired = isinstance(given, tuple) or (isinstance(given, list) and len(given) == 2 and given[0] is None)
+    nested = _plain(given[-1] if paired else given)
+    if isinstance(nested, int):
+        nested, paired = [nested], False
+    if not paired and isinstance(nested, list) and nested and all(isinstance(part, int) for part in nested):
+        return [[nested] * batch] * interventions
+    return nested
+
+
+def _plain(nested: Any) -> Any:
+    """Tensors and arrays, at whatever depth, as lists and numbers."""
+    if hasattr(nested, "tolist"):
+        return nested.tolist()
+    return [_plain(part) for part in nested] if isinstance(nested, list | tuple) else nested
+
+
+def _once(rows: Any, batch: int) -> Any:
+    """Of rows that stand there once for each beam, as the original has them in generation, one each."""
+    times = len(rows) // batch
+    if times < 2 or len(rows) % batch or any(rows[n] != rows[n - n % times] for n in range(len(rows))):
+        return rows
+    return rows[::times]
 
 
 def _sizes(nested: Any) -> str:
@@ -88,16 +110,28 @@ def _sizes(nested: Any) -> str:
     return sizes
 
 
-def read_subspaces(subspaces: Any, batch: int, interventions: int) -> list[list[list[int] | None]]:
+def read_subspaces(
+    subspaces: Any, batch: int, interventions: int, repeated: bool = False
+) -> list[list[list[int] | None]] | None:
     """Turn the original's `[interventions][batch][directions]` into `[batch][interventions][directions]`.
+
+    A dict for an intervention, as in `[{"idx": ...}]`, is for a class of one's own; it chooses no directions.
+
+    Args:
+        repeated: whether the rows may stand there once for each beam.
 
     Raises:
         ReftError: another nesting or count.
     """
-    nested = _nested(subspaces)
+    nested = _nested(subspaces, batch, interventions)
     try:
+        nested = [None if isinstance(rows, dict) else rows for rows in nested]
+        if repeated:
+            nested = [rows if rows is None else _once(rows, batch) for rows in nested]
         if len(nested) != interventions or any(rows is not None and len(rows) != batch for rows in nested):
             raise TypeError
+        if all(rows is None for rows in nested):
+            return None
         return [[None if rows is None else rows[row] for rows in nested] for row in range(batch)]
     except TypeError:
         raise ReftError(
@@ -107,29 +141,31 @@ def read_subspaces(subspaces: Any, batch: int, interventions: int) -> list[list[
         ) from None
 
 
-def read_unit_locations(unit_locations: Any, batch: int, interventions: int) -> list[list[list[int]]]:
+def read_unit_locations(
+    unit_locations: Any, batch: int, interventions: int, tokens: int, repeated: bool = False
+) -> list[list[list[int]]]:
     """Turn the original's nested locations into `[batch][interventions][positions]`, ragged ones filled with -1.
 
     Args:
-        unit_locations: `{"sources->base": (None, L)}` or `{"base": L}`, with L as `[interventions][batch][positions]`
-            or one index for all.
+        unit_locations: `{"sources->base": (None, L)}` or `{"base": L}`, with L as `[interventions][batch][positions]`,
+            or one index or a list of them for all. None for an intervention is all of its tokens.
+        tokens: how many a row has.
+        repeated: whether the rows may stand there once for each beam.
 
     Raises:
         ReftError: another nesting or count; the message shows the expected one.
     """
-    nested = _nested(unit_locations)
-    if isinstance(nested, int):
-        nested = [[[nested]] * batch] * interventions
+    nested = _nested(unit_locations, batch, interventions)
     expected = f"expected {_SHAPE} with {interventions} interventions and a batch of {batch}"
     try:
-        counts = (len(nested), {len(rows) for rows in nested if rows is not None})
-        if counts[0] != interventions or not counts[1] <= {batch}:
+        nested = [[list(range(tokens))] * batch if rows is None else rows for rows in nested]
+        if repeated:
+            nested = [_once(rows, batch) for rows in nested]
+        if {len(rows) for rows in nested} - {batch} or len(nested) != interventions:
             raise ReftError(
                 f"{expected}, so [{interventions}][{batch}][positions]; got {_sizes(nested)}.", setting="unit_locations"
             )
-        by_row = [
-            [list(nested[i][b]) if nested[i] is not None else [] for i in range(interventions)] for b in range(batch)
-        ]
+        by_row = [[list(rows[row]) for rows in nested] for row in range(batch)]
         flat = [at for row in by_row for places in row for at in places]
         if not all(isinstance(at, int) and at >= 0 for at in flat):
             raise ReftError(f"{expected} and indices from 0, got {nested}.", setting="unit_locations")

@@ -1,25 +1,44 @@
 """What a `ReftModel` of the original had beside its calls and files: interventions, counts, gradients, devices."""
 
 from collections.abc import Iterator
-from typing import Self
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
-from ..interventions import Intervention
+from ..files.original import legacy_keys
+from ..tuner.adapted import interventions_of, reft_layers
+from ..tuner.config import ReftConfig, Representation
 from ..tuner.layer import ReftLayer
-from ..tuner.tuner import interventions_of, reft_layers
 
 
 class OriginalMembers(PeftModel):
     """A PEFT model with representation edits and the members that the original's callers use."""
 
     @property
-    def interventions(self) -> dict[str, Intervention]:
-        """The active adapter's interventions, in the order of its representations."""
-        return interventions_of(self, self.active_adapter)
+    def interventions(self) -> nn.ModuleDict:
+        """The active adapter's interventions by the original's keys, in the order of its representations."""
+        modules = interventions_of(self, self.active_adapter).values()
+        return nn.ModuleDict(dict(zip(self.sorted_keys, modules, strict=True)))
+
+    @property
+    def representations(self) -> dict[str, Representation]:
+        """What the active adapter edits, by the original's keys; `config` is the base model's."""
+        config: ReftConfig = self.peft_config[self.active_adapter]
+        entries = config.expand((config.base_model_shape or {})["num_hidden_layers"])
+        return dict(zip(legacy_keys(entries), entries, strict=True))
+
+    @property
+    def sorted_keys(self) -> list[str]:
+        """The keys of `interventions`, in whose order a call gives locations."""
+        return list(self.representations)
+
+    @property
+    def model_config(self) -> Any:
+        """The config of the base model."""
+        return self.config
 
     def count_parameters(self, include_model: bool = False) -> int:
         """How many parameters are trained: those of the interventions, with `include_model` any others, too."""

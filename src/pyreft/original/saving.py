@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import ReftError
-from ..files.original import fill, legacy_place, read_model
+from ..files.original import adapter_place, fill, legacy_place, read_model
 from ..files.trained_heads import trained_heads
 from ..files.weights import overwrite
 from ..interventions import Intervention, register
@@ -63,7 +63,7 @@ class OriginalSaving(PeftModel):
         """
         name = self.active_adapter if adapter_name is None else adapter_name
         self._edits.check_names([name], "adapter_name", base=False)
-        overwrite(self, name, load_directory, include_model)
+        overwrite(self, name, adapter_place(load_directory), include_model)
 
     @classmethod
     def load(
@@ -97,6 +97,7 @@ class OriginalSaving(PeftModel):
             load_directory = snapshot_download(str(load_directory), local_dir=local_directory)
         for intervention in interventions:
             register(intervention)
+        load_directory = adapter_place(load_directory)
         place = legacy_place(load_directory)
         values = read_model(place, dict(model.named_parameters())) if include_model and place is not None else []
         options: dict[str, Any] = {"is_trainable": True, "act_fn": act_fn}

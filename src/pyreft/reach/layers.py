@@ -36,7 +36,7 @@ class SkipLayers:
     Args:
         parts: the model.
         kept: how many these are.
-        padding: whether the states of padding matter, too, as where a head reads the first column.
+        padding: whether the states of padding matter, too, as where a classifier reads the first column.
         key: of what the base model computes now.
     """
 

@@ -13,29 +13,29 @@ _WITH_THAT_LOSS = ("transformers.", "accelerate.", "trl.", "torch.utils.")  # wh
 CHUNK_BYTES = 128 * 2**20  # of float32 logits at a time
 
 
-def log_probs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocabulary: int) -> Tensor:
-    """Return log softmax(head(hidden)) at the targets, `[n]`, in float32.
+def log_probs(hidden: Tensor, targets: Tensor, unembed: Callable[[Tensor], Tensor], vocabulary: int) -> Tensor:
+    """Return log softmax(unembed(hidden)) at the targets, `[n]`, in float32.
 
-    The head is frozen, so the gradient of each chunk is computed with it, and no logits are kept.
+    The unembedding is frozen, so the gradient of each chunk is computed with it, and no logits are kept.
 
     Args:
         hidden: `[n, d]`, final states of the tokens before those with labels.
         targets: `[n]`.
-        head: from `[m, d]` to logits `[m, vocabulary]`.
+        unembed: from `[m, d]` to logits `[m, vocabulary]`.
     """
-    return _LogProbs.apply(hidden, targets, head, max(1, CHUNK_BYTES // (4 * vocabulary)))
+    return _LogProbs.apply(hidden, targets, unembed, max(1, CHUNK_BYTES // (4 * vocabulary)))
 
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Callable, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, unembed: Callable, chunk: int) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wanted else None
         found = []
         for start in range(0, len(hidden), chunk):
             part = hidden[start : start + chunk].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
-                logits = head(part).float()
+                logits = unembed(part).float()
                 there = targets[start : start + chunk].to(logits.device)
                 values = -nn.functional.cross_entropy(logits, there, reduction="none")
             if gradient is not None:  # of each value, which rests on one state alone

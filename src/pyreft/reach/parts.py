@@ -1,4 +1,4 @@
-"""A base model in parts: blocks without the head, the head alone, some blocks without the others.
+"""A base model in parts: blocks without the unembedding, this alone, some blocks without the others.
 
 Nothing is learned or held here, and nothing of the model is changed, so another thread may call it meanwhile.
 """
@@ -25,7 +25,7 @@ from .views import view
 
 @dataclass
 class _Final(BaseModelOutputWithPastAndCrossAttentions):
-    """Final states, with everything that heads of language models ask for beside them."""
+    """Final states, with everything that language models ask their decoders for beside them."""
 
     router_logits: Any = None
 
@@ -34,7 +34,7 @@ class Parts:
     """A model that is run in parts.
 
     Args:
-        base: the model, with a head.
+        base: the model.
         outer: it, or what another kind of adapter has put around it.
         edits: of the model.
     """
@@ -121,7 +121,7 @@ class Parts:
             given: what a call may give to edits.
 
         Returns:
-            The states that the head takes, `[batch, rows.width, d]`.
+            The states that the unembedding takes, `[batch, rows.width, d]`.
         """
         call = self._call(ids, rows, positions, pairs, range(skipped, len(self.blocks)))
         with self.edited(located, given):
@@ -132,15 +132,15 @@ class Parts:
         return Layout(pairs[skipped:], self.sliding[skipped:])
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The head: from final states `[n, d]` to logits `[n, vocabulary]`."""
-        return self._head(hidden).logits[0]
+        """The unembedding: from final states `[n, d]` to logits `[n, vocabulary]`."""
+        return self._unembed(hidden).logits[0]
 
     def scored(self, hidden: Tensor, targets: Tensor, **given: Any) -> Any:
         """What the model returns for final states `[n, d]` of one row whose labels are `targets`, `[n]`."""
         labels = nn.functional.pad(targets, (1, 0), value=IGNORED)[None]
-        return self._head(nn.functional.pad(hidden, (0, 0, 0, 1)), labels=labels, **given)
+        return self._unembed(nn.functional.pad(hidden, (0, 0, 0, 1)), labels=labels, **given)
 
-    def _head(self, hidden: Tensor, **given: Any) -> Any:
+    def _unembed(self, hidden: Tensor, **given: Any) -> Any:
         """The model's own code around its decoder, which returns final states `[n, d]` of one row."""
         output = _Final(last_hidden_state=hidden[None])
 

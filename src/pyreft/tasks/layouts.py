@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..data.files import read_rows, read_text
+from ..data.files import read_rows
 from ..errors import ReftError, did_you_mean
+from ..files.text import read_text
 
 LLM_ADAPTERS = "https://github.com/AGI-Edgerunners/LLM-Adapters"
 

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,25 +14,8 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import ReftError
+from ..files.checkpoints import DATA_FILE, problem_of, read_facts
 from .trainer import ReftTrainerForCausalLM, ReftTrainerForSequenceClassification
-
-LAST_FILE = "trainer_state.json"  # what the Trainer writes last: a checkpoint with this file is complete
-DATA_FILE = "data.json"  # how many rows it was trained on, and their hash
-
-
-def last_complete(directory: Path) -> str | None:
-    """Return the newest checkpoint in a directory that training can go on from; none if there is none."""
-    found = []
-    for path in directory.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
-        if number and (path / LAST_FILE).is_file():
-            found.append((int(number[1]), str(path)))
-    return max(found)[1] if found else None
-
-
-def steps_done(checkpoint: str) -> int:
-    """How many steps a checkpoint was made after."""
-    return int(checkpoint.rpartition("-")[2])
 
 
 def check_same_rows(checkpoint: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -45,7 +27,7 @@ def check_same_rows(checkpoint: str, rows: Sequence[dict[str, Any]]) -> None:
     path = Path(checkpoint) / DATA_FILE
     if not path.is_file():
         return
-    before, now = json.loads(path.read_text("utf-8")), _facts(rows)
+    before, now = read_facts(Path(checkpoint)), _facts(rows)
     if before != now:
         raise ReftError(
             f"{checkpoint} was trained on other data ({before['rows']:,} rows, now {now['rows']:,}); resume "
@@ -74,11 +56,12 @@ class Checkpointing(Trainer):
         try:
             with disk_full_as_os_error():
                 if self.args.should_save:
-                    target.mkdir(parents=True, exist_ok=True)
+                    shutil.rmtree(target, ignore_errors=True)  # one that was passed over, of which nothing may stay
+                    target.mkdir(parents=True)
                     (target / DATA_FILE).write_text(self._data, "utf-8")
                 super()._save_checkpoint(model, trial)
         except BaseException:
-            if not (target / LAST_FILE).is_file():
+            if self.args.should_save and problem_of(target):
                 shutil.rmtree(target, ignore_errors=True)
             raise
 

@@ -5,20 +5,24 @@ import inspect
 import os
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import DistributedType
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..errors import ReftError
+from ..files.checkpoints import last_complete
 from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import EpochTeller, ReachPrinter
+from ..tuner.adapted import penalty
 from ..tuner.call import LENGTHS, LOCATIONS, SUBSPACES
-from ..tuner.tuner import calls_tuner, penalty, tuner_of
+from ..tuner.tuner import calls_tuner, tuner_of
 from .same_data import check_same_data
 
 
@@ -78,6 +82,12 @@ class ReftTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         self._signature_columns: list[str] = [*self._signature_columns, LOCATIONS, LENGTHS, SUBSPACES]
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer` does it; true goes on from the newest checkpoint of which nothing is cut off or damaged."""
+        if resume_from_checkpoint is True and isinstance(self.model, PeftModel):
+            resume_from_checkpoint = last_complete(Path(self.args.output_dir), needed=()) or True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer` makes it.
 
@@ -123,7 +133,10 @@ class ReftTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in super()._prepare_inputs(inputs).items() if name != "id"}
+        inputs = {name: value for name, value in super()._prepare_inputs(inputs).items() if name != "id"}
+        if LOCATIONS not in inputs and isinstance(self.model, ReftModel) and None in self.model.position_rules:
+            inputs[LOCATIONS] = "all"  # as in the original, where neither the config nor the data say which tokens
+        return inputs
 
 
 class _UnreachedWarner(TrainerCallback):

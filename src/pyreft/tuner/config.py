@@ -1,15 +1,18 @@
 """`ReftConfig`: what to edit, where, at which tokens and with what; a PEFT config, so plain data on disk."""
 
 import enum
+import inspect
 import re
+import reprlib
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import InitVar, asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from ..errors import ReftError, did_you_mean
+from ..errors import ReftError, check_type, did_you_mean
 from ..interventions import Intervention, intervention_class, register, short_name
 from ..positions import Positions, rule_name
 
@@ -49,8 +52,11 @@ class Representation:
     intervention_kwargs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        _check(self, _SETTING_TYPES | {"component": (str,), "layer": (int, str), "head": (int,)})
         if isinstance(self.layer, str):
-            self.layer = int(self.layer)
+            (self.layer,) = _read_layers(self.layer)
+        if self.side not in (None, "prefix", "suffix"):
+            raise ReftError(f"expected prefix or suffix, got {self.side!r}.", setting="side")
         if isinstance(self.intervention, Intervention):
             self._take_settings(self.intervention)
         else:
@@ -63,11 +69,17 @@ class Representation:
         register(type(module))
         settings = dict(module.settings)
         for name in _SETTINGS:
-            value = settings.pop(name, None)
-            if value is not None and getattr(self, name) not in (None, value):
+            value, given = settings.pop(name, None), getattr(self, name)
+            if name == "low_rank_dimension" and given not in (None, value):
+                warnings.warn(
+                    f"representations: low_rank_dimension is {given} beside an intervention made with {value}, "
+                    "which is the one that counts.",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            elif value is not None and given not in (None, value):
                 raise ReftError(
-                    f"{name} is {getattr(self, name)} beside an intervention made with {value}; "
-                    "give it once, or twice the same.",
+                    f"{name} is {given} beside an intervention made with {value}; give it once, or twice the same.",
                     setting="representations",
                 )
             setattr(self, name, value)
@@ -107,7 +119,15 @@ class Representation:
             raise ReftError(
                 f"no rank was given for the {self.component} of layer {self.layer}.", setting="low_rank_dimension"
             )
-        return cls(embed_dim=width, **settings)
+        _check_numbers(cls, settings)
+        try:
+            return cls(embed_dim=width, **settings)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ReftError):
+                raise
+            raise ReftError(
+                f"no {cls.__name__} can be made with {settings} ({error}).", setting="intervention"
+            ) from error
 
     def settle(self) -> None:
         """Let go of a ready module, which now belongs to a model, and remember its class by name."""
@@ -124,9 +144,24 @@ class Representation:
 
 DEFAULT_POSITIONS = "l16"  # by `benchmarks/study.py`; the paper's is f7+l7
 _SETTINGS = ("low_rank_dimension", "dropout", "act_fn", "add_bias")
+_SETTING_TYPES: dict[str, tuple[type, ...]] = {
+    "low_rank_dimension": (int,),
+    "dropout": (float,),
+    "act_fn": (str,),
+    "add_bias": (bool,),
+    "intervention_kwargs": (dict,),
+}
+_TYPES: dict[str, tuple[type, ...]] = _SETTING_TYPES | {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_version"), (str,)),
+    **dict.fromkeys(("component", "prompt_format"), (str,)),
+    **dict.fromkeys(("inference_mode", "share_weights"), (bool,)),
+    **dict.fromkeys(("auto_mapping", "base_model_shape"), (dict,)),
+    **dict.fromkeys(("modules_to_save", "representations"), (list, tuple, dict)),
+}
 DEFAULT_RANK = 8
+_MOST = 10**6  # layers or dimensions; nothing is made for a file that says more
 # keys of the original's representations that say what is always so here
-_IMPLIED = ("unit", "max_number_of_units")
+_IMPLIED = ("unit", "max_number_of_units", "intervention_type")
 
 
 @dataclass
@@ -152,6 +187,8 @@ class ReftConfig(PeftConfig):
         modules_to_save: further modules to train and save, such as a classifier's head.
         prompt_format: how prompts were written in training from files, for those who ask the adapter later.
         base_model_shape: type and sizes of the base model, filled in; an adapter fits no other.
+        model_type: accepted for the original's callers.
+        intervention_types: a class for all representations that name none, or a list with one for each.
 
     Raises:
         ReftError: an unknown rule, intervention or key of a representation, or a rank that is no whole number.
@@ -181,13 +218,16 @@ class ReftConfig(PeftConfig):
     base_model_shape: dict | None = field(
         default=None, metadata={"help": "Type and sizes of the model that the adapter was made for; filled in."}
     )
+    model_type: InitVar[Any] = None
+    intervention_types: InitVar[Any] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, model_type: Any, intervention_types: Any) -> None:
+        _check(self, _TYPES)
+        if self.task_type is not None and self.task_type not in list(TaskType):
+            raise ReftError(f"expected one of {', '.join(TaskType)}, got {self.task_type!r}.", setting="task_type")
         super().__post_init__()
         self.peft_type = ReftPeftType.REFT
         self.layers = _read_layers(self.layers)
-        if not isinstance(self.low_rank_dimension, int | None):
-            raise ReftError(f"expected a whole number, got {self.low_rank_dimension!r}.", setting="low_rank_dimension")
         if self.representations is not None:
             if self.layers != "all":
                 raise ReftError(
@@ -196,8 +236,12 @@ class ReftConfig(PeftConfig):
             given = [self.representations] if isinstance(self.representations, dict) else list(self.representations)
             if not given:
                 raise ReftError("expected at least one edited place, got an empty list.", setting="representations")
-            self.representations = [self._read(entry) for entry in given]
-            self._refuse_double_modules()
+            types = intervention_types if isinstance(intervention_types, list) else [intervention_types] * len(given)
+            if len(types) != len(given):
+                raise ReftError(
+                    f"expected {len(given)}, one for each entry, got {len(types)}.", setting="intervention_types"
+                )
+            self.representations = [self._read(*each) for each in zip(given, types, strict=True)]
         else:
             cls = intervention_class(self.intervention)
             self.intervention = short_name(cls)
@@ -205,9 +249,16 @@ class ReftConfig(PeftConfig):
                 self.low_rank_dimension = None
             self.positions = rule_name(DEFAULT_POSITIONS if self.positions is None else self.positions)
 
-    def _read(self, entry: Any) -> Representation:
+    def _read(self, entry: Any, kind: Any) -> Representation:
+        """One of the representations, in any form that the original takes; `kind` is its class, if it names none."""
         if isinstance(entry, Representation):
             return entry
+        if hasattr(entry, "_asdict"):  # pyvene's RepresentationConfig
+            entry = {key: value for key, value in entry._asdict().items() if value is not None}
+        check_type("representations", entry, dict)
+        kind = entry.get("intervention_type") or kind
+        if kind is not None and entry.get("intervention") is None:
+            entry = {**entry, "intervention": kind}
         known = [f.name for f in fields(Representation)]
         for key in entry:
             if key not in known and key not in _IMPLIED:
@@ -231,13 +282,6 @@ class ReftConfig(PeftConfig):
             if "intervention" not in values:
                 inherited.append("intervention_kwargs")
         return Representation(**{name: getattr(self, name) for name in inherited} | values)
-
-    def _refuse_double_modules(self) -> None:
-        modules = [id(r.intervention) for r in self.representations if isinstance(r.intervention, Intervention)]
-        if len(set(modules)) < len(modules):
-            raise ReftError(
-                "the same intervention module stands in two of them; make one for each.", setting="representations"
-            )
 
     def expand(self, number_of_layers: int) -> list[Representation]:
         """The edited places one by one, for a model of so many layers.
@@ -276,24 +320,49 @@ class ReftConfig(PeftConfig):
         return data
 
 
-def _read_layers(layers: Any) -> Any:
+def _check(given: Any, types: dict[str, tuple[type, ...]]) -> None:
+    """Refuse fields of a config with values that they cannot have: those of a file may be anything."""
+    for name, kinds in types.items():
+        value = getattr(given, name)
+        if value is not None or name == "component":
+            check_type(name, value, *kinds)
+        if isinstance(value, dict) or name == "modules_to_save":
+            for key in value or ():
+                check_type(name, key, str)
+    if given.dropout is not None and not 0 <= given.dropout <= 1:
+        raise ReftError(f"expected a share from 0 to 1, got {given.dropout!r}.", setting="dropout")
+    shape = getattr(given, "base_model_shape", None) or {}
+    for name in ("hidden_size", "num_hidden_layers"):
+        if not isinstance(number := shape.get(name, 1), int) or not 1 <= number <= _MOST:
+            raise ReftError(
+                f"{name}: expected a number from 1 to {_MOST:,}, got {number!r}.", setting="base_model_shape"
+            )
+
+
+def _check_numbers(cls: type[Intervention], settings: dict[str, Any]) -> None:
+    """Refuse anything else for an argument of a class that is a number by default, or true or false."""
+    for owner in cls.__mro__:
+        arguments = inspect.signature(vars(owner)["__init__"]).parameters if "__init__" in vars(owner) else {}
+        for name, argument in arguments.items():
+            if name in settings and isinstance(argument.default, (bool, int, float)):
+                check_type(name, settings[name], bool if isinstance(argument.default, bool) else float)
+
+
+def _read_layers(given: Any) -> Any:
+    layers = given
     if isinstance(layers, str):
         if layers.strip().lower() == "all":
             return "all"
         parts = [part for part in re.split(r"[;,\s]+", layers.strip()) if part]
-        if not parts or not all(part.isdigit() for part in parts):
-            raise ReftError(
-                f"expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.", setting="layers"
-            )
-        layers = [int(part) for part in parts]
+        layers = [int(part) if re.fullmatch(r"\d{1,9}", part) else part for part in parts]
     if isinstance(layers, int):
         layers = [layers]
-    if not isinstance(layers, Sequence) or not layers or not all(isinstance(layer, int) for layer in layers):
+    if not isinstance(layers, Sequence) or not layers or not all(type(layer) is int for layer in layers):
         raise ReftError(
-            f"expected 'all', a number, a list, or text such as '3;9;18', got {layers!r}.", setting="layers"
+            f"expected 'all', a number, a list, or text such as '3;9;18', got {reprlib.repr(given)}.", setting="layers"
         )
     if len(set(layers)) < len(layers):
-        raise ReftError(f"a layer stands twice in {list(layers)}.", setting="layers")
+        raise ReftError(f"a layer stands twice in {reprlib.repr(list(layers))}.", setting="layers")
     return list(layers)
 
 

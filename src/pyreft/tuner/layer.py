@@ -88,7 +88,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         """Add an intervention of an adapter, the one of its representation `index`."""
         modules = cast(nn.ModuleList, self[adapter_name]) if adapter_name in self else nn.ModuleList()
         modules.append(intervention)
-        self[adapter_name] = modules
+        self._modules[adapter_name] = modules  # also under a name that this class has for something else
         self.indices.setdefault(adapter_name, []).append(index)
         self.columns.setdefault(adapter_name, []).append(columns)
 

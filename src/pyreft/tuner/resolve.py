@@ -47,11 +47,14 @@ def resolve(
         for index, place in enumerate(edits.places[name])
         if place == stack
     ]
-    if LOCATIONS in call.given:
+    given = call.given.get(LOCATIONS)
+    if given is not None and not isinstance(given, str):
         _add_given(located, edits, call, keys, tokens)
     else:
+        otherwise = None if given is None else Positions.parse(given)  # for those without a rule
+        rules = {(name, index): edits.rules[name][index] or otherwise for name, index in keys}
         lengths = call.given.get(LENGTHS) if stack != "decoder" else None
-        _add_by_rule(located, edits, keys, tokens, labels, input_ids, packed, lengths)
+        _add_by_rule(located, rules, tokens, labels, input_ids, packed, lengths)
     if SUBSPACES in call.given:
         layers = [layer for layer in edits.layers if layer.stack == stack]
         ranks = {key: layer.rank(key) for layer in layers for key in keys if key[1] in layer.indices.get(key[0], ())}
@@ -81,8 +84,7 @@ def read_states(call: Call, stack: str, h: Tensor) -> Reading:
 
 def _add_by_rule(
     located: Located,
-    edits: Edits,
-    keys: list[Key],
+    rules: dict[Key, Positions | None],
     tokens: Tensor,
     labels: Tensor | None,
     input_ids: Tensor | None,
@@ -100,14 +102,13 @@ def _add_by_rule(
         input_ids = input_ids if input_ids is None or not missing else nn.functional.pad(input_ids, (0, missing))
     prompt = prompt_tokens(tokens, labels, lengths)
     made: dict[Positions, Tensor] = {}
-    for name, index in keys:
-        rule = edits.rules[name][index]
+    for key, rule in rules.items():
         if rule is None:
             continue
         if rule not in made:  # an answer is covered by `all` from the beginning
             mask = tokens if rule.whole == "all" else rule.locate(prompt, input_ids)
             made[rule] = mask if packed is None else packed.together(mask)
-        located.add((name, index), made[rule], endless=rule.whole == "all")
+        located.add(key, made[rule], endless=rule.whole == "all")
 
 
 def _add_given(located: Located, edits: Edits, call: Call, keys: list[Key], tokens: Tensor) -> None:

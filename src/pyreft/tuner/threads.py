@@ -52,5 +52,6 @@ class _Step:
 def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
         yield output
+        return
     values = output.values() if hasattr(output, "values") else output if isinstance(output, tuple | list) else ()
     yield from (value for value in values if isinstance(value, Tensor))

@@ -1,0 +1,102 @@
+"""Text, JSON and YAML from files that anyone may have written: read whole, or refused with the file and the place.
+
+Knows nothing of what the files mean.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReftError
+
+LARGEST = 256 * 2**20  # bytes of a file that describes something; one of a user's data may have more
+_DEEPEST = 64  # how deep the values of such a file may be nested; copies of them recurse
+
+
+def read_text(path: Path, largest: int | None = None) -> str:
+    """The text of a UTF-8 file, without a byte order mark.
+
+    Args:
+        path: the file.
+        largest: the most bytes it may have.
+
+    Raises:
+        ReftError: no such file, one that cannot be read, is too large or has another encoding.
+    """
+    if path.is_dir():
+        raise ReftError(f"{path}: expected a file, this is a directory.")
+    if not path.is_file():
+        raise ReftError(f"{path}: there is no such file.")
+    try:
+        if largest is not None and (size := path.stat().st_size) > largest:
+            raise ReftError(f"{path}: expected at most {largest:,} bytes, the file has {size:,}.")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ReftError(f"{path}: the file is not UTF-8 text ({error}).") from None
+    except OSError as error:
+        raise ReftError(f"{path}: the file cannot be read ({error.strerror}).") from None
+
+
+def parse_json(text: str, where: str, problem: str = "this is not valid JSON") -> Any:
+    """The value of a JSON text.
+
+    Args:
+        text: what to parse.
+        where: its file, and the line if it is one, for an error, which says the line if there are several.
+        problem: what such an error says.
+
+    Raises:
+        ReftError: it is no JSON, or Python cannot hold it.
+    """
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where += f", line {error.lineno}" if "\n" in text else ""
+        why = f"{error.msg} at column {error.colno}"
+    except RecursionError:
+        why = "it is nested too deeply"
+    except ValueError as error:  # a number of thousands of digits
+        why = str(error)
+    raise ReftError(f"{where}: {problem} ({why}).")
+
+
+def read_json(path: Path, expected: str = "names and their values") -> dict[str, Any]:
+    """The fields of a JSON file that describes something, for an error in words what is `expected`.
+
+    Raises:
+        ReftError: as `read_text`; a file that is damaged, or that holds something else.
+    """
+    value = parse_json(read_text(path, LARGEST), str(path), "the file is damaged, it is not JSON")
+    if not isinstance(value, dict):
+        raise ReftError(f"{path}: expected {expected}, this is a list of values or a single one.")
+    for name, inner in value.items():
+        if _too_deep(inner):
+            raise ReftError(f"{path}: {name}: the values are nested more than {_DEEPEST} deep.")
+    return value
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file.
+
+    Raises:
+        ReftError: as `read_text`, or a file that is not YAML.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(read_text(path, LARGEST))
+    except ReftError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, say
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ReftError(f"{path}: this is not valid YAML ({why}).") from None
+
+
+def _too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_DEEPEST):
+        lists = [list(held.values()) if isinstance(held, dict) else held for held in level]
+        level = [inner for held in lists if isinstance(held, list) for inner in held]
+        if not level:
+            return False
+    return True

@@ -1,0 +1,161 @@
+"""The plug-in's settings, and what of an engine's configuration cannot go with it."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ...errors import ReftError, did_you_mean
+from ..catalog import default_store
+from ..served import Adapter
+
+KEY = "reft"  # of `additional_config`, and of a request's `extra_args`
+STRENGTH = "reft_strength"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stands under `"reft"` in an engine's `additional_config`.
+
+    Args:
+        adapters: the directory whose folders are the adapters that clients may name; none if there is none.
+        slots: how many adapters are on the device at once, and so the most in a batch.
+        rank: the greatest rank of an adapter, twice its own if it has an activation in a difference.
+        store: the folder for copies by digest, the same for all processes of the engine.
+    """
+
+    adapters: str | None = None
+    slots: int = 64
+    rank: int = 8
+    store: str = ""
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> "Settings":
+        """Read them from an engine's configuration.
+
+        Raises:
+            ReftError: an unknown one, or one of another type.
+        """
+        extra = getattr(vllm_config, "additional_config", None)
+        return cls.read(extra.get(KEY) if isinstance(extra, dict) else None)
+
+    @classmethod
+    def read(cls, given: Any) -> "Settings":
+        """Read them from a dict, none for the defaults."""
+        given = {} if given is None else given
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise ReftError(
+                    f"expected {', '.join(known)} under {KEY!r}, got {name!r}.{did_you_mean(name, known)}",
+                    setting="additional_config",
+                )
+        made = cls(**given)
+        for name in ("slots", "rank"):
+            value = getattr(made, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ReftError(f"{name}: expected a whole number from 1, got {value!r}.", setting="additional_config")
+        return made if made.store else cls(**{**asdict(made), "store": str(default_store())})
+
+    def write(self) -> dict[str, Any]:
+        """As they stand in `additional_config`."""
+        return {KEY: {name: value for name, value in asdict(self).items() if value is not None}}
+
+
+def flags(settings: Settings, architecture: str) -> dict[str, Any]:
+    """The arguments of `vllm.LLM` that make an engine serve adapters; `vllm serve` has a flag for each.
+
+    Args:
+        settings: of the plug-in.
+        architecture: of the base model, such as `"LlamaForCausalLM"`, or `"TransformersForCausalLM"`.
+    """
+    return {
+        "hf_overrides": {"architectures": [f"Reft{architecture}"]},
+        "additional_config": settings.write(),
+        "scheduler_cls": "pyreft.serving.vllm.scheduler.ReftScheduler",
+        "logits_processors": ["pyreft.serving.vllm.batch:ReftRows"],
+        "worker_extension_cls": "pyreft.serving.vllm.worker.ReftWorker",
+    }
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Refuse what an engine with adapters cannot do rightly.
+
+    Raises:
+        ReftError: one of these.
+    """
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    refused = {
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "a KV connector, whose cache knows no adapters,": vllm_config.kv_transfer_config is not None,
+        "microbatches (enable_dbo)": bool(getattr(parallel, "enable_dbo", False)),
+        "prompts given as embeddings": bool(getattr(model, "enable_prompt_embeds", False)),
+        "sequence parallelism": bool(getattr(vllm_config.compilation_config.pass_config, "enable_sp", False)),
+        "context parallelism": any(
+            getattr(parallel, f"{kind}_context_parallel_size", 1) > 1 for kind in ("prefill", "decode")
+        ),
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise ReftError(f"{what} cannot be used together with adapters; start the engine without.", setting="vLLM")
+    graphs = getattr(vllm_config.compilation_config, "cudagraph_mode", None)
+    if vllm_config.device_config.device_type != "cpu" and graphs is not None and graphs.name != "NONE":
+        raise ReftError(
+            "CUDA graphs replay no edits; start the engine with --compilation-config "
+            '\'{"cudagraph_mode": "NONE"}\', which still compiles, or with --enforce-eager.',
+            setting="vLLM",
+        )
+
+
+def shape_of(vllm_config: Any) -> dict[str, Any]:
+    """Type and sizes of the engine's base model, as adapters name theirs."""
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    return {
+        "model_type": getattr(model.hf_config, "model_type", None),
+        "hidden_size": text.hidden_size,
+        "num_hidden_layers": text.num_hidden_layers,
+    }
+
+
+def check_adapter(adapter: Adapter, settings: Settings, shape: dict[str, Any]) -> None:
+    """Refuse an adapter that does not fit the engine.
+
+    Raises:
+        ReftError: one of another base model, or of a rank above the slots'.
+    """
+    other = [f"{name} {shape[name]!r}" for name in shape if adapter.shape.get(name) != shape[name]]
+    if other:
+        asked = ", ".join(f"{name} {adapter.shape.get(name)!r}" for name in shape)
+        raise ReftError(f"The adapter is for another base model, with {asked}; the engine's has {', '.join(other)}.")
+    if adapter.rank > settings.rank:
+        raise ReftError(
+            f"the adapter needs a rank of {adapter.rank}, the engine's slots have "
+            f"{settings.rank}; start it with --rank {adapter.rank}.",
+            setting="low_rank_dimension",
+        )
+
+
+def digest_of(extra_args: dict[str, Any] | None) -> tuple[str, float] | None:
+    """The adapter's digest and the strength that a request asks for, none for the base model.
+
+    Raises:
+        ReftError: no digest, or a strength that is no finite number.
+    """
+    given = (extra_args or {}).get(KEY)
+    if given is None:
+        return None
+    strength = (extra_args or {}).get(STRENGTH, 1.0)
+    if not isinstance(given, str) or len(given) != 64 or set(given) - set("0123456789abcdef"):
+        raise ReftError(
+            f"{KEY}: expected the digest of an adapter in the store (see pyreft.serving.catalog), got {given!r}."
+        )
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or abs(strength) >= float("inf"):
+        raise ReftError(f"{STRENGTH}: expected a finite number, got {strength!r}.")
+    if strength != strength:
+        raise ReftError(f"{STRENGTH}: expected a finite number, got {strength!r}.")
+    return given, float(strength)
+
+
+def store_of(vllm_config: Any) -> Path:
+    """Where an engine's processes find copies by digest."""
+    return Path(Settings.of(vllm_config).store)

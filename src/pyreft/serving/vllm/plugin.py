@@ -1,0 +1,14 @@
+"""What vLLM calls in each of its processes: it makes the model classes known by name and imports none of them."""
+
+PREFIX = "Reft"
+ENDINGS = ("ForCausalLM", "LMHeadModel")
+
+
+def register() -> None:
+    """Make `Reft<architecture>` known for every decoder that vLLM has; the entry point in `vllm.general_plugins`."""
+    from vllm import ModelRegistry
+
+    for architecture in list(ModelRegistry.models):
+        name = f"{PREFIX}{architecture}"
+        if architecture.endswith(ENDINGS) and not architecture.startswith(PREFIX) and name not in ModelRegistry.models:
+            ModelRegistry.register_model(name, f"pyreft.serving.vllm.models:{name}")

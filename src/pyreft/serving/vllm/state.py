@@ -1,0 +1,152 @@
+"""A worker's side of an engine: its bank, the rows of its batch, and the edit of a block's states in a step."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..bank import Bank, Slots
+from ..catalog import Store
+from ..served import Adapter
+from ..tokens import Place, Row, Step, plan
+from .flags import Settings, check_adapter, shape_of
+
+
+@dataclass(eq=False)
+class _Request:
+    """A request in the batch."""
+
+    digest: str
+    strength: float
+    prompt: int
+    row: Row | None = None
+
+
+class ReftState:
+    """What the workers of one engine know of adapters, in one process.
+
+    Args:
+        vllm_config: of the engine.
+    """
+
+    _all: ClassVar[dict[str, "ReftState"]] = {}  # by the engine: a process may hold several
+    _running = threading.local()
+
+    def __init__(self, vllm_config: Any) -> None:
+        self.settings = Settings.of(vllm_config)
+        self.shape = shape_of(vllm_config)
+        self.store = Store(self.settings.store)
+        self.device = torch.device(vllm_config.device_config.device)
+        self.slots = Slots(self.settings.slots)
+        self.bank = Bank(
+            slots=self.settings.slots,
+            rank=self.settings.rank,
+            width=self.shape["hidden_size"],
+            device=self.device,
+        )
+        self._batch: dict[int, _Request] = {}  # by the number of the row
+        self._settled: set[_Request] = set()  # those that have a slot
+        self.rows: dict[int, Row] = {}  # as of the last `settle`
+        self.step: Step | None = None
+        self.here: dict[int, list[Place]] = {}  # the places behind each block
+        self.counts = {"steps": 0, "edited_steps": 0, "loads": 0}
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> "ReftState":
+        """The one of an engine in this process."""
+        key = vllm_config.instance_id
+        if key not in cls._all:
+            cls._all[key] = cls(vllm_config)
+        return cls._all[key]
+
+    def add(self, number: int, asked: tuple[str, float] | None, prompt: int) -> None:
+        """A request takes a row: the digest and the strength that it asks for, none for the base model."""
+        self._batch.pop(number, None)
+        if asked is not None:
+            self._batch[number] = _Request(*asked, prompt)
+
+    def remove(self, number: int) -> None:
+        """A row is free."""
+        self._batch.pop(number, None)
+
+    def move(self, old: int, new: int, swap: bool) -> None:
+        """A request goes to another row; what is there goes, or takes the old one."""
+        one, two = self._batch.pop(old, None), self._batch.pop(new, None)
+        if one is not None:
+            self._batch[new] = one
+        if two is not None and swap:
+            self._batch[old] = two
+
+    def settle(self) -> None:
+        """All rows of a step are known: those that have left give up their slots, and only then others take one."""
+        here = set(self._batch.values())
+        for request in self._settled - here:
+            self.slots.release(request.digest)
+        for request in (request for request in self._batch.values() if request.row is None):
+            adapter = self.store.get(request.digest)
+            slot = self.slots.take(request.digest, partial(self._load, adapter))
+            request.row = adapter.row(slot, request.prompt, request.strength)
+        self._settled = here
+        self.rows = {number: request.row for number, request in self._batch.items() if request.row is not None}
+
+    def _load(self, adapter: Adapter, slot: int) -> None:
+        check_adapter(adapter, self.settings, self.shape)
+        self.bank.write(slot, adapter.edits())
+        self.counts["loads"] += 1
+        self.here = {}
+        for place in self.bank.places:
+            self.here.setdefault(place.layer, []).append(place)
+
+    def plan(self, starts: Sequence[int], computed: Sequence[int], order: Sequence[int] | None = None) -> None:
+        """Find what the step edits that now begins; see `plan.plan`.
+
+        Args:
+            starts, computed: of the step.
+            order: which of the rows here each of the step's is, if it has an order of its own.
+        """
+        rows = self.rows
+        if order is not None and rows:
+            rows = {number: rows[row] for number, row in enumerate(order) if row in rows}
+        self.step = plan(rows, starts, computed) if rows else None
+        self.counts["steps"] += 1
+        self.counts["edited_steps"] += self.step is not None
+
+    def enter(self) -> None:
+        """From now on, `running` in this thread is this state."""
+        self._running.state = self
+
+    @classmethod
+    def running(cls) -> "ReftState":
+        """The state whose model runs in this thread."""
+        return cls._running.state
+
+    def edit(self, layer: int, hidden: Tensor, residual: Tensor | None) -> None:
+        """Edit the states behind a block in place.
+
+        Args:
+            layer: the block, -1 for what enters the first.
+            hidden: `[..., d]`, the states of the step's tokens, or a part of them.
+            residual: the other part, of the same shape: their sum is the states. Where they are edited, all of the
+                state is put into it, so that the sum is rounded no further.
+        """
+        step = self.step
+        if step is None:
+            return
+        hidden = hidden.view(-1, hidden.shape[-1])
+        residual = None if residual is None else residual.view(-1, residual.shape[-1])
+        for place in self.here.get(layer, ()):
+            for tile in step.tiles(place, self.device):
+                h = hidden[tile.at] if residual is None else hidden[tile.at] + residual[tile.at]
+                edited = (h.float() + self.bank.delta(place, tile, h)).to(h.dtype)
+                at = tile.at
+                if tile.valid is not None:
+                    at, edited = at[tile.valid], edited[tile.valid]
+                if residual is None:
+                    hidden[at] = edited
+                else:
+                    residual[at] = edited
+                    hidden[at] = 0
