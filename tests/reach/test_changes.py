@@ -13,9 +13,9 @@ from transformers.models.llama import modeling_llama
 
 from conftest import tiny_llama
 from pyreft.reach import Reach
+from pyreft.reach.anatomy import Structure
 from pyreft.reach.prefixes import SkipPrefixes
-from pyreft.reach.structure import Structure
-from pyreft.reach.values import Values
+from pyreft.reach.tensors import Values
 from pyreft.tuner import reft_layers
 from reaching import LENGTHS, adapt, assert_exact, assert_same, batch_of, loss_and_gradients, rows_of
 

@@ -11,7 +11,7 @@ import xxhash
 from torch import nn
 
 from ..tuner.edits import Edits
-from .calls import COUNT, FUSED, TYPES, check_call
+from .arguments import COUNT, FUSED, TYPES, check_call
 from .layers import LayerPlan, SkipLayers
 from .loss import own_loss
 from .prefixes import PrefixPlan, SkipPrefixes

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from ..sharded import is_sharded
+from .anatomy import hooks_everywhere, hooks_of
 from .origin import functions_of, module_of
-from .structure import hooks_everywhere, hooks_of
 
 _ROPE_BY_LENGTH = ("dynamic", "longrope")  # whose angles change where a row exceeds the original context
 _CONTEXT = ("max_position_embeddings", "max_seq_len")  # how configs call the number of positions

@@ -8,8 +8,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from .arguments import BY_TOKEN, columns_of
 from .blocks import Blocks
-from .calls import BY_TOKEN, columns_of
 from .parts import Parts
 from .rows import NotExactError, bounds
 from .store import Store

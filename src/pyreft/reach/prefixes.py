@@ -15,8 +15,8 @@ from ..tuner.call import GIVEN, LENGTHS, STRENGTH
 from ..tuner.edits import Edits
 from ..tuner.located import Located
 from ..tuner.resolve import locate
+from .arguments import COUNT, FUSED, TYPES, columns_of
 from .cache import Layout, Pair
-from .calls import COUNT, FUSED, TYPES, columns_of
 from .layers import together
 from .loss import log_probs
 from .parts import Parts

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..tuner.edits import Edits
 from ..tuner.layer import ReftLayer
 from . import trials
-from .calls import COUNT, FUSED
+from .arguments import COUNT, FUSED
 from .layers import SkipLayers
 from .parts import Parts
 from .prefixes import SkipPrefixes

@@ -19,7 +19,7 @@ from ..errors import ReftError
 from ..places.structure import without_adapters
 from ..tuner.edits import Edits
 from ..tuner.tuner import calls_tuner, in_part, tuner_of
-from .calls import FUSED
+from .arguments import FUSED
 from .choice import Choice
 from .prefixes import LabelOutput, SkipPrefixes
 from .probe import Way

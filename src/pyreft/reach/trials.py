@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tuner.call import LOCATIONS
-from .calls import COUNT
+from .arguments import COUNT
 from .rows import IGNORED, Rows, bounds
 
 _AROUND = 6  # tokens before and after the beginning of a window

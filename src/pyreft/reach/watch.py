@@ -10,11 +10,11 @@ from torch import nn
 
 from ..places.structure import ancestors, path_of
 from ..tuner.edits import Edits
+from .anatomy import Structure, outside_of_edits
 from .frozen import context_of, longest_plain_row, why_not_entered, why_not_frozen
 from .parts import Parts
 from .rows import NotExactError
-from .structure import Structure, outside_of_edits
-from .values import Values
+from .tensors import Values
 
 _UNSETTLED = 4  # so many new structures in as many steps are those of a model that changes in each
 
