@@ -353,7 +353,7 @@ def test_a_lora_of_another_scale(tmp_path):
     adapted = adapt(base)  # as users give it
     batch = batch_of(rows_of(*LENGTHS), "left")
     reach = Reach(adapted, memory=0, directory=tmp_path)
-    assert_exact(reach, adapted, batch)
+    assert_exact(reach, adapted, batch, 1e-4)  # float32, whose sums a random LoRA makes large
     assert type(reach._way) is SkipPrefixes
     before = loss_and_gradients(reach, adapted, batch)
     for scale in (5.0, 2.0):
@@ -361,7 +361,7 @@ def test_a_lora_of_another_scale(tmp_path):
             layer.scale_layer(scale)
         later = Reach(adapted, memory=0, directory=tmp_path)  # files of another scale do not serve it
         for each in (reach, later):
-            assert_exact(each, adapted, batch)
+            assert_exact(each, adapted, batch, 1e-4)
             assert loss_and_gradients(each, adapted, batch)[0] != before[0]
 
 

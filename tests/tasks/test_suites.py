@@ -103,7 +103,7 @@ ROW = {"instruction": "a", "output": "b", "answer": "c"}
         ([ROW | {"answer": None}], "row 1: the field 'answer' should be a text or a number, got None"),
         (["a"], "row 1: expected an object with fields, got str"),
         ({"a": 1}, "expected a list of objects, got dict"),
-        ("[{", "line 1: this is not valid JSON"),
+        ("[{", "this is not valid JSON (Expecting property name"),
     ],
 )
 def test_a_wrong_layout_is_told_with_its_place(tmp_path, content, message):

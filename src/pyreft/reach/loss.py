@@ -53,7 +53,7 @@ class _LogProbs(torch.autograd.Function):
 def own_loss(base: Any) -> str | None:
     """Why the loss of a language model may be another than transformers' mean over the labels, if it may.
 
-    It may be set: `model.loss_function`, on the model, its class or in transformers' table. And it may be computed by
+    It may be set: as `loss_function`, on the model, its class or in transformers' table. And it may be computed by
     code that is not transformers': a `forward` of a subclass, or one that was put in the place of the model's.
     """
     loss = getattr(base, "loss_function", None)

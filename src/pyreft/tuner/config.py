@@ -333,7 +333,8 @@ def _check(given: Any, types: dict[str, tuple[type, ...]]) -> None:
         raise ReftError(f"expected a share from 0 to 1, got {given.dropout!r}.", setting="dropout")
     shape = getattr(given, "base_model_shape", None) or {}
     for name in ("hidden_size", "num_hidden_layers"):
-        if not isinstance(number := shape.get(name, 1), int) or not 1 <= number <= _MOST:
+        number = shape.get(name)  # none where a network has no blocks
+        if number is not None and (not isinstance(number, int) or not 1 <= number <= _MOST):
             raise ReftError(
                 f"{name}: expected a number from 1 to {_MOST:,}, got {number!r}.", setting="base_model_shape"
             )
