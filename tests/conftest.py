@@ -1,6 +1,7 @@
 """Tiny models made in the test, seeded; one thread for each worker."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,22 @@ settings.register_profile("seeded", derandomize=True, deadline=None)
 settings.load_profile("seeded")
 if os.environ.get("PYTEST_XDIST_WORKER"):
     torch.set_num_threads(1)
+
+
+# what answers in under a minute, and is most likely to notice a mistake: `pytest -m fast`
+FAST = (
+    *("test_errors", "test_house", "test_positions", "data/test_data_files", "files/test_pickles", "files/test_text"),
+    *("interventions/test_interventions", "places/test_components", "reach/test_store", "serving/test_tokens"),
+    *("tasks/test_metrics", "tuner/test_config", "tuner/test_layer", "tuner/test_streams"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    tests = Path(__file__).parent
+    files = {tests / f"{name}.py" for name in FAST}
+    for item in items:
+        if item.path in files:
+            item.add_marker("fast")
 
 
 @pytest.fixture(autouse=True)

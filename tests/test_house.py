@@ -6,10 +6,6 @@ Every import counts, those inside of functions too. `docs/internals.md` says wha
 import ast
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.fast
-
 SRC = Path(__file__).parents[1] / "src"
 # from the ground to the roof; a module imports from lower floors, or from its own room
 FLOORS = (
