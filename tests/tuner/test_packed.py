@@ -122,3 +122,26 @@ def test_positions_that_count_on_are_one_text():
     ids = torch.tensor([ROWS[0]])
     found = edited(model, {"input_ids": ids, "position_ids": torch.arange(3, 3 + ids.shape[1])[None]})
     assert found[0].nonzero().flatten().tolist() == [6]
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.parametrize("positions", [True, False])
+def test_rows_packed_by_a_mask_of_four_dimensions(kind, positions):
+    """Each example is edited as in a row of its own, whether its positions begin anew or not."""
+    torch.manual_seed(0)
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l2", low_rank_dimension=2)))
+    lengths, ids = (6, 4), torch.randint(3, 96, (1, 10))
+    allowed = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()[None, None]
+    mask = allowed if kind is torch.bool else torch.zeros(1, 1, 10, 10).masked_fill(~allowed, -1e9)
+    given = {"position_ids": torch.tensor([[*range(6), *range(4)]])} if positions else {}
+    with torch.no_grad():
+        states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, **given).hidden_states[1]
+        with model.disable_adapter():
+            plain = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, **given).hidden_states[1]
+    assert (states != plain).any(-1).tolist() == [[False] * 4 + [True] * 2 + [False] * 2 + [True] * 2]
+
+
+def test_examples_that_see_each_other_through_a_cache_are_told():
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l2", low_rank_dimension=2)))
+    with pytest.warns(UserWarning, match="with a cache transformers lets each of them see those before it"):
+        model(input_ids=torch.randint(3, 96, (1, 5)), position_ids=torch.tensor([[0, 1, 2, 0, 1]]), use_cache=True)
