@@ -147,6 +147,68 @@ def test_two_processes_save_to_one_directory_and_a_third_reads(tmp_path):
     assert {path.name for path in target.iterdir()} == TOP
 
 
+def test_a_save_under_way_is_neither_removed_nor_waited_for(tmp_path):
+    target = tmp_path / "target"
+    begun, go_on = (multiprocessing.get_context("fork").Event() for _ in range(2))
+
+    def slow(directory):
+        write("slow")(directory)
+        begun.set()
+        assert go_on.wait(60)
+
+    other = multiprocessing.get_context("fork").Process(target=save_together, args=(target, slow))
+    other.start()
+    assert begun.wait(60)
+    assert read(target) is None
+    save_together(target, write("quick"))
+    assert read(target) == "quick"
+    assert len([path for path in target.iterdir() if path.name.startswith(".saving")]) == 1
+    go_on.set()
+    other.join()
+    assert other.exitcode == 0
+    assert read(target) == "slow"
+    assert {path.name for path in target.iterdir()} == TOP
+
+
+def test_a_save_waits_for_a_reader(tmp_path):
+    save_together(tmp_path, write("old"))
+    other = multiprocessing.get_context("fork").Process(target=save_together, args=(tmp_path, write("new")))
+    with reading(tmp_path) as place:
+        first = (place / "a.txt").read_text()
+        other.start()
+        other.join(1)
+        assert other.is_alive()
+        assert first == (place / "a.txt").read_text() == "old of a.txt"
+    other.join()
+    assert read(tmp_path) == "new"
+
+
+def test_a_saver_that_fails_takes_back_a_directory_for_which_another_waits(tmp_path):
+    """The other makes it again."""
+
+    def fail(directory):
+        raise OSError("no space")
+
+    def fail_often():
+        for _ in range(300):
+            try:
+                save_together(tmp_path / "target", fail)
+            except OSError as error:
+                if "no space" not in str(error):
+                    os._exit(1)
+
+    others = [multiprocessing.get_context("fork").Process(target=fail_often) for _ in range(2)]
+    for other in others:
+        other.start()
+    number = 0
+    while any(other.is_alive() for other in others):
+        number += 1
+        save_together(tmp_path / "target", write(str(number)))
+        assert read(tmp_path / "target") == str(number)
+        shutil.rmtree(tmp_path / "target", ignore_errors=True)
+    assert [other.exitcode for other in others] == [0, 0]
+
+
 def test_what_cannot_be_put_in_place_is_told(tmp_path, monkeypatch):
     (tmp_path / ".saved" / "sub").mkdir(parents=True)
     (tmp_path / ".saved" / "sub" / "b.txt").write_text("new")

@@ -138,7 +138,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _json(text: str, where: str, kind: type = dict) -> Any:
-    value = parse_json(text, where)
+    value = parse_json(text, where, lines=kind is list)
     if not isinstance(value, kind):
         expected = "an object with fields" if kind is dict else "a list of objects"
         raise ReftError(f"{where}: expected {expected}, got {type(value).__name__}.")

@@ -37,13 +37,14 @@ def read_text(path: Path, largest: int | None = None) -> str:
         raise ReftError(f"{path}: the file cannot be read ({error.strerror}).") from None
 
 
-def parse_json(text: str, where: str, problem: str = "this is not valid JSON") -> Any:
+def parse_json(text: str, where: str, problem: str = "this is not valid JSON", lines: bool = False) -> Any:
     """The value of a JSON text.
 
     Args:
         text: what to parse.
-        where: its file, and the line if it is one, for an error, which says the line if there are several.
+        where: its file, and the line if it is one, for an error.
         problem: what such an error says.
+        lines: name the line of the text in it.
 
     Raises:
         ReftError: it is no JSON, or Python cannot hold it.
@@ -51,7 +52,7 @@ def parse_json(text: str, where: str, problem: str = "this is not valid JSON") -
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where += f", line {error.lineno}" if "\n" in text else ""
+        where += f", line {error.lineno}" if lines else ""
         why = f"{error.msg} at column {error.colno}"
     except RecursionError:
         why = "it is nested too deeply"
@@ -66,7 +67,8 @@ def read_json(path: Path, expected: str = "names and their values") -> dict[str,
     Raises:
         ReftError: as `read_text`; a file that is damaged, or that holds something else.
     """
-    value = parse_json(read_text(path, LARGEST), str(path), "the file is damaged, it is not JSON")
+    text = read_text(path, LARGEST)
+    value = parse_json(text, str(path), "the file is damaged, it is not JSON", lines="\n" in text)
     if not isinstance(value, dict):
         raise ReftError(f"{path}: expected {expected}, this is a list of values or a single one.")
     for name, inner in value.items():

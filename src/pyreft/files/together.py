@@ -2,8 +2,8 @@
 
 A save fills a hidden directory inside its target, `.saving-<random>`, and renames it to `.saved`: with that, and not
 before, the save is made. Then its files move to their places. If that is cut off, the next to read or to save there
-puts the rest in place. Whoever does so holds the directory (`flock`, which the end of a process ends): two savers come
-one after the other, and what a dead one left is removed.
+puts the rest in place. Whoever moves or reads files holds the directory (`flock`, which the end of a process ends),
+and who fills one holds a file in it: the next saver removes those that nobody holds.
 
 Programs that know nothing of this, PEFT and transformers, read the places alone. For them a config that changes is
 removed first and put back last, so that they find the old adapter, the new one or none.
@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from peft.utils import CONFIG_NAME
@@ -22,11 +22,12 @@ from ..errors import ReftError
 
 try:
     import fcntl
-except ImportError:  # Windows: savers of one directory are not kept apart there
+except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _UNFINISHED = ".saving-"
 _SAVED = ".saved"
+_HELD = ".held"
 
 
 def save_together(directory: str | os.PathLike, write: Callable[[str], object]) -> None:
@@ -45,23 +46,26 @@ def save_together(directory: str | os.PathLike, write: Callable[[str], object]) 
     if target.is_file():
         raise ReftError(f"{target}: expected a directory to save in, this is a file.")
     made = not target.exists()
-    with _held(target, make=True) as alone:
-        _put_in_place(target)
-        if alone:
-            for left in target.glob(f"{_UNFINISHED}*"):
-                shutil.rmtree(left, ignore_errors=True)
-        staged = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=target))
+    with ExitStack() as mine:
+        with _held(target, make=True):
+            _put_in_place(target)
+            _remove_dead(target)
+            staged = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=target))
+            leave_out(staged, _HELD)
+            mine.enter_context(_held(staged / _HELD))
         try:
             write(str(staged))
             _flush(staged)
-            os.replace(staged, target / _SAVED)
+            with _held(target):
+                _put_in_place(target)
+                os.replace(staged, target / _SAVED)
+                _put_in_place(target)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             if made:
                 with suppress(OSError):
                     target.rmdir()
             raise
-        _put_in_place(target)
 
 
 def leave_out(directory: str | os.PathLike, *names: str) -> None:
@@ -101,6 +105,14 @@ def _settle(target: Path) -> None:
         ) from None
 
 
+def _remove_dead(target: Path) -> None:
+    """Remove what savers left that were killed; one that lives holds a file in its directory."""
+    for left in target.glob(f"{_UNFINISHED}*"):
+        with _held(left / _HELD, wait=False) as dead:
+            if dead or not (left / _HELD).exists():
+                shutil.rmtree(left, ignore_errors=True)
+
+
 def _put_in_place(target: Path) -> None:
     """Move the files of a save that is made to where they belong; it may be done in part already."""
     saved = target / _SAVED
@@ -120,7 +132,9 @@ def _put_in_place(target: Path) -> None:
         else:
             (target / name).unlink(missing_ok=True)
             (saved / name).unlink()
-    shutil.rmtree(saved)
+    for empty in sorted(saved.rglob("*"), reverse=True):
+        empty.rmdir()
+    saved.rmdir()
 
 
 def _flush(directory: Path) -> None:
@@ -132,9 +146,11 @@ def _flush(directory: Path) -> None:
 
 
 @contextmanager
-def _held(directory: Path, *, shared: bool = False, make: bool = False) -> Iterator[bool]:
-    """Hold a directory, alone or with other readers, once it is free; yields whether this system can."""
-    place = _lock(directory, shared, make)
+def _held(path: Path, *, shared: bool = False, wait: bool = True, make: bool = False) -> Iterator[bool]:
+    """Hold a file or directory, alone or with other readers; yields whether that is so, which not every system can."""
+    if make:
+        path.mkdir(parents=True, exist_ok=True)
+    place = None if fcntl is None else _lock(path, shared, wait, make)
     try:
         yield place is not None
     finally:
@@ -143,25 +159,20 @@ def _held(directory: Path, *, shared: bool = False, make: bool = False) -> Itera
             os.close(place)
 
 
-def _lock(directory: Path, shared: bool, make: bool) -> int | None:
+def _lock(path: Path, shared: bool, wait: bool, make: bool) -> int | None:
+    how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     while True:
-        if make:
-            directory.mkdir(parents=True, exist_ok=True)
+        place = None
         try:
-            place = os.open(directory, os.O_RDONLY)
-        except FileNotFoundError:  # a saver that failed has taken it back
-            if make:
-                continue
-            return None
-        except OSError:  # a directory that is not to be listed
-            return None
-        try:
-            fcntl.flock(place, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            if os.path.samestat(os.fstat(place), os.stat(directory)):
+            place = os.open(path, os.O_RDONLY)
+            fcntl.flock(place, how)
+            if os.path.samestat(os.fstat(place), os.stat(path)):
                 return place
-        except FileNotFoundError:
-            pass
-        except (OSError, AttributeError):  # a file system without locks, or a system without `fcntl`
+            gone = True
+        except OSError as error:  # gone, held by another, not to be listed, or on a file system without locks
+            gone = isinstance(error, FileNotFoundError)
+        if place is not None:
             os.close(place)
+        if not (gone and make):
             return None
-        os.close(place)
+        path.mkdir(parents=True, exist_ok=True)  # a saver that failed took back what it had made
