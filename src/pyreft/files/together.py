@@ -63,7 +63,7 @@ def save_together(directory: str | os.PathLike, write: Callable[[str], object]) 
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             if made:
-                with suppress(OSError):
+                with _held(target), suppress(OSError):
                     target.rmdir()
             raise
 
