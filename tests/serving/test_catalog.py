@@ -1,11 +1,16 @@
 """Names, copies by digest, and files that are replaced while they are served."""
 
+import functools
+import multiprocessing
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
+from killing import kills
 from pyreft.errors import ReftError
+from pyreft.files.together import save_together
 from pyreft.serving.catalog import Catalog, Store
 from served import save, save_all
 
@@ -54,6 +59,46 @@ def test_replaced_weights_have_another_digest_and_the_old_copy_stays(catalog, ro
     path.write_bytes(data)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert catalog.resolve("l4").digest not in (old.digest, new.digest)
+
+
+def test_an_adapter_whose_save_is_killed_is_served_as_the_old_or_the_new_one(root, made, tmp_path):
+    store, kept = Store(tmp_path / "store"), root / "l4"
+    digests = {rule: store.add(made / rule).digest for rule in ("l4", "l16")}
+    saved = {path.name: path.read_bytes() for path in (made / "l16").iterdir()}
+
+    def write(staged):
+        for name, content in saved.items():
+            (Path(staged) / name).write_bytes(content)
+
+    seen = []
+    for _ in kills(lambda: save_together(kept, write)):
+        catalog = Catalog(root, store, seconds=0)
+        assert "l4" in catalog.names()
+        seen.append(catalog.resolve("l4").digest)
+        shutil.rmtree(kept)
+        shutil.copytree(made / "l4", kept)
+    assert set(seen) == {digests["l4"], digests["l16"]}
+    assert seen == sorted(seen, key=digests["l16"].__eq__)
+
+
+def test_an_adapter_is_there_while_it_is_replaced(catalog, root, made):
+    contents = [{path.name: path.read_bytes() for path in (made / rule).iterdir()} for rule in ("l4", "l16")]
+
+    def write(number, staged):
+        for name, content in contents[number % 2].items():
+            (Path(staged) / name).write_bytes(content)
+
+    def replace_often():
+        for number in range(300):
+            save_together(root / "l4", functools.partial(write, number))
+
+    other = multiprocessing.get_context("fork").Process(target=replace_often)
+    other.start()
+    while other.is_alive():
+        assert "l4" in catalog.names()
+    other.join()
+    assert other.exitcode == 0
+    assert catalog.resolve("l4").digest == catalog.resolve("l16").digest
 
 
 def test_folders_come_and_go(catalog, root):

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import ReftError, did_you_mean
+from ..files.adapter import is_adapter
+from ..files.together import reading
 from .served import CONFIG, WEIGHTS, Adapter, digest_of, read_adapter
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -221,9 +223,16 @@ def _folders(directory: Path) -> dict[str, Path]:
     found = {}
     with os.scandir(directory) as entries:
         for entry in entries:
-            if _NAME.fullmatch(entry.name) and os.path.isfile(os.path.join(entry.path, CONFIG)):
+            if _NAME.fullmatch(entry.name) and _holds_adapter(entry.path):
                 found[entry.name] = Path(entry.path)
     return found
+
+
+def _holds_adapter(path: str) -> bool:
+    try:  # while a save is put in place, its config is away
+        return os.path.isfile(os.path.join(path, CONFIG)) or is_adapter(path)
+    except ReftError:  # which is told to those who ask for it
+        return True
 
 
 def _stamp(path: Path) -> Stamp:
@@ -247,13 +256,15 @@ _SETTLED = 0.1  # seconds: both files are replaced one after the other
 def _read_settled(path: Path, tries: int = 20) -> tuple[bytes, bytes]:
     """Read both files as they are at one moment: a writer in between is waited for."""
     for _ in range(tries):
-        before = _stamp(path)
-        try:
-            config, weights = (path / CONFIG).read_bytes(), (path / WEIGHTS).read_bytes()
-        except FileNotFoundError as error:
-            missing = Path(error.filename or path).name
-            raise ReftError(f"{path}: expected an adapter's directory, found no {missing}.") from None
-        if time.time() - max(os.stat(path / name).st_ctime for name in (CONFIG, WEIGHTS)) < _SETTLED:
+        with reading(path):  # which keeps our own saves out; a program of PEFT's knows nothing of it
+            before = _stamp(path)
+            try:
+                config, weights = (path / CONFIG).read_bytes(), (path / WEIGHTS).read_bytes()
+                changed = max(os.stat(path / name).st_ctime for name in (CONFIG, WEIGHTS))
+            except FileNotFoundError as error:
+                missing = Path(error.filename or path).name
+                raise ReftError(f"{path}: expected an adapter's directory, found no {missing}.") from None
+        if time.time() - changed < _SETTLED:
             time.sleep(_SETTLED)
         if _stamp(path) == before:
             return config, weights
