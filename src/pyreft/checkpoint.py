@@ -1,6 +1,5 @@
 """An earlier name of `pyreft.files.adapter`."""
 
 from .files.adapter import check_tensors, is_adapter, read_config, read_config_data, read_shapes
-from .files.together import save_together as write_beside
 
-__all__ = ["check_tensors", "is_adapter", "read_config", "read_config_data", "read_shapes", "write_beside"]
+__all__ = ["check_tensors", "is_adapter", "read_config", "read_config_data", "read_shapes"]

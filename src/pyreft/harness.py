@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .errors import ReftError
-from .tuner.tuner import edits_of
+from .tuner.adapted import edits_of
 
 try:
     from lm_eval import simple_evaluate

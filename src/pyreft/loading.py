@@ -29,7 +29,7 @@ from .files.record import read_record
 from .files.together import reading
 from .model import ReftModel
 from .tuner.config import ReftPeftType, shape_differences
-from .tuner.tuner import base_model_shape
+from .tuner.injection import base_model_shape
 
 EMBEDDED = "pocket"  # the name of the model that ships with the package
 

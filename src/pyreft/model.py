@@ -13,11 +13,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .errors import ReftError
-from .files.adapter import WEIGHTS, check_room, model_card, read_config
+from .files.adapter import WEIGHTS, as_it_was, check_room, model_card, read_config
 from .files.original import legacy_place, read_legacy
 from .files.together import leave_out, reading, save_together
 from .files.trained_heads import add_heads
-from .files.weights import checked_load, unchanged_if_not_loaded
+from .files.weights import checked_load
 from .original.calls import FORWARD, GENERATE, answer, is_original, translate
 from .original.configs import as_config
 from .original.members import OriginalMembers
@@ -27,7 +27,8 @@ from .positions import Positions
 from .tuner.call import Surroundings, within
 from .tuner.config import ReftConfig
 from .tuner.edits import Edits
-from .tuner.tuner import detach, tuner_of
+from .tuner.injection import detach
+from .tuner.tuner import tuner_of
 
 
 class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
@@ -170,7 +171,7 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
             _release(model)
             if place is None:
                 check_room(model_id, config, model)
-            with unchanged_if_not_loaded(model, model_id):
+            with as_it_was(model, model_id):
                 adapted = cls(model, config, adapter_name, **options)
                 if place is None:
                     adapted.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **options, **kwargs)
@@ -187,7 +188,7 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         def load() -> Any:
             return super(ReftModel, self).load_adapter(str(model_id), adapter_name, *args, **kwargs)
 
-        return checked_load(self, adapter_name, place, load)
+        return checked_load(self, adapter_name, place, load, renamed=bool(kwargs.get("key_mapping")))
 
 
 def get_reft_model(

@@ -6,8 +6,6 @@ import shutil
 
 import pytest
 import torch
-from pyreft.jobs.adapters import save
-from pyreft.jobs.losses import losses_of, write_losses
 
 import pyreft
 from conftest import tiny_llama
@@ -17,6 +15,8 @@ from pyreft.files.adapter import read_config_data
 from pyreft.files.record import read_record, write_record
 from pyreft.files.together import leave_out
 from pyreft.jobs.job import PreparedJob, TrainingJob
+from pyreft.jobs.loss_curve import losses_of, write_losses
+from pyreft.jobs.methods import save
 
 
 def adapted(number):

@@ -14,7 +14,7 @@ from pyreft.positions import Positions
 from pyreft.serving.bank import Bank
 from pyreft.serving.served import read_adapter
 from pyreft.serving.tokens import Place, plan
-from pyreft.tuner.tuner import reft_layers
+from pyreft.tuner import reft_layers
 from served import save
 
 WIDTH = 192

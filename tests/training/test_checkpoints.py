@@ -143,6 +143,18 @@ def test_a_trainer_told_to_resume_goes_on_from_the_checkpoint_before(tmp_path):
     assert (first, trainer.state.global_step) == ([2], 4)
 
 
+def test_a_head_that_is_trained_beside_the_edits_is_resumed(tmp_path):
+    """It is in the adapter's file without being one of its own modules."""
+    trainer = trainer_of(tmp_path, pyreft.ReftTrainer, 2)
+    trainer.model.get_base_model().lm_head.weight.requires_grad_(True)
+    trainer.train()
+    again = trainer_of(tmp_path, pyreft.ReftTrainer, 2)
+    again.model.get_base_model().lm_head.weight.requires_grad_(True)
+    again.train(resume_from_checkpoint=True)
+    for ours, theirs in zip(again.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 class FirstStep(TrainerCallback):
     def __init__(self, told):
         self.told = told

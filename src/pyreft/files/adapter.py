@@ -7,7 +7,8 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import ReftError, check_type, did_you_mean
 from ..places.components import find_site, number_of_layers
 from ..tuner.config import ReftConfig, ReftPeftType
+from ..tuner.injection import detach
 from ..tuner.values import check_values
 from .pickles import read_pickle
 from .text import read_json
@@ -206,6 +208,22 @@ def load_tensors(directory: str | os.PathLike, expected: Mapping[str, Tensor]) -
     for name, tensor in tensors.items():
         check_values(f"{directory}: {name}", tensor, expected[name].is_floating_point())
     return tensors
+
+
+@contextmanager
+def as_it_was(model: nn.Module, directory: str | os.PathLike) -> Iterator[None]:
+    """Leave a base model without edits if those of a directory cannot be loaded."""
+    modules = dict(model.named_modules())
+    try:
+        yield
+    except Exception as error:
+        detach(model)
+        for name, module in modules.items():
+            if name and model.get_submodule(name) is not module:  # PEFT has put it into a wrapper
+                model.set_submodule(name, module)
+        if isinstance(error, ReftError) or not isinstance(error, (ValueError, TypeError)):
+            raise
+        raise ReftError(f"{directory}: {error}") from error
 
 
 def weights_file(directory: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReftError
-from ..interventions import INTERVENTIONS, Intervention, LowRankIntervention
+from ..interventions import INTERVENTIONS, Intervention, LowRankIntervention, NoreftIntervention
 from ..tuner.config import ReftConfig, Representation
 from ..tuner.values import check_values
 from .adapter import is_adapter
@@ -223,10 +223,11 @@ def _orthogonal(free: Tensor) -> Tensor:
 
 def _make(cls: type[LowRankIntervention], state: dict[str, Tensor], act_fn: str | None, file: Path) -> Intervention:
     """An intervention with the sizes and the values of a stored state."""
-    basis = state.get("rotate_layer.free", state.get("proj_layer.weight"))
+    free = issubclass(cls, NoreftIntervention)  # W₂ stands in the place of R
+    basis = state.get("proj_layer.weight" if free else "rotate_layer.free")
     if basis is None or basis.dim() != 2:
         raise ReftError(f"{file}: expected the tensors of {cls.__name__}, found {_listed(state)}.")
-    width, rank = basis.shape if "rotate_layer.free" in state else basis.T.shape
+    width, rank = basis.T.shape if free else basis.shape
     bias = "proj_layer.bias" in state
     intervention = cls(embed_dim=width, low_rank_dimension=rank, act_fn=act_fn, add_bias=bias)
     fill(_values(intervention, state, file))

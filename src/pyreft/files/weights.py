@@ -1,19 +1,19 @@
 """The weights of an adapter in a model: which tensors its file must have, and others put in their place."""
 
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ReftError
+from ..sharded import is_sharded
+from ..tuner.adapted import interventions_of
 from ..tuner.config import Representation
-from ..tuner.tuner import detach, interventions_of
 from .adapter import check_room, is_adapter, load_tensors, read_config
 from .original import Values, fill, legacy_place, read_interventions, read_model
 from .together import reading
@@ -25,8 +25,13 @@ def expected_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model, adapter_name=adapter_name)
 
 
-def checked_load(model: PeftModel, adapter_name: str, place: Path, load: Callable[[], Any]) -> Any:
+def checked_load(
+    model: PeftModel, adapter_name: str, place: Path, load: Callable[[], Any], *, renamed: bool = False
+) -> Any:
     """Let PEFT load an adapter from a directory, which is checked first; an adapter that does not fit is not there.
+
+    Args:
+        renamed: whether the tensors get other names while they are loaded.
 
     Raises:
         ReftError: a damaged adapter, or one that does not fit.
@@ -35,8 +40,9 @@ def checked_load(model: PeftModel, adapter_name: str, place: Path, load: Callabl
     with reading(place):
         if is_adapter(place) and not known:
             check_room(place, read_config(place), model.get_base_model())
-        elif is_adapter(place):
-            load_tensors(place, expected_tensors(model, adapter_name))  # PEFT would load whatever the file holds
+        elif is_adapter(place) and not renamed and not any(map(is_sharded, model.parameters())):
+            heads = saved_heads(place, model.get_base_model())
+            load_tensors(place, expected_tensors(model, adapter_name) | heads)  # PEFT would load whatever there is
         try:
             found = load()
             if found.missing_keys or found.unexpected_keys:
@@ -48,22 +54,6 @@ def checked_load(model: PeftModel, adapter_name: str, place: Path, load: Callabl
                 raise ReftError(f"{place}: {error}") from error
             raise
     return found
-
-
-@contextmanager
-def unchanged_if_not_loaded(model: nn.Module, directory: str | PathLike) -> Iterator[None]:
-    """Leave a base model without edits if they cannot be loaded."""
-    modules = dict(model.named_modules())
-    try:
-        yield
-    except Exception as error:
-        detach(model)
-        for name, module in modules.items():
-            if name and model.get_submodule(name) is not module:  # PEFT has put it into a wrapper
-                model.set_submodule(name, module)
-        if isinstance(error, ReftError) or not isinstance(error, (ValueError, TypeError)):
-            raise
-        raise ReftError(f"{directory}: {error}") from error
 
 
 def overwrite(model: PeftModel, adapter_name: str, directory: str | PathLike, include_model: bool) -> None:

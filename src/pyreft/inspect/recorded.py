@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..places.structure import has_stacks
 from ..positions import Positions
+from ..tuner.adapted import edits_of
 from ..tuner.call import Call, innermost
 from ..tuner.layer import ReftLayer
-from ..tuner.tuner import edits_of
 from .rows import Row, batches, check_edited
 
 

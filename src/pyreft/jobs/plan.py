@@ -20,8 +20,8 @@ from ..places.structure import hidden_width
 from ..positions import Positions
 from ..reach.ways import Above, Behind
 from ..reach.window import IGNORED
+from ..tuner.adapted import edits_of
 from ..tuner.edits import Edits
-from ..tuner.tuner import edits_of
 from .count import Count, Held, count_batches, cut_rows
 from .job import PreparedJob
 from .settings import LORA

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..model import ReftModel
 from ..reach import Reach
-from ..tuner.tuner import penalty
+from ..tuner.adapted import penalty
 
 _REPEATED = 3
 

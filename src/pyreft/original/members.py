@@ -9,9 +9,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..files.original import legacy_keys
+from ..tuner.adapted import interventions_of, reft_layers
 from ..tuner.config import ReftConfig, Representation
 from ..tuner.layer import ReftLayer
-from ..tuner.tuner import interventions_of, reft_layers
 
 
 class OriginalMembers(PeftModel):

@@ -20,8 +20,9 @@ from ..files.checkpoints import last_complete
 from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import EpochTeller, ReachPrinter
+from ..tuner.adapted import penalty
 from ..tuner.call import LENGTHS, LOCATIONS, SUBSPACES
-from ..tuner.tuner import calls_tuner, penalty, tuner_of
+from ..tuner.tuner import calls_tuner, tuner_of
 from .same_data import check_same_data
 
 

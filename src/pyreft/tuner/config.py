@@ -287,7 +287,7 @@ class ReftConfig(PeftConfig):
                 inherited.append("intervention_kwargs")
         return Representation(**{name: getattr(self, name) for name in inherited} | values)
 
-    def expand(self, number_of_layers: int) -> list[Representation]:
+    def expand(self, number_of_layers: int | None) -> list[Representation]:
         """The edited places one by one, for a model of so many layers.
 
         The order is that of the interventions in every call and file. A prefix and a suffix with weights of their
@@ -295,7 +295,7 @@ class ReftConfig(PeftConfig):
         """
         if self.representations is not None:
             return self.representations
-        layers = range(number_of_layers) if self.layers == "all" else self.layers
+        layers = range(number_of_layers or 0) if self.layers == "all" else self.layers
         rule = Positions.parse(self.positions or DEFAULT_POSITIONS)
         sides = [None] if self.share_weights else [part.side for part in rule.sides()]
         return [
@@ -337,7 +337,8 @@ def _check(given: Any, types: dict[str, tuple[type, ...]]) -> None:
         raise ReftError(f"expected a share from 0 to 1, got {given.dropout!r}.", setting="dropout")
     shape = getattr(given, "base_model_shape", None) or {}
     for name in ("hidden_size", "num_hidden_layers"):
-        if not isinstance(number := shape.get(name, 1), int) or not 1 <= number <= _MOST:
+        number = shape.get(name)  # none, of a network without blocks
+        if number is not None and (type(number) is not int or not 1 <= number <= _MOST):
             raise ReftError(
                 f"{name}: expected a number from 1 to {_MOST:,}, got {number!r}.", setting="base_model_shape"
             )

@@ -7,7 +7,7 @@ the `Locator` of the model says.
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import torch
@@ -19,16 +19,13 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ReftError
-from ..interventions import Intervention, intervention_class, speaks_pyvene
-from ..places.components import Site, find_site, hidden_width, number_of_layers, stack_module
+from ..interventions import intervention_class, speaks_pyvene
 from ..places.structure import path_of
-from . import hooks
+from .adapted import edits_of, reft_layers
 from .call import Surroundings, within
-from .config import ReftConfig, Representation, shape_differences
-from .continuous import Batches
-from .edits import Edits
+from .config import ReftConfig
+from .injection import check_free, detach, plan, watched
 from .layer import PREFIX, ReftLayer, device_of, refuse_merge, type_of
-from .overrides import METHODS, Methods
 from .values import check_values, leave_inference
 
 
@@ -46,7 +43,7 @@ class ReftTuner(BaseTuner):
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         wrapped = isinstance(peft_config, dict)  # by a `PeftModel`; else the model itself gets the adapter
-        _check_free(model, adapter_name, wrapped)
+        check_free(model, adapter_name, wrapped)
         others = getattr(model, "peft_config", None) if wrapped else None  # of a LoRA, say: two sets, kept apart
         if others is not None:
             self.peft_config: dict[str, Any] = {}
@@ -96,11 +93,11 @@ class ReftTuner(BaseTuner):
             if "edits" in vars(self):
                 self.check_attached()
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                representations, sites, self._places = _plan(model, config)
+                representations, sites, self._places = plan(model, config)
         except ReftError:
             del self.peft_config[adapter_name]
             raise
-        self.edits = edits_of(model) or _watched(model)
+        self.edits = edits_of(model) or watched(model)
         self.edits.rules[adapter_name] = [entry.rule() for entry in representations]
         self.edits.places[adapter_name] = [site.stack for site in sites]
         classes = [intervention_class(entry.intervention) for entry in representations]
@@ -239,20 +236,6 @@ class ReftTuner(BaseTuner):
         )
 
 
-def reft_layers(model: nn.Module) -> list[ReftLayer]:
-    """The edited places of a model."""
-    return [module for module in model.modules() if isinstance(module, ReftLayer)]
-
-
-def interventions_of(model: nn.Module, adapter_name: str) -> dict[str, Intervention]:
-    """The interventions of an adapter by their places, in the order of its representations."""
-    named: dict[int, tuple[str, Intervention]] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, ReftLayer):
-            named |= {index: (f"{name}.{index}", module) for index, module in layer.of(adapter_name)}
-    return dict(named[index] for index in sorted(named))
-
-
 def tuner_of(model: nn.Module) -> ReftTuner | None:
     """The tuner of a PEFT model with representation edits; none of any other model."""
     tuner = getattr(model, "base_model", None)
@@ -262,107 +245,3 @@ def tuner_of(model: nn.Module) -> ReftTuner | None:
 def calls_tuner(model: nn.Module) -> bool:
     """Whether calls of a PEFT model pass through its tuner; a plain `PeftModel` calls its base model directly."""
     return type(model).forward is not PeftModel.forward
-
-
-def penalty(model: nn.Module) -> Tensor | None:
-    """What the active interventions add to the training loss after a forward, a scalar; none if nothing.
-
-    `ReftTrainer` adds it. In a loop of one's own, add it to the loss before the backward.
-    """
-    layers = reft_layers(model)
-    edits = (edit for layer in layers for name in layer.enabled_adapters for _, edit in layer.of(name))
-    terms = [term for edit in edits if isinstance(edit, Intervention) and (term := edit.penalty()) is not None]
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
-
-
-def edits_of(model: nn.Module) -> Edits | None:
-    """The edits of an adapted model, none if it has no representation edits."""
-    return next((layer.edits for layer in reft_layers(model)), None)
-
-
-def detach(model: nn.Module) -> None:
-    """Take all representation edits off a model: every hook and every child module."""
-    edits = edits_of(model)
-    if edits is not None:
-        edits.removed = True
-        hooks.detach(edits)
-        for name in METHODS:
-            edits.model.__dict__.pop(name, None)
-        for layer in edits.layers:
-            layer.detach()
-        configs = {n: c for n, c in vars(model).pop("peft_config", {}).items() if not isinstance(c, ReftConfig)}
-        if configs:  # of a LoRA
-            model.peft_config = configs  # type: ignore[assignment]
-        elif getattr(model, "_hf_peft_config_loaded", False):  # by transformers' `add_adapter`
-            model._hf_peft_config_loaded = False  # type: ignore[assignment]
-
-
-Places = dict[str, list[tuple[Site, int, Intervention]]]
-
-
-def _plan(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], list[Site], Places]:
-    """Check a config against a model and make its interventions; nothing is changed if anything does not fit."""
-    shape = base_model_shape(model)
-    if config.base_model_shape is not None and (other := shape_differences(config.base_model_shape, shape)):
-        raise ReftError(f"The adapter was made for another base model: this one has {other}.")
-    layers = number_of_layers(model, config.component) if config.representations is None else 0
-    representations = config.expand(layers)
-    sites = [find_site(model, entry.component, entry.layer, entry.head) for entry in representations]
-    places: Places = {}
-    for index, (entry, site) in enumerate(zip(representations, sites, strict=True)):
-        places.setdefault(site.path, []).append((site, index, entry.make(site.width)))
-    for entry in representations:
-        entry.settle()
-    config.base_model_shape = shape
-    return representations, sites, places
-
-
-def _watched(model: nn.Module) -> Edits:
-    """New edits of a model, whose calls are watched from now on."""
-    stacks = _stacks(model)
-    edits = Edits(model, tuple(stacks) or ("",))
-    batches = Batches(edits)
-    hooks.attach(edits, batches, stacks)
-    Methods(edits, batches).attach()
-    return edits
-
-
-def _check_free(model: nn.Module, adapter_name: str, wrapped: bool) -> None:
-    """Refuse edits beside those of another PEFT model on one base model, which both would then have.
-
-    Args:
-        wrapped: whether a PEFT model is being made, not an adapter added to the model itself.
-    """
-    edits = edits_of(model)
-    if edits is None:
-        return
-    if wrapped or edits.wrapped:
-        raise ReftError(
-            f"This base model carries the edits of a model made before ({', '.join(edits.rules)}), and each of the "
-            "two would have those of the other. Add an adapter to that one, model.add_adapter(name, config), take its "
-            "edits off with model.unload(), or load the base model once more."
-        )
-    if adapter_name in edits.rules:
-        raise ReftError(
-            f"the model has an adapter {adapter_name!r}; give the new one another name.", setting="adapter_name"
-        )
-
-
-def _stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that compute the streams of a model with an encoder and a decoder."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return {}
-    return {name: stack_module(model, name) for name in ("encoder", "decoder")}
-
-
-def base_model_shape(model: nn.Module) -> dict[str, Any]:
-    """What tells base models apart that an adapter cannot be moved between; no sizes where a network has no blocks."""
-    shape: dict[str, Any] = {
-        "model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
-        "hidden_size": None,
-        "num_hidden_layers": None,
-    }
-    with suppress(ReftError):
-        shape["num_hidden_layers"] = number_of_layers(model)
-        shape["hidden_size"] = hidden_width(model)
-    return shape

@@ -1,0 +1,103 @@
+"""How edits come onto a model and off it: what fits is checked first, then its calls are watched."""
+
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from ..errors import ReftError
+from ..interventions import Intervention
+from ..places.components import Site, find_site, hidden_width, number_of_layers, stack_module
+from . import hooks
+from .adapted import edits_of
+from .config import ReftConfig, Representation, shape_differences
+from .continuous import Batches
+from .edits import Edits
+from .overrides import METHODS, Methods
+
+Places = dict[str, list[tuple[Site, int, Intervention]]]
+
+
+def plan(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], list[Site], Places]:
+    """Check a config against a model and make its interventions; nothing is changed if anything does not fit."""
+    shape = base_model_shape(model)
+    if config.base_model_shape is not None and (other := shape_differences(config.base_model_shape, shape)):
+        raise ReftError(f"The adapter was made for another base model: this one has {other}.")
+    layers = number_of_layers(model, config.component) if config.representations is None else 0
+    representations = config.expand(layers)
+    sites = [find_site(model, entry.component, entry.layer, entry.head) for entry in representations]
+    places: Places = {}
+    for index, (entry, site) in enumerate(zip(representations, sites, strict=True)):
+        places.setdefault(site.path, []).append((site, index, entry.make(site.width)))
+    for entry in representations:
+        entry.settle()
+    config.base_model_shape = shape
+    return representations, sites, places
+
+
+def check_free(model: nn.Module, adapter_name: str, wrapped: bool) -> None:
+    """Refuse edits beside those of another PEFT model on one base model, which both would then have.
+
+    Args:
+        wrapped: whether a PEFT model is being made, not an adapter added to the model itself.
+    """
+    edits = edits_of(model)
+    if edits is None:
+        return
+    if wrapped or edits.wrapped:
+        raise ReftError(
+            f"This base model carries the edits of a model made before ({', '.join(edits.rules)}), and each of the "
+            "two would have those of the other. Add an adapter to that one, model.add_adapter(name, config), take its "
+            "edits off with model.unload(), or load the base model once more."
+        )
+    if adapter_name in edits.rules:
+        raise ReftError(
+            f"the model has an adapter {adapter_name!r}; give the new one another name.", setting="adapter_name"
+        )
+
+
+def watched(model: nn.Module) -> Edits:
+    """New edits of a model, whose calls are watched from now on."""
+    stacks = _stacks(model)
+    edits = Edits(model, tuple(stacks) or ("",))
+    batches = Batches(edits)
+    hooks.attach(edits, batches, stacks)
+    Methods(edits, batches).attach()
+    return edits
+
+
+def detach(model: nn.Module) -> None:
+    """Take all representation edits off a model: every hook and every child module."""
+    edits = edits_of(model)
+    if edits is not None:
+        edits.removed = True
+        hooks.detach(edits)
+        for name in METHODS:
+            edits.model.__dict__.pop(name, None)
+        for layer in edits.layers:
+            layer.detach()
+        configs = {n: c for n, c in vars(model).pop("peft_config", {}).items() if not isinstance(c, ReftConfig)}
+        if configs:  # of a LoRA
+            model.peft_config = configs  # type: ignore[assignment]
+        elif getattr(model, "_hf_peft_config_loaded", False):  # by transformers' `add_adapter`
+            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+
+
+def _stacks(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that compute the streams of a model with an encoder and a decoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return {}
+    return {name: stack_module(model, name) for name in ("encoder", "decoder")}
+
+
+def base_model_shape(model: nn.Module) -> dict[str, Any]:
+    """What tells base models apart that an adapter cannot be moved between; no sizes where a network has no blocks."""
+    shape: dict[str, Any] = {
+        "model_type": getattr(getattr(model, "config", None), "model_type", type(model).__name__),
+        "hidden_size": None,
+        "num_hidden_layers": None,
+    }
+    with suppress(ReftError):
+        shape["num_hidden_layers"] = number_of_layers(model)
+        shape["hidden_size"] = hidden_width(model)
+    return shape
