@@ -22,7 +22,7 @@ from pyreft.jobs.prepare import prepare
 from pyreft.jobs.recipes import recipe_jobs
 from pyreft.tasks.glue import TASKS
 from pyreft.tasks.suites import GLUE, SUITES
-from pyreft.training.checkpoints import last_complete
+from pyreft.training.checkpointing import last_complete
 
 SEEDS = {GLUE: [42, 43, 44, 45, 46]}  # the paper's; of the other suites three
 

@@ -18,8 +18,9 @@ from architectures import ARCHITECTURES
 from conftest import tiny_llama
 from pyreft.interventions import INTERVENTIONS, Intervention
 from pyreft.reach import Reach
+from pyreft.reach.layers import SkipLayers
 from pyreft.reach.loss import log_probs
-from pyreft.reach.ways import Above, Behind
+from pyreft.reach.prefixes import SkipPrefixes
 from pyreft.tuner import reft_layers
 from reaching import LENGTHS, adapt, assert_exact, assert_same, batch_of, loss_and_gradients, rows_of
 
@@ -36,7 +37,7 @@ def test_every_causal_architecture(architecture, side):
     adapted = adapt(architecture.make())
     reach = Reach(adapted)
     assert_exact(reach, adapted, batch_of(rows_of(*LENGTHS), side))
-    assert type(reach._way) is (Above if architecture.name in RECURRENT else Behind)
+    assert type(reach._way) is (SkipLayers if architecture.name in RECURRENT else SkipPrefixes)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -46,7 +47,7 @@ def test_encoders_start_above_the_layers_below_the_edits(architecture, side):
     reach = Reach(adapted)
     batch = batch_of(rows_of(*LENGTHS), side) | {"labels": torch.tensor([0, 1, 0])}
     assert_exact(reach, adapted, batch, tolerance=0)
-    assert type(reach._way) is Above
+    assert type(reach._way) is SkipLayers
     assert reach.describe().startswith("Each step leaves out 2 of 3 layers")
 
 
@@ -353,7 +354,7 @@ def test_a_lora_of_another_scale(tmp_path):
     batch = batch_of(rows_of(*LENGTHS), "left")
     reach = Reach(adapted, memory=0, directory=tmp_path)
     assert_exact(reach, adapted, batch)
-    assert type(reach._way) is Behind
+    assert type(reach._way) is SkipPrefixes
     before = loss_and_gradients(reach, adapted, batch)
     for scale in (5.0, 2.0):
         for layer in (module for module in base.modules() if isinstance(module, LoraLayer)):
@@ -475,7 +476,7 @@ def test_token_types():
     batch = batch_of(rows_of(*LENGTHS), "left")
     typed = batch | {"token_type_ids": batch["input_ids"] % 2}
     reach = Reach(adapted)
-    for each, way in ((batch, Behind), (typed, Above), (batch, Behind)):
+    for each, way in ((batch, SkipPrefixes), (typed, SkipLayers), (batch, SkipPrefixes)):
         assert_exact(reach, adapted, each)
         assert type(reach._way) is way
     assert loss_and_gradients(reach, adapted, batch)[0] != loss_and_gradients(reach, adapted, typed)[0]
@@ -620,7 +621,7 @@ def test_a_trained_head_above_the_edits_leaves_the_layers_below():
     adapted.get_base_model().lm_head.weight.requires_grad_(True)
     reach = Reach(adapted)
     assert_exact(reach, adapted, BATCH, tolerance=0)
-    assert type(reach._way) is Above
+    assert type(reach._way) is SkipLayers
     missed = reach.store.missed
     adapted.get_base_model().lm_head.weight.data.mul_(1.1)
     reach.new_epoch()
@@ -668,7 +669,7 @@ def test_a_model_without_a_cache():
     adapted = adapt(base)
     reach = Reach(adapted)
     assert_exact(reach, adapted, BATCH)
-    assert type(reach._way) is Above  # the layers below the edits are still left out
+    assert type(reach._way) is SkipLayers  # the layers below the edits are still left out
 
 
 def test_only_a_reft_model():

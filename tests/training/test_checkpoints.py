@@ -16,7 +16,7 @@ from killing import kills
 from pyreft import pocket
 from pyreft.files.checkpoints import check_complete, last_complete
 from pyreft.jobs.job import PreparedJob, TrainingJob
-from pyreft.training.checkpoints import CheckpointingTrainer
+from pyreft.training.checkpointing import CheckpointingTrainer
 
 SMALL = {"layers": "3", "positions": "l1", "rank": 2, "epochs": 3, "batch_size": 5, "lr": 0.01, "save_steps": 2}
 NEEDED = [

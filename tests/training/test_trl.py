@@ -17,7 +17,8 @@ import pyreft
 from pyreft import pocket
 from pyreft.generation import generate_answers
 from pyreft.reach import Reach, ReachCallback
-from pyreft.reach.ways import Above, Behind
+from pyreft.reach.layers import SkipLayers
+from pyreft.reach.prefixes import SkipPrefixes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
@@ -254,7 +255,7 @@ def test_what_the_edits_can_reach_is_enough(kind, tokenizer, tmp_path, preferenc
             trainer.add_callback(served)
         trainer.train()
         logs.append(trainer.state.log_history[:-1])  # but for how long it took
-    assert isinstance(reach._way, Behind)
+    assert isinstance(reach._way, SkipPrefixes)
     assert reach._way.computed < 0.9 * reach._way.tokens
     for whole, part in zip(*logs, strict=True):
         timed = {name for name in whole if re.search("runtime|per_second|step_time", name)}
@@ -280,7 +281,7 @@ def test_a_head_that_is_trained_beside_the_edits(tokenizer, tmp_path):
             trainer.add_callback(served := ReachCallback(trainer.model))
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
-    assert isinstance(served.reach._way, Above)
+    assert isinstance(served.reach._way, SkipLayers)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 

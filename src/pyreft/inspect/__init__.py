@@ -6,9 +6,9 @@ plain data: `record_edits` first, then what is computed from its record. `pyreft
 
 from .compare import Comparison, PlaceComparison, compare_edits
 from .directions import Direction, WrittenDirections, singular_directions, written_directions
+from .examples import read_rows, text_rows
 from .recorded import Place, PlaceEdits, RecordedEdits, place_names, record_edits
 from .report import Inspection, inspect_adapter
-from .rows import read_rows, text_rows
 from .sizes import EditSizes, edit_sizes, mean_edit_sizes
 from .strength import STRENGTHS, StrengthAnswers, StrengthCurve, answers_by_strength, loss_by_strength
 

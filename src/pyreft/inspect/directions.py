@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError
 from ..places.structure import find_blocks, hidden_width, widths_of
+from .examples import token_texts
 from .recorded import Place, PlaceEdits, RecordedEdits
-from .rows import token_texts
 
 # the components whose states are the residual stream, or are added to it as they are
 _RESIDUAL = ("block_input", "block_output", "mlp_output", "attention_output", "cross_attention_output")

@@ -16,7 +16,7 @@ from ..positions import Positions
 from ..tuner.adapted import edits_of
 from ..tuner.call import Call, innermost
 from ..tuner.layer import ReftLayer
-from .rows import Row, batches, check_edited
+from .examples import Row, batches, check_edited
 
 
 @dataclass(frozen=True)

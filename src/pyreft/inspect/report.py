@@ -16,8 +16,8 @@ from ..loading import base_of, check_generates, check_language_model, load_adapt
 from ..tuner.config import shape_differences
 from .compare import Comparison, compare_edits
 from .directions import Unembedding, WrittenDirections, written_directions
+from .examples import Row, check_edited, prompt_length, read_rows, text_rows
 from .recorded import Place, RecordedEdits, record_edits
-from .rows import Row, check_edited, prompt_length, read_rows, text_rows
 from .sizes import EditSizes, edit_sizes, mean_edit_sizes
 from .strength import STRENGTHS, StrengthAnswers, StrengthCurve, answers_by_strength, loss_by_strength
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError
+from .examples import prompt_length, token_texts
 from .recorded import Place, PlaceEdits, RecordedEdits
-from .rows import prompt_length, token_texts
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.supervised import IGNORED
 from ..errors import ReftError
 from ..generation import answer_ids
-from .rows import Row, batches
+from .examples import Row, batches
 
 STRENGTHS = tuple(step / 4 for step in range(9))
 """From 0 to 2."""

@@ -11,7 +11,7 @@ from ..errors import ReftError
 from ..loading import load_base
 from ..tasks.glue import Pair, Task, find_task, read, split_validation
 from ..tasks.metrics import METRICS
-from ..training.checkpoints import CheckpointingClassifierTrainer
+from ..training.checkpointing import CheckpointingClassifierTrainer
 from ..tuner.config import ReftConfig
 from .job import PreparedJob
 from .methods import classifier_of

@@ -1,7 +1,7 @@
 """What the steps of an epoch compute and hold, counted from where rows are cut; nothing is run.
 
-Where a row is cut, `tuner.resolve.locate` and `reach.window.cut` say. What follows from it for a batch is what
-`reach.ways` does: a prefix once, a window in each step.
+Where a row is cut, `tuner.resolve.locate` and `reach.rows.cut` say. What follows from it for a batch is what
+`SkipPrefixes` and `SkipLayers` do: a prefix once, a window in each step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,9 @@ import torch
 import xxhash
 from torch.nn.utils.rnn import pad_sequence
 
-from ..reach.ways import Above, Behind
-from ..reach.window import IGNORED, cut
+from ..reach.layers import SkipLayers
+from ..reach.prefixes import SkipPrefixes
+from ..reach.rows import IGNORED, cut
 from ..tuner.edits import Edits
 from ..tuner.resolve import locate
 
@@ -99,7 +100,7 @@ def cut_rows(edits: Edits, rows: Sequence[dict[str, Any]]) -> list[CutRow]:
 
 
 def count_batches(
-    way: Behind | Above | None, batches: Sequence[Sequence[CutRow]], held: Held, width: int, left: bool
+    way: SkipPrefixes | SkipLayers | None, batches: Sequence[Sequence[CutRow]], held: Held, width: int, left: bool
 ) -> Count:
     """Count what a pass over batches computes, and put into `held` what it would hold.
 
@@ -112,7 +113,7 @@ def count_batches(
     for batch in batches:
         tokens = len(batch) * max(row.length for row in batch)
         computed = tokens
-        if isinstance(way, Behind):
+        if isinstance(way, SkipPrefixes):
             computed = len(batch) * max(row.end - row.start for row in batch)
             count.frozen += _count_behind(way, batch, held, width, left)
         elif way is not None:
@@ -128,7 +129,7 @@ def _offsets(batch: Sequence[CutRow], left: bool) -> Iterator[int]:
     return (length - row.length if left else 0 for row in batch)
 
 
-def _count_behind(way: Behind, batch: Sequence[CutRow], held: Held, width: int, left: bool) -> int:
+def _count_behind(way: SkipPrefixes, batch: Sequence[CutRow], held: Held, width: int, left: bool) -> int:
     """Tokens times layers of the prefixes, and below the edits of the windows, that are not held yet."""
     prefixes: dict[Any, int] = {}
     windows: dict[Any, tuple[int, Any]] = {}
@@ -154,7 +155,7 @@ def _count_behind(way: Behind, batch: Sequence[CutRow], held: Held, width: int, 
     return frozen
 
 
-def _count_above(way: Above, batch: Sequence[CutRow], held: Held, width: int, left: bool) -> int:
+def _count_above(way: SkipLayers, batch: Sequence[CutRow], held: Held, width: int, left: bool) -> int:
     """Tokens times layers below the edits that are not held yet."""
     longest = max(row.length for row in batch)
     lacking = {}

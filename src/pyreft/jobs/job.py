@@ -35,7 +35,7 @@ from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import ReachPrinter
 from ..tasks.suites import GENERATED, GLUE
-from ..training.checkpoints import CheckpointingTrainer, check_same_rows, disk_full_as_os_error
+from ..training.checkpointing import CheckpointingTrainer, check_same_rows, disk_full_as_os_error
 from ..tuner.config import ReftConfig
 from .loss_curve import PICTURE, losses_of, write_losses
 from .methods import attach, count, make_config, save

@@ -18,8 +18,9 @@ from ..errors import ReftError
 from ..places.components import number_of_layers
 from ..places.structure import hidden_width
 from ..positions import Positions
-from ..reach.ways import Above, Behind
-from ..reach.window import IGNORED
+from ..reach.layers import SkipLayers
+from ..reach.prefixes import SkipPrefixes
+from ..reach.rows import IGNORED
 from ..tuner.adapted import edits_of
 from ..tuner.edits import Edits
 from .count import Count, Held, count_batches, cut_rows
@@ -155,11 +156,11 @@ def _refuse_nothing(plan: Plan, own: str) -> None:
         )
 
 
-def _empty_plan(prepared: PreparedJob, way: Behind | Above | None, why_not: str | None) -> Plan:
+def _empty_plan(prepared: PreparedJob, way: SkipPrefixes | SkipLayers | None, why_not: str | None) -> Plan:
     job, base = prepared.job, prepared.model.get_base_model()
     batches = math.ceil(len(prepared.rows) / job.batch_size)
     return Plan(
-        computes="rows" if way is None else "windows" if isinstance(way, Behind) else "layers",
+        computes="rows" if way is None else "windows" if isinstance(way, SkipPrefixes) else "layers",
         why_not=why_not,
         layers=number_of_layers(base),
         skipped=0 if way is None else way.kept,
@@ -173,7 +174,7 @@ def _empty_plan(prepared: PreparedJob, way: Behind | Above | None, why_not: str 
     )
 
 
-def _find_way(prepared: PreparedJob, edits: Edits) -> tuple[Behind | Above | None, str | None]:
+def _find_way(prepared: PreparedJob, edits: Edits) -> tuple[SkipPrefixes | SkipLayers | None, str | None]:
     """How the steps are computed: the model is probed on a few tokens of its longest prompt."""
     if prepared.reach is None:
         return None, "to compute only what the edits can reach is turned off (reach: false)"
@@ -186,7 +187,7 @@ def _find_way(prepared: PreparedJob, edits: Edits) -> tuple[Behind | Above | Non
 def _count(
     prepared: PreparedJob,
     edits: Edits,
-    way: Behind | Above | None,
+    way: SkipPrefixes | SkipLayers | None,
     rule: Positions,
     name: str,
     rows: Sequence[dict[str, Any]],
@@ -216,7 +217,7 @@ def _count(
     )
 
 
-def _add_times(plan: Plan, prepared: PreparedJob, edits: Edits, way: Behind | Above | None) -> None:
+def _add_times(plan: Plan, prepared: PreparedJob, edits: Edits, way: SkipPrefixes | SkipLayers | None) -> None:
     """Measure the rules that compute the fewest and the most tokens on one batch, and read off all others."""
     rows = _middle_batch(prepared)
     fewest, largest = (choose(plan.costs, key=lambda cost: cost.computed) for choose in (min, max))

@@ -1,13 +1,29 @@
-"""Running only some of a model's blocks, with no word of their class: for one forward, others return what they get."""
+"""Running only some of a model's blocks, with no word of their class: those before an edit alone, or those behind it.
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+The model is not touched, see `views`: a block in which a forward is to end raises what it computed, and blocks that are
+left out return what they get.
+"""
+
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..places.structure import find_blocks
+from ..places.structure import find_blocks, path_of
+from .rows import NotExactError
+from .views import Forward, view
+
+
+class _Ended(Exception):
+    """The forward has come to where it is to end.
+
+    Args:
+        output: what the last block returned.
+    """
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
 
 
 class Blocks:
@@ -15,11 +31,16 @@ class Blocks:
 
     Args:
         base: the model.
+        callers: it, what is around it, or what is in it and has the blocks: what may be run with some of them.
     """
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: nn.Module, callers: Iterable[nn.Module]) -> None:
         _, self._blocks = find_blocks(base)
-        self._numbers = {id(module): number for number, block in enumerate(self._blocks) for module in block.modules()}
+        self._paths = {caller: path_of(caller, self._blocks) for caller in callers}
+        self._numbers: dict[int, int] = {}
+        if len(set(self._blocks)) == len(self._blocks):  # one that stands in two places cannot be left out of one
+            for number, block in enumerate(self._blocks):
+                self._numbers.update({id(module): number for module in block.modules()})
         self._length: int | None = None  # of the tuple that a block returns; none for a tensor
 
     def __len__(self) -> int:
@@ -43,30 +64,32 @@ class Blocks:
         """Where a block's parameters are."""
         return next(self._blocks[number].parameters()).device
 
-    @contextmanager
-    def stopping_after(self, count: int) -> Iterator[list[Tensor]]:
-        """Run the first `count` blocks alone; the list then holds the last one's output, `[batch, tokens, d]`."""
-        last, found = self._blocks[count - 1].forward, []
+    def states(self, caller: nn.Module, count: int, **call: Any) -> Tensor:
+        """Run the first `count` blocks alone; return the last one's output, `[batch, tokens, d]`.
 
-        def record(*args: Any, **kwargs: Any) -> Any:
-            output = last(*args, **kwargs)
-            self._length = None if isinstance(output, Tensor) else len(output)
-            found.append(output if isinstance(output, Tensor) else output[0])
-            return output
+        Raises:
+            NotExactError: the model does not come to this block.
+        """
+        last = self._blocks[count - 1]
 
-        with self._replaced({count - 1: record} | dict.fromkeys(range(count, len(self)), self._pass_on)):
-            yield found
+        def end(*args: Any, **kwargs: Any) -> Any:
+            raise _Ended(last.forward(*args, **kwargs))
 
-    @contextmanager
-    def starting_after(self, count: int, states: Tensor | None) -> Iterator[None]:
-        """Leave out the first `count` blocks, whose output is given, `[batch, tokens, d]`."""
+        try:
+            self._view(caller, {count - 1: end})(**call)
+        except _Ended as ended:
+            self._length = None if isinstance(ended.output, Tensor) else len(ended.output)
+            return ended.output if isinstance(ended.output, Tensor) else ended.output[0]
+        raise NotExactError(f"the blocks of {type(caller).__name__} are not called where they are found")
+
+    def above(self, caller: nn.Module, count: int, states: Tensor | None) -> Any:
+        """A view of a module that leaves out the first `count` blocks, whose output is given, `[batch, tokens, d]`."""
 
         def give(*args: Any, **kwargs: Any) -> Any:
             return self._form(states)
 
-        given: dict[int, Callable] = {count - 1: give} if count else {}
-        with self._replaced(dict.fromkeys(range(count - 1), self._pass_on) | given):
-            yield
+        given: dict[int, Forward] = {count - 1: give} if count else {}
+        return self._view(caller, dict.fromkeys(range(count - 1), self._pass_on) | given)
 
     def _pass_on(self, *args: Any, **kwargs: Any) -> Any:
         return self._form(args[0] if args else kwargs["hidden_states"])
@@ -74,23 +97,6 @@ class Blocks:
     def _form(self, states: Tensor | None) -> Any:
         return states if self._length is None else (states, *[None] * (self._length - 1))
 
-    @contextmanager
-    def _replaced(self, forwards: dict[int, Callable]) -> Iterator[None]:
-        with replaced({self._blocks[number]: forward for number, forward in forwards.items()}):
-            yield
-
-
-@contextmanager
-def replaced(forwards: dict[nn.Module, Callable]) -> Iterator[None]:
-    """Let modules compute something else; their hooks, of edits and of whoever manages devices, still run."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.forward = forward
-        yield
-    finally:
-        for module, own in before.items():
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.forward = own
+    def _view(self, caller: nn.Module, forwards: dict[int, Forward]) -> Any:
+        path = self._paths[caller]
+        return view(caller, {f"{path}.{number}": forward for number, forward in forwards.items()})

@@ -18,18 +18,31 @@ def sliding_window(layer: CacheLayerMixin) -> int | None:
     return layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
 
 
+def _visible(length: int, span: int | None) -> int:
+    """How many of the last tokens of a prefix the tokens behind it see."""
+    return length if span is None else min(length, span - 1)
+
+
 def is_ordinary(cache: Any) -> bool:
     """Whether a cache holds nothing but keys and values of attention, all of them or those of a sliding window."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return isinstance(cache, DynamicCache) and all(type(layer) in kinds for layer in cache.layers)
 
 
+def empty_cache(sliding: Sequence[int | None]) -> Cache:
+    """A cache to be filled, such as the model makes.
+
+    Args:
+        sliding: see `sliding_window`; one for each block of the model.
+    """
+    return Cache(layers=[DynamicLayer() if span is None else DynamicSlidingWindowLayer(span) for span in sliding])
+
+
 def pairs_of(cache: Cache, row: int, length: int, blocks: int) -> list[Pair]:
     """What the first blocks of a cache hold of the last `length` tokens of a row; views."""
     found = []
     for layer in cache.layers[:blocks]:
-        window = sliding_window(layer)
-        kept = length if window is None else min(length, window - 1)
+        kept = _visible(length, sliding_window(layer))
         found.append(tuple(part[row, :, part.shape[-2] - kept :] for part in (layer.keys, layer.values)))
     return found
 
@@ -39,17 +52,16 @@ class Layout:
 
     Args:
         pairs: those of any row.
-        windows: of the same blocks, see `sliding_window`.
+        sliding: of the same blocks, see `sliding_window`.
     """
 
-    def __init__(self, pairs: Sequence[Pair], windows: Sequence[int | None]) -> None:
-        self.windows = list(windows)
+    def __init__(self, pairs: Sequence[Pair], sliding: Sequence[int | None]) -> None:
         groups: dict[tuple, int] = {}
         self._sizes: list[int] = []
         self._places: list[tuple[int, int]] = []  # of the keys and the values of each block in turn
-        for pair, window in zip(pairs, windows, strict=True):
+        for pair, span in zip(pairs, sliding, strict=True):
             for part in pair:
-                kind = (window, part.shape[0], part.shape[2], part.dtype, part.device)
+                kind = (span, part.shape[0], part.shape[2], part.dtype, part.device)
                 group = groups.setdefault(kind, len(groups))
                 if group == len(self._sizes):
                     self._sizes.append(0)
@@ -61,9 +73,8 @@ class Layout:
     def size(self, length: int) -> int:
         """How many bytes the pairs of a prefix of so many tokens take."""
         total = 0
-        for count, (window, heads, width, dtype, _) in zip(self._sizes, self._kinds, strict=True):
-            kept = length if window is None else min(length, window - 1)
-            total += count * heads * kept * width * dtype.itemsize
+        for count, (span, heads, width, dtype, _) in zip(self._sizes, self._kinds, strict=True):
+            total += count * heads * _visible(length, span) * width * dtype.itemsize
         return total
 
     def pack(self, pairs: Sequence[Pair]) -> list[Tensor]:
@@ -86,15 +97,15 @@ class PrefixLayer(CacheLayerMixin):
     Args:
         rows: a pair for each row, none for a row without a prefix; none at all for a block that is not run.
         past: how many columns the prefixes take, the shorter ones aligned to the right.
-        window: see `sliding_window`.
+        span: see `sliding_window`.
     """
 
-    def __init__(self, rows: list[Pair | None] | None, past: int, window: int | None) -> None:
+    def __init__(self, rows: list[Pair | None] | None, past: int, span: int | None) -> None:
         super().__init__()
-        self.is_sliding = window is not None
+        self.is_sliding = span is not None
         self.is_initialized = True
-        self._rows, self._past, self._window = rows, past, window
-        self._kept = past if window is None else min(past, window - 1)
+        self._rows, self._past, self._span = rows, past, span
+        self._kept = _visible(past, span)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Pair:
         """Return `[batch, heads, kept + width, …]`; nothing is kept, so a recomputation finds the same."""
@@ -112,27 +123,27 @@ class PrefixLayer(CacheLayerMixin):
         return self._kept + query_length, self._past - self._kept
 
     def get_max_length(self) -> int:
-        return -1 if self._window is None else self._window
+        return -1 if self._span is None else self._span
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the prefixes are here."""
 
 
 def prefix_cache(
-    rows: Sequence[Sequence[Pair] | None], past: int, windows: Sequence[int | None], blocks: range
+    rows: Sequence[Sequence[Pair] | None], past: int, sliding: Sequence[int | None], blocks: range
 ) -> Cache:
     """Return the cache of a batch.
 
     Args:
         rows: for each row the pairs of some blocks, none for a row without a prefix.
         past: see `PrefixLayer`.
-        windows: see `sliding_window`; one for each block of the model.
+        sliding: see `sliding_window`; one for each block of the model.
         blocks: those of the pairs; no others are run.
     """
     layers = []
-    for number, window in enumerate(windows):
+    for number, span in enumerate(sliding):
         pairs = [None if row is None else row[number - blocks.start] for row in rows] if number in blocks else None
-        layers.append(PrefixLayer(pairs, past, window))
+        layers.append(PrefixLayer(pairs, past, span))
     return Cache(layers=layers)
 
 

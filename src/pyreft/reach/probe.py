@@ -1,25 +1,35 @@
-"""Whether a way to compute a step in part is exact for a model: a few tokens tell, beside the ordinary step."""
+"""Whether a way to compute a step in part is exact for a model: a few rows tell, beside the ordinary step.
 
+A way is tried on a few tokens when it is first thought of, and again on longer rows whenever a batch has more columns
+than were tried so far. What a model does only from some column or position on shows there.
+"""
+
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..tuner.call import LOCATIONS
 from ..tuner.edits import Edits
 from ..tuner.layer import ReftLayer
+from . import trials
+from .arguments import COUNT, FUSED
+from .layers import SkipLayers
 from .parts import Parts
+from .prefixes import SkipPrefixes
+from .rows import IGNORED, NotExactError
 from .store import Store
-from .ways import FUSED, TYPES, Above, Behind
-from .window import IGNORED, NotExactError, Rows
 
-_ATTENTIONS = {"full_attention", "sliding_attention"}  # which see a token's own past, wherever its row begins
-_PROBED = 6  # tokens before and after the beginning of a window
-_SHIFT = 64  # columns of padding before them
-_UNLIKE = (  # what models may raise that cannot be run in parts
+Way = SkipPrefixes | SkipLayers
+Ordinary = Callable[..., Any]
+
+_MARGIN = 8  # positions at the end of a model's table that are tried only if a batch comes to them
+_UNLIKE = (  # what models may raise that cannot be run in parts, or not with so many columns
     NotExactError,
     AttributeError,
     IndexError,
@@ -31,6 +41,15 @@ _UNLIKE = (  # what models may raise that cannot be run in parts
 )
 
 
+@dataclass
+class _Tried:
+    """How many columns a way was found exact for, from how many on it is not, and why."""
+
+    proven: int = 0
+    refused: float = math.inf
+    why: str = ""
+
+
 class Probe:
     """Tries ways beside the ordinary step, without randomness.
 
@@ -38,152 +57,158 @@ class Probe:
 
     Args:
         parts: of the base model.
-        edits: of its edits.
-        limit: the longest row whose angles do not depend on its length.
+        edits: of the model.
     """
 
-    def __init__(self, parts: Parts, edits: Edits, limit: int | None) -> None:
-        self._parts, self._edits, self._limit, self._base = parts, edits, limit, parts.base
-        self.why_not = f"parts of {type(parts.base).__name__} computed apart differ from the whole"
+    def __init__(self, parts: Parts, edits: Edits) -> None:
+        self._edits, self._base = edits, parts.base
+        self._keeps = "logits_to_keep" in inspect.signature(parts.base.forward).parameters
+        self._tried: dict[Way, _Tried] = {}
 
-    def find(
-        self, call: dict[str, Any], ordinary: Callable[..., Any], kept: int, causal: bool, key: bytes
-    ) -> Behind | Above | None:
-        """Return the way that is exact; none where none is.
+    def proven(self, way: Way) -> int:
+        """For how many columns a way is known to be exact."""
+        return self._tried[way].proven
+
+    def why_not(self, way: Way) -> str:
+        """Why a way was not allowed."""
+        return self._tried[way].why
+
+    def allows(self, way: Way, call: dict[str, Any], ordinary: Ordinary, columns: int, context: int) -> bool:
+        """Whether a way is exact in batches of so many columns or positions; tried if it is not known.
 
         Args:
-            call: a batch; a few of its tokens are tried.
+            call: a batch; of its rows some are tried.
             ordinary: the ordinary step.
-            kept, key: see `Behind`.
-            causal: whether all of the base model is frozen.
+            columns: no more than the batch or the context has.
+            context: how many positions the model has; 0 if it does not say it.
 
         Raises:
             NotExactError: a batch that tells nothing of the model.
         """
-        parts, kind = self._parts, call["input_ids"].device.type
-        config = self._base.config.get_text_config()
-        causal = causal and self._edits.causal and parts.backbone is not self._base and call.get(TYPES) is None
-        causal = causal and set(getattr(config, "layer_types", None) or ()) <= _ATTENTIONS
-        mixed = torch.is_autocast_enabled(kind) and self._base.dtype != torch.float32
-        devices = [call["input_ids"].device] if kind == "cuda" else []
-        with (
-            torch.no_grad(),
-            _without_dropout(self._edits.layers),
-            torch.autocast(kind, enabled=mixed),
-            torch.random.fork_rng(devices),  # the training draws as if nothing had been tried
-        ):
-            if causal and (way := self._behind(call, ordinary, kept, key)) is not None:
-                return way
-            for padding in (False, True) if kept else ():
-                above = Above(parts, self._edits, kept, padding, key)
-                if self._is_exact_above(above, call, ordinary):
-                    return above
-        return None
+        tried = self._tried.setdefault(way, _Tried())
+        if columns <= tried.proven:
+            return True
+        if columns >= tried.refused:
+            return False
+        with self._quietly(call["input_ids"].device):
+            if isinstance(way, SkipLayers):
+                self._try(tried, columns, lambda: self._apart_in_layers(way, call, ordinary))
+                return columns <= tried.proven
+            counted = way.tokens, way.computed
+            sample = self._sample(way, call)
+            if not tried.proven:
+                self._try(tried, 0, lambda: self._apart_at_first(way, call, ordinary, sample, context))
+            for size in dict.fromkeys((_rounded(columns, context), columns)):
+                if tried.proven < columns and size < tried.refused:
+                    batches = trials.long(sample, size, context)
+                    self._try(tried, size, functools.partial(self._apart_in_prefixes, way, ordinary, batches))
+            way.tokens, way.computed = counted
+        return columns <= tried.proven
 
-    def _behind(self, call: dict[str, Any], ordinary: Callable[..., Any], kept: int, key: bytes) -> Behind | None:
-        """The way that counts positions as the model does, if it is exact.
-
-        Where a row's padding changes them only in a rounding, as with rotary positions, they are counted without it:
-        then what is held serves the row in any batch.
-        """
-        ways = [Behind(self._parts, self._edits, kept, offsets, key) for offsets in (False, True)]
-        far, near = self._few(call, *ways[0].cut_at(call))
+    def _try(self, tried: _Tried, columns: int, distance: Callable[[], float]) -> None:
         try:
-            expected = [ordinary(**each) for each in (far, near)]
-            plain, offset = (
-                max(_distance_behind(way, *pair) for pair in zip((far, near), expected, strict=True)) for way in ways
-            )
-            way = ways[plain > max(4 * offset, 2 * torch.finfo(self._base.dtype).eps, 1e-4)]
-            if call.get(FUSED):
-                near, expected[1] = near | {FUSED: True}, ordinary(**near, **{FUSED: True})
-            output = way(near, ordinary, Store(0))  # a model may have a loss of its own
-            distance = max(min(plain, offset), _distance(output, expected[1], ("loss",)))
-        except _UNLIKE as error:
-            self.why_not = str(error)  # a model that cannot be run in parts at all
-            return None
-        way.tokens = way.computed = 0
-        return way if distance <= self._tolerance() else None
-
-    def _few(self, call: dict[str, Any], edited: Tensor, rows: Rows) -> tuple[dict[str, Any], dict[str, Any]]:
-        """A few tokens on either side of the beginning of a window, behind much padding, and before a little."""
-        number = rows.prefix_lengths.index(rows.past)
-        first = max(rows.first[number], rows.start[number] - _PROBED)
-        last = max(rows.start[number] + _PROBED, first + 3)
-        ids, where = call["input_ids"][number, first:last], edited[number, first:last]
-        count = max(len(self._edits.rules[name]) for name in self._edits.active)
-        width = self._limit or getattr(self._base.config.get_text_config(), "max_position_embeddings", None)
-        room = min(_SHIFT, max(0, (width or _SHIFT + len(ids)) - len(ids)))
-        return _padded_left(ids, where, count, room), _padded_right(ids, where, count)
-
-    def _is_exact_above(self, way: Above, call: dict[str, Any], ordinary: Callable[..., Any]) -> bool:
-        """Compare what the model returns for a few rows, padded on either side."""
-        few = _two_padded(call)
-        store = Store(1 << 62)
-        expected = ordinary(**few)
-        found = [way(few, ordinary, store) for _ in range(2)]  # computed, then held
-        return all(_distance(one, expected, ("logits",)) <= self._tolerance() for one in found)
+            exact = distance() <= self._tolerance()
+            why = f"parts of {type(self._base).__name__} computed apart differ from the whole"
+        except _UNLIKE as error:  # a model that cannot be run in parts, or not with so many columns
+            exact, why = False, str(error)
+        if exact:
+            tried.proven = max(tried.proven, columns)
+        else:
+            tried.refused = columns
+            tried.why = f"{why}, in rows of {columns} columns" if tried.proven else why
 
     def _tolerance(self) -> float:
         """What rounding may make of a tensor, relative to it; structural differences are far larger."""
         return max(8 * torch.finfo(self._base.dtype).eps, 1e-4)
 
+    # -- without layers -------------------------------------------------------------------------------------------
 
-def _padded_left(ids: Tensor, where: Tensor, count: int, room: int) -> dict[str, Any]:
-    """A batch of a row and its end, behind padding, edited at these tokens."""
-    text = torch.ones(2, len(ids), dtype=torch.bool, device=ids.device)
-    text[1, : _gap(ids)] = False
-    pad = (room, 0)
-    batch, edited = (nn.functional.pad(each.repeat(2, 1), pad) for each in (ids, where))
-    return _labelled(batch, edited, nn.functional.pad(text, pad), count)
+    def _apart_in_layers(self, way: SkipLayers, call: dict[str, Any], ordinary: Ordinary) -> float:
+        """How far what the model returns is, when the states below are computed and when they are held."""
+        few = trials.whole(call)
+        store = Store(1 << 62)
+        expected = ordinary(**few)
+        found = [way(few, way.plan(few), store) for _ in range(2)]
+        return max(_distance(one, expected, ("logits",)) for one in found)
+
+    # -- without prefixes -----------------------------------------------------------------------------------------
+
+    def _sample(self, way: SkipPrefixes, call: dict[str, Any]) -> trials.Sample:
+        plan = way.plan(call)
+        edited = torch.stack(list(plan.located.masks.values())).any(0)
+        count = max(len(self._edits.rules[name]) for name in self._edits.active)
+        return trials.Sample.of(call["input_ids"], edited, plan.rows, count)
+
+    def _apart_at_first(
+        self, way: SkipPrefixes, call: dict[str, Any], ordinary: Ordinary, sample: trials.Sample, context: int
+    ) -> float:
+        """How far a few tokens are: their logits, counted as is better, and what the call returns."""
+        far, near = trials.far(sample, context), trials.near(sample)
+        distance = self._counted(way, [(batch, ordinary(**batch), None) for batch in (far, near)])
+        near |= {name: call[name] for name in (FUSED, COUNT) if call.get(name) is not None}
+        output = way(near, way.plan(near), Store(0))
+        return max(distance, _distance(output, ordinary(**near), ("loss",)))  # a model may have a loss of its own
+
+    def _apart_in_prefixes(self, way: SkipPrefixes, ordinary: Ordinary, batches: list[dict[str, Any]]) -> float:
+        """How far the logits of a few tokens in long rows are."""
+        pairs: list[tuple[dict[str, Any], Any, Tensor | None]] = []
+        for batch in batches:
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            asked = (batch["labels"][:, 1:] != IGNORED).any(0).nonzero()[:, 0] if self._keeps else None
+            if asked is not None:
+                inputs["logits_to_keep"] = asked
+            pairs.append((batch, ordinary(**inputs), asked))
+        return self._counted(way, pairs)
+
+    def _counted(self, way: SkipPrefixes, pairs: list[tuple[dict[str, Any], Any, Tensor | None]]) -> float:
+        """How far logits are, with positions counted as the model does: `way.offsets` is set to it.
+
+        Where a row's padding changes them only in a rounding, as with rotary positions, they are counted without it:
+        then what is held serves the row in any batch.
+        """
+        before, way.offsets = way.offsets, False
+        plain = max((_distance_of_logits(way, *pair) for pair in pairs), default=0.0)
+        if plain <= max(2 * torch.finfo(self._base.dtype).eps, 1e-4):
+            return plain
+        way.offsets = True
+        offset = max(_distance_of_logits(way, *pair) for pair in pairs)
+        way.offsets = plain > 4 * offset if min(plain, offset) <= self._tolerance() else before
+        return min(plain, offset)
+
+    @contextmanager
+    def _quietly(self, device: torch.device) -> Iterator[None]:
+        """Without gradients and chance; the training then draws as if nothing had been tried."""
+        mixed = torch.is_autocast_enabled(device.type) and self._base.dtype != torch.float32
+        with (
+            torch.no_grad(),
+            _without_dropout(self._edits.layers),
+            torch.autocast(device.type, enabled=mixed),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
+            yield
 
 
-def _padded_right(ids: Tensor, where: Tensor, count: int) -> dict[str, Any]:
-    """A batch of a row and its end, before padding."""
-    text = torch.ones(2, len(ids), dtype=torch.bool, device=ids.device)
-    text[1, len(ids) - _gap(ids) :] = False
-    batch, edited = (torch.stack((each, each.roll(-_gap(ids)))) for each in (ids, where))
-    return _labelled(batch, edited, text, count)
+def _rounded(columns: int, context: int) -> int:
+    """The next of the sizes 16, 24, 32, 48, 64, …, so that few are tried; itself, if these positions may not be."""
+    size = 16
+    while size < columns:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size if size <= context - _MARGIN else columns
 
 
-def _gap(ids: Tensor) -> int:
-    return min(2, len(ids) - 2)
+def _distance_of_logits(way: SkipPrefixes, call: dict[str, Any], expected: Any, asked: Tensor | None) -> float:
+    """How far the logits of tokens with labels are, when their states are computed and when they are held.
 
-
-def _labelled(ids: Tensor, edited: Tensor, text: Tensor, count: int) -> dict[str, Any]:
-    edited = edited & text
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    locations = columns.where(edited, -1)[:, None].expand(-1, count, -1)
-    begin = columns.where(edited, ids.shape[1] - 2).amin(1, keepdim=True)
-    labels = ids.where(text & (columns > begin), IGNORED)
-    return {"input_ids": ids, "attention_mask": text.long(), "labels": labels, LOCATIONS: locations}
-
-
-def _two_padded(call: dict[str, Any]) -> dict[str, Any]:
-    """The first and the last row of a batch, one padded on the left, the other on the right."""
-    ids = call["input_ids"]
-    few = {"attention_mask": torch.ones_like(ids), **call}
-    few.pop("num_items_in_batch", None)
-    for name, value in few.items():
-        if isinstance(value, Tensor) and value.shape == ids.shape:
-            fill = IGNORED if name == "labels" else 0
-            few[name] = torch.stack(
-                [nn.functional.pad(value[n], at, value=fill) for n, at in ((0, (2, 0)), (-1, (0, 2)))]
-            )
-        elif isinstance(value, Tensor) and value.dim() and len(value) == len(ids):
-            few[name] = value[[0, -1]]
-        elif isinstance(value, list) and len(value) == len(ids):
-            few[name] = [value[0], value[-1]]
-    return {name: value for name, value in few.items() if value is not None}
-
-
-def _distance_behind(way: Behind, call: dict[str, Any], expected: Any) -> float:
-    """How far the logits of tokens with labels are, when their states are computed and when they are held."""
+    Args:
+        asked: the columns for which there are logits; none for all of them.
+    """
     store = Store(1 << 62)
     found = []
     for _ in range(2):
-        hidden, _, at = way.final(call, store)
+        hidden, _, (rows, columns) = way.final(call, way.plan(call), store)
+        at = columns if asked is None else torch.searchsorted(asked, columns)
         # what all logits of a token have in common would hide how they differ
-        logits = [each - each.mean(-1, keepdim=True) for each in (way.parts.logits(hidden), expected.logits[at])]
+        logits = (each - each.mean(-1, keepdim=True) for each in (way.parts.logits(hidden), expected.logits[rows, at]))
         found.append(_apart(*logits))
     return max(found)
 
@@ -204,11 +229,12 @@ def _apart(found: Tensor, expected: Tensor) -> float:
 
 @contextmanager
 def _without_dropout(layers: list[ReftLayer]) -> Iterator[None]:
-    training = [layer for layer in layers if layer.training]
-    for layer in training:
-        layer.eval()
+    """Edits in evaluation, each module of them afterwards in the mode it was in."""
+    training = [module for layer in layers for module in layer.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        for layer in training:
-            layer.train()
+        for module in training:
+            module.training = True

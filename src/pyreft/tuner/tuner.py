@@ -5,6 +5,7 @@ the `Locator` of the model says.
 """
 
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -39,7 +40,6 @@ class ReftTuner(BaseTuner):
     prefix = PREFIX
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
-    reach: Any = None  # while steps compute only what the edits can reach, the `Reach` that does
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         wrapped = isinstance(peft_config, dict)  # by a `PeftModel`; else the model itself gets the adapter
@@ -59,11 +59,12 @@ class ReftTuner(BaseTuner):
         return self.compute(super().forward, args, kwargs)
 
     def compute(self, ordinary: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A call of the model, `ordinary(*args, **kwargs)`, in part while a `Reach` is at it."""
+        """A call of the model, `ordinary(*args, **kwargs)`, or what computes it in this thread, see `in_part`."""
         self.check_attached()
-        if self.reach is None or args or torch.compiler.is_compiling():
+        if args or torch.compiler.is_compiling():
             return ordinary(*args, **kwargs)
-        return self.reach.forward(ordinary, kwargs)
+        compute = next((compute for tuner, compute in reversed(_in_part.entries) if tuner is self), None)
+        return ordinary(**kwargs) if compute is None else compute(ordinary, kwargs)
 
     def check_attached(self) -> None:
         """Refuse to act for edits that are not on the base model any more, where another's may be now.
@@ -234,6 +235,30 @@ class ReftTuner(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+
+
+class _InPart(threading.local):
+    entries: tuple[tuple[ReftTuner, Any], ...] = ()  # the innermost last
+
+
+_in_part = _InPart()
+
+
+@contextmanager
+def in_part(tuner: ReftTuner, compute: Callable[[Callable[..., Any], dict[str, Any]], Any] | None) -> Iterator[None]:
+    """Let calls of a model that this thread makes be computed by something else.
+
+    Args:
+        tuner: of the model.
+        compute: gets the ordinary call and its arguments, and returns what the model is to return; none to let the
+            model itself do it.
+    """
+    entry = tuner, compute
+    _in_part.entries = (*_in_part.entries, entry)
+    try:
+        yield
+    finally:  # in another thread, if the one that entered has ended, there is nothing to take back
+        _in_part.entries = tuple(one for one in _in_part.entries if one is not entry)
 
 
 def tuner_of(model: nn.Module) -> ReftTuner | None:

@@ -75,6 +75,18 @@ class Rows:
         first, start, end = ([values[row] for row in rows] for values in (self.first, self.start, self.end))
         return Rows(first, start, end, self.device)
 
+    def within(self, columns: int) -> "Rows":
+        """The same rows with shorter prefixes, where prefixes and windows take more columns than these together.
+
+        No window grows by it beyond the longest, if each row fits into the columns: what filled the shorter windows up
+        is text then.
+        """
+        most = max(columns - self.width, 0)
+        if self.past <= most:
+            return self
+        start = [min(start, first + most) for start, first in zip(self.start, self.first, strict=True)]
+        return Rows(self.first, start, self.end, self.device)
+
     def prefixes(self) -> "Rows":
         """The prefixes as windows of their own, behind nothing and aligned to the right."""
         return Rightmost(self.first, self.first, self.start, self.device)
