@@ -1,5 +1,10 @@
 """The edits: small modules that map a hidden state h to h', and the table of their names."""
 
+import inspect
+from typing import Any
+
+from torch import nn
+
 from ..errors import ReftError, did_you_mean
 from .intervention import Intervention, stack
 from .low_rank import (
@@ -11,6 +16,15 @@ from .low_rank import (
     NodireftIntervention,
     NoreftIntervention,
 )
+from .pyvene import (
+    ConstantSourceIntervention,
+    DistributedRepresentationIntervention,
+    LocalistRepresentationIntervention,
+    SourcelessIntervention,
+    TrainableIntervention,
+    settings_of,
+    speaks_pyvene,
+)
 from .rank_one import Reftr1Intervention
 from .rotation import LowRankRotateLayer, orthonormal_columns, orthonormalize
 from .vectors import BiasIntervention, JolaIntervention, LofitIntervention, RedIntervention, RoadIntervention
@@ -19,10 +33,13 @@ __all__ = [
     "INTERVENTIONS",
     "BiasIntervention",
     "ConsreftIntervention",
+    "ConstantSourceIntervention",
     "DireftIntervention",
+    "DistributedRepresentationIntervention",
     "Intervention",
     "JolaIntervention",
     "LobireftIntervention",
+    "LocalistRepresentationIntervention",
     "LofitIntervention",
     "LoreftIntervention",
     "LowRankIntervention",
@@ -32,34 +49,43 @@ __all__ = [
     "RedIntervention",
     "Reftr1Intervention",
     "RoadIntervention",
+    "SourcelessIntervention",
+    "TrainableIntervention",
     "intervention_class",
     "orthonormal_columns",
     "orthonormalize",
     "register",
+    "setting_names",
+    "settings_of",
     "short_name",
+    "speaks_pyvene",
     "stack",
 ]
 
-INTERVENTIONS: dict[str, type[Intervention]] = {}
+INTERVENTIONS: dict[str, type[Any]] = {}
 """By its name in configs and files, every known class."""
 
 
-def short_name(cls: type[Intervention]) -> str:
+def short_name(cls: type[nn.Module]) -> str:
     """The name of a class in configs and files, such as `"loreft"`."""
     return cls.__name__.lower().removesuffix("intervention")
 
 
-def register(cls: type[Intervention]) -> type[Intervention]:
+def register(cls: type[Any]) -> type[Any]:
     """Let configs and files name a class of one's own; a file alone can never bring in a class.
 
-    Passing the class to `ReftConfig(intervention=...)` or `ReftModel.load(..., interventions=[...])` does the same.
+    It is a subclass of `Intervention`, or a module in pyvene's shape (see `interventions.pyvene`). Passing the class to
+    `ReftConfig(intervention=...)` or `ReftModel.load(..., interventions=[...])` does the same.
 
     Raises:
         ReftError: not an intervention, or another class has the name.
     """
-    if not (isinstance(cls, type) and issubclass(cls, Intervention)):
+    fits = isinstance(cls, type) and issubclass(cls, nn.Module)
+    if not (fits and (issubclass(cls, Intervention) or speaks_pyvene(cls))):
         raise ReftError(
-            f"expected a subclass of pyreft.interventions.Intervention, got {cls!r}.", setting="intervention"
+            "expected a subclass of pyreft.interventions.Intervention, or a module with "
+            f"forward(base, source=None, subspaces=None), got {cls!r}.",
+            setting="intervention",
         )
     name = short_name(cls)
     known = INTERVENTIONS.get(name, cls)
@@ -88,7 +114,17 @@ for _cls in (
     register(_cls)
 
 
-def intervention_class(name: str | type[Intervention]) -> type[Intervention]:
+def setting_names(cls: type[Any]) -> tuple[set[str], bool]:
+    """The keyword arguments that a class takes, but for the width, and whether it may take others, as in pyvene."""
+    own = cls.__module__.startswith(f"{__package__}.") or (
+        issubclass(cls, Intervention) and not issubclass(cls, LowRankIntervention)
+    )
+    parameters = inspect.signature(cls).parameters.values()
+    names = cls.setting_names() if issubclass(cls, Intervention) else {p.name for p in parameters} - {"embed_dim"}
+    return names, not own and any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def intervention_class(name: str | type[Any]) -> type[Any]:
     """Return the class of a name such as `"loreft"` or `"LoreftIntervention"`; a class is registered.
 
     Raises:

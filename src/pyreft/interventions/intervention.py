@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReftError
+from .pyvene import first_of_pair, in_our_shape, mask_of_directions
 
 
 class Intervention(nn.Module):
@@ -85,16 +86,23 @@ class Intervention(nn.Module):
         """Return the directions along which h' differs from h, `[r, d]`, in float32; none if there are none."""
         return None
 
+    @in_our_shape
     def forward(
-        self, h: Tensor, *, R: Tensor | None = None, subspaces: Tensor | None = None, **context: Tensor
+        self, h: Tensor, source: None = None, subspaces: Any = None, *, R: Tensor | None = None, **context: Tensor
     ) -> Tensor:
         """Return h' for the states h, `[n, d]`, in the type of h.
 
         Args:
+            source: of no use; pyvene's interventions take it here.
+            subspaces: `[n, r]`, true for the directions that each token may move along. For states `[batch, n, d]`,
+                a list of these directions for each row, as pyvene has them.
             R: the directions, `basis()`, where they have been computed already; a formula that has them takes them.
-            subspaces: `[n, r]`, true for the directions that each token may move along.
             context: what else the formula takes.
         """
+        if isinstance(subspaces, list):
+            mask = mask_of_directions(subspaces, h, getattr(self, "low_rank_dimension", 0))
+            return Intervention.forward(self, h.flatten(0, -2), None, mask, R=R, **context).view_as(h)
+        subspaces = None if isinstance(subspaces, dict) else subspaces  # for a class of one's own
         with torch.autocast(h.device.type, enabled=False):
             wide = h.float()
             R = self.basis() if R is None else R
@@ -107,6 +115,9 @@ class Intervention(nn.Module):
             if self.training and self.dropout.p:
                 new = wide + self.dropout(new - wide)
             return new.to(h.dtype)
+
+    def __getitem__(self, index: int) -> "Intervention":
+        return first_of_pair(self, index)
 
     def penalty(self) -> Tensor | None:
         """What the training loss gets on top after a forward, a scalar, or nothing."""

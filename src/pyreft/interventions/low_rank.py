@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 
 from ..errors import ReftError, did_you_mean
 from .intervention import Intervention, check_rank
+from .pyvene import take_further
 from .rotation import LowRankRotateLayer
 
 
@@ -24,6 +25,7 @@ class LowRankIntervention(Intervention):
         add_bias: give the projection W₂ of `NoreftIntervention` and `NodireftIntervention` a bias.
         dtype: type of the parameters, float32 if not given.
         device: where to put the parameters.
+        further: what pyvene's classes take, to no effect; and what the class of a user asks for beside.
 
     Raises:
         ReftError: a rank below 1 or above the width, or an unknown activation.
@@ -39,6 +41,7 @@ class LowRankIntervention(Intervention):
         add_bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        **further: Any,
     ) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
         check_rank(low_rank_dimension, embed_dim)
@@ -47,6 +50,7 @@ class LowRankIntervention(Intervention):
         self.low_rank_dimension = low_rank_dimension
         self.act_fn_name = act_fn
         self.add_bias = add_bias
+        self._further = take_further(type(self), further)
         self.act_fn = nn.Identity() if act_fn is None else ACT2FN[act_fn]
         self.make_parameters(embed_dim, low_rank_dimension)
         self.to(device=device, dtype=dtype)
@@ -58,6 +62,7 @@ class LowRankIntervention(Intervention):
             "low_rank_dimension": self.low_rank_dimension,
             "act_fn": self.act_fn_name,
             "add_bias": self.add_bias,
+            **self._further,
         }
 
     learned_source: Any  # W and b as a linear layer, or b alone

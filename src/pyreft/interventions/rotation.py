@@ -1,11 +1,13 @@
 """R: matrices with orthonormal columns, kept so whatever the optimiser does, and computed for many layers at once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..sharded import is_sharded
+from .pyvene import PlainRotateLayer
 
 
 def orthonormal_columns(free: Tensor) -> Tensor:
@@ -22,7 +24,13 @@ class LowRankRotateLayer(nn.Module):
     """R, as `weight` `[d, r]` with orthonormal columns whatever the optimiser does to the `free` parameter.
 
     It is computed from the parameter each time it is asked for; who needs it often asks once, see `orthonormalize`.
+    Made with `init_orth`, as interventions of one's own for the original make it, it is the original's layer.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) > 2 or "init_orth" in kwargs:
+            return PlainRotateLayer(*args, **kwargs)
+        return super().__new__(cls)
 
     def __init__(self, embed_dim: int, low_rank_dimension: int) -> None:
         super().__init__()
@@ -41,7 +49,7 @@ class LowRankRotateLayer(nn.Module):
         self.free.copy_(rotation)
 
     def forward(self, h: Tensor) -> Tensor:
-        return h @ self.weight
+        return h.to(torch.float32) @ self.weight
 
 
 def orthonormalize(rotations: Sequence[LowRankRotateLayer]) -> dict[LowRankRotateLayer, Tensor]:

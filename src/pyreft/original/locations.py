@@ -115,7 +115,7 @@ def read_subspaces(
 ) -> list[list[list[int] | None]] | None:
     """Turn the original's `[interventions][batch][directions]` into `[batch][interventions][directions]`.
 
-    A dict for an intervention, as in `[{"idx": ...}]`, is for a class of one's own; it chooses no directions.
+    A dict for an intervention, as in `[{"idx": ...}]`, is for a class of one's own, in each row's place.
 
     Args:
         repeated: whether the rows may stand there once for each beam.
@@ -125,7 +125,7 @@ def read_subspaces(
     """
     nested = _nested(subspaces, batch, interventions)
     try:
-        nested = [None if isinstance(rows, dict) else rows for rows in nested]
+        nested = [[rows] * batch if isinstance(rows, dict) else rows for rows in nested]
         if repeated:
             nested = [rows if rows is None else _once(rows, batch) for rows in nested]
         if len(nested) != interventions or any(rows is not None and len(rows) != batch for rows in nested):

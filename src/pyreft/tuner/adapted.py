@@ -29,7 +29,7 @@ def penalty(model: nn.Module) -> Tensor | None:
     """
     layers = reft_layers(model)
     edits = (edit for layer in layers for name in layer.enabled_adapters for _, edit in layer.of(name))
-    terms = [term for edit in edits if (term := edit.penalty()) is not None]
+    terms = [term for edit in edits if isinstance(edit, Intervention) and (term := edit.penalty()) is not None]
     return torch.stack([term.to(terms[0].device) for term in terms]).sum() if terms else None
 
 

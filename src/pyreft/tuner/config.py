@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 from peft import PeftConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from torch import nn
 
 from ..errors import ReftError, check_type, did_you_mean
-from ..interventions import Intervention, intervention_class, register, short_name
+from ..interventions import Intervention, intervention_class, register, setting_names, settings_of, short_name
 from ..positions import Positions, rule_name
 
 
@@ -57,19 +58,21 @@ class Representation:
             (self.layer,) = _read_layers(self.layer)
         if self.side not in (None, "prefix", "suffix"):
             raise ReftError(f"expected prefix or suffix, got {self.side!r}.", setting="side")
-        if isinstance(self.intervention, Intervention):
+        if isinstance(self.intervention, nn.Module):
             self._take_settings(self.intervention)
         else:
             self.intervention = short_name(intervention_class(self.intervention))
         if self.positions is not None:
             self.positions = rule_name(self.positions)
 
-    def _take_settings(self, module: Intervention) -> None:
+    def _take_settings(self, module: nn.Module) -> None:
         """A ready module decides its settings; a contradicting one beside it is an error."""
         register(type(module))
-        settings = dict(module.settings)
+        settings = dict(settings_of(module))
         for name in _SETTINGS:
             value, given = settings.pop(name, None), getattr(self, name)
+            if value is None and not isinstance(module, Intervention):
+                continue  # what stands beside one in pyvene's shape goes to its class
             if name == "low_rank_dimension" and given not in (None, value):
                 warnings.warn(
                     f"representations: low_rank_dimension is {given} beside an intervention made with {value}, "
@@ -92,13 +95,14 @@ class Representation:
         rule = Positions.parse(self.positions)
         return next((part for part in rule.sides() if part.side == self.side), rule)
 
-    def make(self, width: int) -> Intervention:
+    def make(self, width: int) -> Any:
         """Return the intervention for states of this width, ready or newly made."""
-        if isinstance(self.intervention, Intervention):
-            if self.intervention.embed_dim != width:
+        if isinstance(self.intervention, nn.Module):
+            known = getattr(self.intervention, "embed_dim", None)
+            if known is not None and int(known) != width:
                 raise ReftError(
                     f"the {self.component} of layer {self.layer} is {width} wide, "
-                    f"the intervention given for it {self.intervention.embed_dim}.",
+                    f"the intervention given for it {int(known)}.",
                     setting="embed_dim",
                 )
             return self.intervention
@@ -107,9 +111,9 @@ class Representation:
         if self.low_rank_dimension is not None:  # 0 is refused, not left out
             settings["low_rank_dimension"] = self.low_rank_dimension
         settings |= self.intervention_kwargs or {}
-        taken = cls.setting_names()
+        taken, others = setting_names(cls)
         for name in settings:
-            if name not in taken:
+            if name not in taken and not others:
                 raise ReftError(
                     f"the intervention {self.intervention!r} does not take it, only "
                     f"{', '.join(sorted(taken))}.{did_you_mean(name, taken)}",
@@ -122,22 +126,22 @@ class Representation:
         _check_numbers(cls, settings)
         try:
             return cls(embed_dim=width, **settings)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, KeyError) as error:
             if isinstance(error, ReftError):
                 raise
             raise ReftError(
-                f"no {cls.__name__} can be made with {settings} ({error}).", setting="intervention"
+                f"no {cls.__name__} can be made with {settings} ({error!r}).", setting="intervention"
             ) from error
 
     def settle(self) -> None:
         """Let go of a ready module, which now belongs to a model, and remember its class by name."""
-        if isinstance(self.intervention, Intervention):
+        if isinstance(self.intervention, nn.Module):
             self.intervention = short_name(type(self.intervention))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: a module is named by its class."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
-        if isinstance(self.intervention, Intervention):
+        if isinstance(self.intervention, nn.Module):
             data["intervention"] = short_name(type(self.intervention))
         return {key: value for key, value in data.items() if value is not None}
 
@@ -245,7 +249,7 @@ class ReftConfig(PeftConfig):
         else:
             cls = intervention_class(self.intervention)
             self.intervention = short_name(cls)
-            if self.low_rank_dimension == DEFAULT_RANK and "low_rank_dimension" not in cls.setting_names():
+            if self.low_rank_dimension == DEFAULT_RANK and not _takes_rank(cls):
                 self.low_rank_dimension = None
             self.positions = rule_name(DEFAULT_POSITIONS if self.positions is None else self.positions)
 
@@ -276,14 +280,14 @@ class ReftConfig(PeftConfig):
             )
         given = values.get("intervention", self.intervention)
         inherited = ["positions", "component"]
-        if not isinstance(given, Intervention):
-            taken = intervention_class(given).setting_names()
+        if not isinstance(given, nn.Module):
+            taken, _ = setting_names(intervention_class(given))
             inherited += ["intervention", *(name for name in _SETTINGS if name in taken)]
             if "intervention" not in values:
                 inherited.append("intervention_kwargs")
         return Representation(**{name: getattr(self, name) for name in inherited} | values)
 
-    def expand(self, number_of_layers: int) -> list[Representation]:
+    def expand(self, number_of_layers: int | None) -> list[Representation]:
         """The edited places one by one, for a model of so many layers.
 
         The order is that of the interventions in every call and file. A prefix and a suffix with weights of their
@@ -291,7 +295,7 @@ class ReftConfig(PeftConfig):
         """
         if self.representations is not None:
             return self.representations
-        layers = range(number_of_layers) if self.layers == "all" else self.layers
+        layers = range(number_of_layers or 0) if self.layers == "all" else self.layers
         rule = Positions.parse(self.positions or DEFAULT_POSITIONS)
         sides = [None] if self.share_weights else [part.side for part in rule.sides()]
         return [
@@ -333,11 +337,16 @@ def _check(given: Any, types: dict[str, tuple[type, ...]]) -> None:
         raise ReftError(f"expected a share from 0 to 1, got {given.dropout!r}.", setting="dropout")
     shape = getattr(given, "base_model_shape", None) or {}
     for name in ("hidden_size", "num_hidden_layers"):
-        number = shape.get(name)  # none where a network has no blocks
-        if number is not None and (not isinstance(number, int) or not 1 <= number <= _MOST):
+        number = shape.get(name)  # none, of a network without blocks
+        if number is not None and (type(number) is not int or not 1 <= number <= _MOST):
             raise ReftError(
                 f"{name}: expected a number from 1 to {_MOST:,}, got {number!r}.", setting="base_model_shape"
             )
+
+
+def _takes_rank(cls: type[Any]) -> bool:
+    names, others = setting_names(cls)
+    return others or "low_rank_dimension" in names
 
 
 def _check_numbers(cls: type[Intervention], settings: dict[str, Any]) -> None:

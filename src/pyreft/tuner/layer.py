@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ReftError
 from ..interventions import Intervention, LowRankRotateLayer, stack
+from ..interventions.pyvene import Asked, speaks_pyvene
 from .call import Call, Reading, innermost, running
 from .located import Key, Tokens
 from .resolve import read_states
@@ -88,6 +89,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         """Add an intervention of an adapter, the one of its representation `index`."""
         modules = cast(nn.ModuleList, self[adapter_name]) if adapter_name in self else nn.ModuleList()
         modules.append(intervention)
+        intervention.__dict__["_speaks_pyvene"] = speaks_pyvene(intervention)  # for a forward that is compiled
         self._modules[adapter_name] = modules  # also under a name that this class has for something else
         self.indices.setdefault(adapter_name, []).append(index)
         self.columns.setdefault(adapter_name, []).append(columns)
@@ -108,13 +110,17 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         """The rank of the intervention of a representation, if it has one."""
         return next(getattr(module, "low_rank_dimension", None) for index, module in self.of(key[0]) if index == key[1])
 
+    def speaks_pyvene(self, key: Key) -> bool:
+        """Whether the intervention of a representation takes what a call gives it as it stands."""
+        return any(speaks_pyvene(module) for index, module in self.of(key[0]) if index == key[1])
+
     def rotations(self, reading: Reading) -> Iterator[LowRankRotateLayer]:
         """The orthonormal matrices that edits in a forward need."""
         for name in dict.fromkeys(name for name, _ in reading.at):
             for adapter in dict.fromkeys(reading.adapters[name] or [name]):
                 for index, intervention in self.of(adapter):
-                    if (name, index) in reading.at and hasattr(intervention, "rotate_layer"):
-                        yield cast(LowRankRotateLayer, intervention.rotate_layer)
+                    if (name, index) in reading.at and (R := _rotation(intervention)) is not None:
+                        yield R
 
     def edit(self, h: Tensor, call: Call, reading: Reading) -> Tensor:
         """Return the states `[batch, tokens, d]` with the located tokens edited and every other bit as it was."""
@@ -170,7 +176,10 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         if not adapters:
             intervention = cast(Any, self[name])[number]
             _check_device(intervention, name, h)
-            return intervention, call.rotations.get(getattr(intervention, "rotate_layer", None))
+            compiling = torch.compiler.is_compiling()
+            if intervention._speaks_pyvene if compiling else speaks_pyvene(intervention):
+                return cast(Any, Asked(intervention)), None
+            return intervention, call.rotations.get(cast(Any, _rotation(intervention)))
         key = self.number, name, number, len(adapters)
         if (known := call.stacked.get(key)) is not None:
             return known
@@ -196,6 +205,12 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
 
     def unmerge(self) -> NoReturn:
         refuse_merge()
+
+
+def _rotation(intervention: nn.Module) -> LowRankRotateLayer | None:
+    """The R of an intervention of ours, which may be computed for it; one that is asked as in pyvene does it itself."""
+    layer = getattr(intervention, "rotate_layer", None)
+    return layer if isinstance(layer, LowRankRotateLayer) else None
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -256,13 +271,13 @@ def _from_states(layer: ReftLayer, found: tuple[Call, Reading | None], h: Tensor
 
 def _context(
     intervention: Intervention, R: Tensor | None, key: Key, at: Tokens, reading: Reading, by_itself: bool
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """What an intervention gets beside the states.
 
     Args:
         by_itself: whether each token stands by itself, `[n, d]`, or those of a row together, `[rows, k, d]`.
     """
-    context = {} if R is None else {"R": R}
+    context: dict[str, Any] = {} if R is None else {"R": R}
     of_row = reading.located.subspaces.get(key)
     if of_row is None and not intervention.by_row:
         return context
@@ -271,13 +286,18 @@ def _context(
         rows, k = torch.arange(reading.rows, device=reading.located.masks[key].device)[:, None], reading.tokens
     if intervention.by_row:
         context["rows"] = rows.expand(-1, k).flatten()
-    if of_row is not None:  # [n, 1, r]
+    if isinstance(of_row, list):
+        times = reading.rows // len(of_row)
+        context["subspaces"] = [entry for entry in of_row for _ in range(times)]
+    elif isinstance(of_row, dict):
+        context["subspaces"] = of_row
+    elif of_row is not None:  # [n, 1, r]
         directions = of_row.to(rows.device)[rows // (reading.rows // len(of_row))]
         context["subspaces"] = directions.expand(-1, k, -1).flatten(0, 1) if by_itself else directions[:, 0]
     return context
 
 
-def _formula(intervention: Intervention, h: Tensor, strength: float | Tensor, context: dict[str, Tensor]) -> Tensor:
+def _formula(intervention: Intervention, h: Tensor, strength: float | Tensor, context: dict[str, Any]) -> Tensor:
     """h + s (Φ(h) - h), where s is another strength than 1."""
     if not isinstance(strength, Tensor) and strength == 1:
         return intervention(h, **context)

@@ -4,6 +4,7 @@ Plain tensors: nothing is known of rules, models or layers.
 """
 
 import math
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +46,8 @@ class Located:
 
     def __init__(self, groups: dict[str, list[str | None]] | None = None) -> None:
         self.masks: dict[Key, Tensor] = {}  # `[batch, tokens]`; equal rules share the tensor
-        self.subspaces: dict[Key, Tensor] = {}  # `[batch, rank]`, the directions that each row's edits may take
+        # `[batch, rank]`, the directions that each row's edits may take; as given, for those asked as in pyvene
+        self.subspaces: dict[Key, Any] = {}
         self.endless: set[Key] = set()  # those that cover every token after the mask, too
         self.length = 0
         self.until: float = 0  # the index from which on nothing is located
@@ -163,27 +165,38 @@ def group_rows(
 
 
 def subspace_masks(
-    given: Any, ranks: dict[Key, int | None], counts: dict[str, int], tokens: Tensor
-) -> dict[Key, Tensor]:
+    given: Any, ranks: dict[Key, int | None], counts: dict[str, int], tokens: Tensor, untouched: Collection[Key] = ()
+) -> dict[Key, Any]:
     """Turn `[batch][interventions][directions]` into a mask `[batch, rank]` for each representation.
 
-    None in the place of a list of directions allows all of them.
+    None in the place of a list of directions allows all of them, and so does a dict, which says nothing to ours.
+
+    Args:
+        untouched: those that get `[batch][directions]`, or the dict, as it stands.
 
     Raises:
         ReftError: another nesting, a direction outside the rank, or an intervention without a rank.
     """
     rows = given.tolist() if isinstance(given, Tensor) else given
     wanted = sorted(set(counts.values()))
-    masks: dict[Key, Tensor] = {}
+    masks: dict[Key, Any] = {}
     try:
         if len(rows) != len(tokens) or any(len(row) != count for row in rows for count in wanted):
             raise TypeError
         for key, rank in ranks.items():
+            entries = [row[key[1]] for row in rows]
+            if all(entry is None for entry in entries):
+                continue
+            if key in untouched:
+                masks[key] = entries[0] if isinstance(entries[0], dict) else entries
+                continue
+            if all(entry is None or isinstance(entry, dict) for entry in entries):
+                continue
             if rank is None:
                 raise ReftError("only an intervention with a rank has directions to choose from.", setting="subspaces")
             mask = torch.zeros(len(rows), rank, dtype=torch.bool)
-            for row, entry in enumerate(rows):
-                chosen = range(rank) if entry[key[1]] is None else entry[key[1]]
+            for row, entry in enumerate(entries):
+                chosen = range(rank) if entry is None else entry
                 if not all(0 <= direction < rank for direction in chosen):
                     raise ReftError(
                         f"expected directions from 0 to {rank - 1}, got {list(chosen)}.", setting="subspaces"

@@ -59,7 +59,8 @@ def resolve(
         layers = [layer for layer in edits.layers if layer.stack == stack]
         ranks = {key: layer.rank(key) for layer in layers for key in keys if key[1] in layer.indices.get(key[0], ())}
         counts = {name: len(edits.rules[name]) for name in call.active}
-        located.subspaces = subspace_masks(call.given[SUBSPACES], ranks, counts, tokens)
+        untouched = {key for layer in layers for key in keys if layer.speaks_pyvene(key)}
+        located.subspaces = subspace_masks(call.given[SUBSPACES], ranks, counts, tokens, untouched)
     return located
 
 

@@ -20,7 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from ..errors import ReftError
-from ..interventions import intervention_class
+from ..interventions import intervention_class, speaks_pyvene
 from ..places.structure import path_of
 from .adapted import edits_of, reft_layers
 from .call import Surroundings, within
@@ -101,7 +101,8 @@ class ReftTuner(BaseTuner):
         self.edits = edits_of(model) or watched(model)
         self.edits.rules[adapter_name] = [entry.rule() for entry in representations]
         self.edits.places[adapter_name] = [site.stack for site in sites]
-        stackable = all(intervention_class(entry.intervention).stackable for entry in representations)
+        classes = [intervention_class(entry.intervention) for entry in representations]
+        stackable = all(getattr(cls, "stackable", False) and not speaks_pyvene(cls) for cls in classes)
         self.edits.kinds[adapter_name] = representations if stackable else None
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         leave_inference(model)
@@ -227,8 +228,10 @@ class ReftTuner(BaseTuner):
     ) -> dict[str, Tensor]:
         if (tuner := tuner_of(model)) is not None:
             tuner.check_attached()
+        own = (key for key, tensor in model.state_dict().items() if not tensor.is_floating_point())
+        whole = {cls._remove_adapter_name_from_key(key, adapter_name) for key in own}  # buffers of a user's class
         for name, tensor in state_dict.items():  # however PEFT came by it
-            check_values(name, tensor, floats=f".{cls.prefix}" in name)
+            check_values(name, tensor, floats=f".{cls.prefix}" in name and name not in whole)
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
