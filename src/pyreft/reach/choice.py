@@ -35,10 +35,12 @@ class Choice:
 
     Attributes:
         last: the way that was chosen last; none if none was.
+        whole_rows: why it leaves out layers alone, where a causal model might leave out prefixes, too.
     """
 
     def __init__(self, base: Any, outer: nn.Module, edits: Edits, store: Store, prints: bool) -> None:
         self.last: Way | None = None
+        self.whole_rows: str | None = None
         self._base, self._edits, self._store = base, edits, store
         self._watch = Watch(base, outer, edits, prints)
         self._probe: Probe | None = None
@@ -76,7 +78,7 @@ class Choice:
             if isinstance(way, SkipPrefixes) and reason is not None:
                 continue
             if (plan := self._plan(way, call, ordinary, seen)) is not None:
-                self.last = way
+                self.last, self.whole_rows = way, reason if isinstance(way, SkipLayers) and self._edits.causal else None
                 return way, plan
             reason = reason or self._probe.why_not(way)
         raise NotExactError(reason or f"no layer of {type(self._base).__name__} lies below the edits")

@@ -1,6 +1,6 @@
 """Whether a base model's parts give the same when they are computed apart, as far as its modules and config tell it.
 
-Whether it is still what it was, `structure` and `values` tell; what only a comparison shows, `probe`.
+Whether it is still what it was, `anatomy` and `tensors` tell; what only a comparison shows, `probe`.
 """
 
 from collections.abc import Iterable, Iterator

@@ -97,7 +97,7 @@ class Probe:
             counted = way.tokens, way.computed
             sample = self._sample(way, call)
             if not tried.proven:
-                self._try(tried, 0, lambda: self._apart_at_first(way, call, ordinary, sample, context))
+                self._try(tried, 0, lambda: self._apart_at_first(way, call, ordinary, sample, max(columns, context)))
             for size in dict.fromkeys((_rounded(columns, context), columns)):
                 if tried.proven < columns and size < tried.refused:
                     batches = trials.long(sample, size, context)
@@ -140,10 +140,10 @@ class Probe:
         return trials.Sample.of(call["input_ids"], edited, plan.rows, count)
 
     def _apart_at_first(
-        self, way: SkipPrefixes, call: dict[str, Any], ordinary: Ordinary, sample: trials.Sample, context: int
+        self, way: SkipPrefixes, call: dict[str, Any], ordinary: Ordinary, sample: trials.Sample, columns: int
     ) -> float:
         """How far a few tokens are: their logits, counted as is better, and what the call returns."""
-        far, near = trials.far(sample, context), trials.near(sample)
+        far, near = trials.far(sample, columns), trials.near(sample)
         distance = self._counted(way, [(batch, ordinary(**batch), None) for batch in (far, near)])
         near |= {name: call[name] for name in (FUSED, COUNT) if call.get(name) is not None}
         output = way(near, way.plan(near), Store(0))

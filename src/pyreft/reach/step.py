@@ -153,6 +153,8 @@ class Reach:
         if isinstance(self._way, SkipPrefixes):
             share = 1 - self._way.computed / max(self._way.tokens, 1)
             skipped = f"{100 * share:.0f} % of the tokens and {skipped}"
+        elif self._choice.whole_rows:
+            skipped += f" and no tokens ({self._choice.whole_rows})"
         store = self.store
         held = f"{len(store):,} prefixes and states in {store.held / 1e6:,.1f} of {store.budget / 1e6:,.0f} MB"
         more = f", {store.on_disk:,} more on disk" if store.on_disk else ""

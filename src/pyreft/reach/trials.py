@@ -50,10 +50,10 @@ class Sample:
         return cls(ids[number, first:last], edited[number, first:last], begin, count, longest)
 
 
-def far(sample: Sample, context: int) -> dict[str, Any]:
-    """A short row and its end, behind much padding, as far as there are positions for it."""
+def far(sample: Sample, columns: int) -> dict[str, Any]:
+    """A short row and its end, behind much padding, in no more than so many columns."""
     ids = sample.ids
-    room = min(_FAR, max(0, (context or _FAR + len(ids)) - len(ids)))
+    room = min(_FAR, max(0, columns - len(ids)))
     return _padded(ids, sample.edited, sample.count, (room, 0), _gap(ids))
 
 
