@@ -1,6 +1,5 @@
 """The original's module of this name; the code is in `pyreft.data` and `pyreft.original`."""
 
-from .data.supervised import IGNORED as IGNORE_INDEX
 from .data.supervised import ReftDataCollator
 from .original.data_modules import (
     make_last_position_supervised_chat_data_module,
@@ -19,6 +18,7 @@ from .original.instructions import (
 )
 from .original.locations import get_intervention_locations, parse_positions
 from .original.reward import ReftRewardCollator, ReftRewardDataset
+from .positions import IGNORED as IGNORE_INDEX
 
 __all__ = [
     "IGNORE_INDEX",

@@ -6,14 +6,14 @@ Everything here is counted in tokens of the text, never in padding, and nothing 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
 from .errors import ReftError, did_you_mean
 
-_WHOLE: dict[str, Literal["prompt", "all"]] = {"prompt": "prompt", "all": "all"}
+IGNORED = -100  # the label of tokens without loss, as in PyTorch and transformers
 RULES = "f<n>, l<n>, f<n>+l<m>, prompt or all"
 Rule = Callable[[Tensor, Tensor | None], Tensor]
 _OWN: dict[str, Rule] = {}
@@ -74,13 +74,18 @@ class Positions:
         if isinstance(rule, str) and rule in _OWN:
             return cls(own=rule)
         text = str(rule).replace(" ", "").lower()
-        if text in _WHOLE:
-            return cls(whole=_WHOLE[text])
+        if text in ("prompt", "all"):
+            return cls(whole=cast(Literal["prompt", "all"], text))
         match = re.fullmatch(r"(?:f(\d{1,9}))?(?:(?:^|\+)l(\d{1,9}))?", text)
         if not match or not text or not any(int(n or 0) for n in match.groups()):
             hint = _nearest(text) or " A rule of your own is made known by pyreft.positions.register_rule."
             raise ReftError(f"expected {RULES}, got {rule!r}.{hint}", setting="positions")
         return cls(first=int(match[1] or 0), last=int(match[2] or 0))
+
+    @property
+    def endless(self) -> bool:
+        """Whether tokens after the prompt are located, too."""
+        return self.whole == "all"
 
     def sides(self) -> tuple["Positions", ...]:
         """The prefix and the suffix apart, or the rule itself where it has only one of them."""
@@ -134,7 +139,7 @@ def prompt_tokens(tokens: Tensor, labels: Tensor | None = None, prompt_lengths: 
     if prompt_lengths is not None:
         return tokens & (tokens.long().cumsum(-1) <= prompt_lengths.to(tokens.device).view(-1, 1))
     if labels is not None:
-        prompt = tokens & ((labels != -100).to(tokens.device).long().cumsum(-1) == 0)
+        prompt = tokens & ((labels != IGNORED).to(tokens.device).long().cumsum(-1) == 0)
         return torch.where(prompt.any(-1, keepdim=True), prompt, tokens)
     return tokens
 

@@ -8,7 +8,7 @@ from pyreft.errors import ReftError
 from pyreft.interventions import (
     INTERVENTIONS,
     Intervention,
-    LowRankRotateLayer,
+    OrthonormalColumns,
     intervention_class,
     orthonormal_columns,
     orthonormalize,
@@ -75,7 +75,7 @@ def off_orthonormal(rotation):
 
 
 def test_rotation_is_orthonormal_after_many_steps():
-    layer = LowRankRotateLayer(64, 8)
+    layer = OrthonormalColumns(64, 8)
     target = torch.randn(64, 8)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
     for _ in range(300):
@@ -89,14 +89,14 @@ def test_rotation_is_orthonormal_after_many_steps():
 
 
 def test_an_orthonormal_matrix_is_kept():
-    layer = LowRankRotateLayer(64, 8)
+    layer = OrthonormalColumns(64, 8)
     rotation = torch.linalg.qr(torch.randn(64, 8))[0] * torch.tensor([1, -1] * 4)
     layer.set_(rotation)
     torch.testing.assert_close(layer.weight, rotation, atol=1e-6, rtol=0)
 
 
 def test_batched_orthonormalisation_equals_one_by_one():
-    layers = [LowRankRotateLayer(32, r) for r in (4, 2, 4)]
+    layers = [OrthonormalColumns(32, r) for r in (4, 2, 4)]
     single = [layer.weight for layer in layers]
     grads = torch.autograd.grad(sum(w.pow(3).sum() for w in single), [layer.free for layer in layers])
     orthonormalize(layers)
@@ -107,7 +107,7 @@ def test_batched_orthonormalisation_equals_one_by_one():
 
 
 def test_rotation_follows_its_parameter_whichever_way_it_is_changed():
-    layer = LowRankRotateLayer(16, 2).eval()
+    layer = OrthonormalColumns(16, 2).eval()
     changes = (
         lambda: layer.free.add_(torch.randn(16, 2)),
         lambda: layer.load_state_dict({"free": torch.randn(16, 2)}),

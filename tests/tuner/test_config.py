@@ -35,28 +35,49 @@ def test_entries_take_what_they_do_not_say_from_the_config():
     assert (second.positions, second.low_rank_dimension, second.intervention) == ("f1", 2, "direft")
 
 
+def second_token(prompt, input_ids):
+    return prompt & (prompt.long().cumsum(-1) == 2)
+
+
+READY = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2)
+TANH = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2, act_fn="tanh")
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {},
         {"layers": [1], "positions": "l1", "act_fn": "relu"},
         {"representations": [{"layer": 1, "component": "mlp_output"}], "intervention": "noreft", "add_bias": True},
+        {"representations": [{"layer": 1}], "intervention": pyreft.NodireftIntervention, "positions": second_token},
+        {"representations": [{"layer": 1, "positions": None, "act_fn": None}], "positions": "l1", "act_fn": "relu"},
+        {"representations": [{"layer": 1}, {"layer": 2}], "intervention": READY},
+        {"intervention": "red"},
     ],
 )
 def test_to_dict_and_back(settings):
     config = pyreft.ReftConfig(**settings)
     plain = json.loads(json.dumps(config.to_dict()))
     assert pyreft.ReftConfig(**plain).to_dict() == config.to_dict()
-    assert pyreft.ReftConfig(**plain).expand(3) == config.expand(3)
+    places = [place.to_dict() for place in config.expand(3)]
+    assert [place.to_dict() for place in pyreft.ReftConfig(**plain).expand(3)] == places
+
+
+def test_beside_representations_nothing_says_the_same():
+    written = pyreft.ReftConfig(representations={"layer": 1, "low_rank_dimension": 2}, positions="l1").to_dict()
+    assert not written.keys() & {"layers", "positions", "component", "intervention", "low_rank_dimension", "dropout"}
+    assert written["representations"][0]["positions"] == "l1"
+
+
+def test_a_rank_for_a_formula_without_one():
+    assert pyreft.ReftConfig(intervention="red").low_rank_dimension is None
+    with pytest.raises(pyreft.ReftError, match="low_rank_dimension: the intervention 'red' does not take it"):
+        pyreft.ReftConfig(intervention="red", low_rank_dimension=8).expand(1)[0].make(16)
 
 
 def test_keys_of_the_original_that_go_without_saying():
     place = {"layer": "1", "component": "block_output", "unit": "pos", "max_number_of_units": 1}
     assert pyreft.ReftConfig(representations=[place]).expand(0)[0].layer == 1
-
-
-READY = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2)
-TANH = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2, act_fn="tanh")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import pyreft
 from conftest import pad, shaken, tiny_llama
 from pyreft.interventions import INTERVENTIONS, Intervention, LoreftIntervention, intervention_class, stack
+from pyreft.tuner.located import Located
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 ADAPTERS = ["a", "b", "c"]
@@ -220,3 +221,27 @@ def test_adapters_on_mixed_devices_say_so():
         layer["b"].to("meta")
     with pytest.raises(pyreft.ReftError, match="The edits of adapter 'b' are on meta, the states on cpu; move them"):
         adapted(torch.randint(3, 96, (2, 9)), adapter_names=["a", "b"])
+
+
+def test_locations_of_each_layer_in_some_of_the_rows():
+    """Each layer edits at its own tokens, and only in the rows that have the adapter."""
+    adapted = many(adapters=["a", "b"], layers="all", positions="l1")
+    adapted.add_adapter("other", pyreft.ReftConfig(layers=[0, 1, 2, 3], intervention="noreft", low_rank_dimension=2))
+    shaken(adapted)
+    ids = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0))
+    locations = [[[layer + 2 * row, 8 - layer] for layer in range(4)] for row in range(3)]
+    names = ["a", "other", "__base__"]
+    together = adapted(ids, intervention_locations=locations, adapter_names=names).logits
+    for row, name in enumerate(names):
+        with only(adapted, name):
+            alone = adapted(ids[row : row + 1], intervention_locations=locations[row : row + 1]).logits
+        torch.testing.assert_close(together[row : row + 1], alone)
+
+
+def test_masks_that_nobody_keeps_are_told_apart():
+    located = Located({"a": ["a", None]})
+    wanted = [torch.rand(2, 5, generator=torch.Generator().manual_seed(index)) > 0.5 for index in range(50)]
+    for index, mask in enumerate(wanted):
+        located.add(("a", index), mask.clone())
+    for index, mask in enumerate(wanted):
+        assert located.masks["a", index].tolist() == [mask[0].tolist(), [False] * 5]

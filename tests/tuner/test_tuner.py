@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 import pyreft
 from conftest import pad, shaken, tiny_llama
 from pyreft.interventions import INTERVENTIONS, intervention_class
+from pyreft.tuner.adapted import interventions_of, penalty
 from pyreft.tuner.call import running
 from pyreft.tuner.layer import ReftLayer
 
@@ -342,6 +343,31 @@ def test_gradient_checkpointing_gives_the_same_gradients(component, between, ree
         elif between == "a second loss":
             loss = loss + adapted(ids.flip(1), labels=later, use_cache=False).loss
         loss.backward()
+        grads.append([p.grad for p in adapted.parameters() if p.requires_grad])
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_penalty_under_gradient_checkpointing(reentrant):
+    """It has the plain step's gradient, or says that it has none."""
+    grads = []
+    for checkpointing in (False, reentrant is not None):
+        torch.manual_seed(3)
+        ids = torch.randint(3, 96, (2, 10))
+        adapted = shaken(adapt(tiny_llama(), positions="l4", component="mlp_output", intervention="reftr1")).train()
+        for module in interventions_of(adapted, "default").values():
+            module.top_k, module.l1 = 1, 5.0
+        if checkpointing:
+            _checkpoint(adapted.get_base_model(), reentrant)
+        loss = adapted(ids, labels=ids, use_cache=False).loss
+        if checkpointing and reentrant:
+            with pytest.raises(pyreft.ReftError, match=r"penalty has no gradient.*use_reentrant"):
+                penalty(adapted)
+            return
+        term = penalty(adapted)
+        assert term > 0
+        (loss + term).backward()
         grads.append([p.grad for p in adapted.parameters() if p.requires_grad])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, checkpointed)

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError, did_you_mean
+from ..positions import IGNORED
 from .files import FORMATS, Example, Format, alpaca_prompt
-from .supervised import IGNORED
 
 
 def default_format(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example] = ()) -> Format:

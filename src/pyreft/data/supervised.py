@@ -13,8 +13,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from ..errors import ReftError
-
-IGNORED = -100  # the label of tokens without loss
+from ..positions import IGNORED
 
 
 @dataclass

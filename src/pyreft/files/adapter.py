@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import ReftError, check_type, did_you_mean
 from ..places.components import find_site, number_of_layers
+from ..places.structure import PREFIX
 from ..tuner.config import ReftConfig, ReftPeftType
 from ..tuner.injection import detach
 from ..tuner.values import check_values
@@ -30,7 +31,6 @@ from .together import reading
 WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # either, the first one preferred
 
 _PREFIX = "base_model.model."  # of the names in an adapter's file
-_EDITS = "reft_"  # how the modules that hold edits are called
 _SLACK = 10**7  # numbers that may be made in vain; what is a little wrong is said more exactly later
 
 # of every method's config, what is read here and by those who load it
@@ -159,7 +159,7 @@ def check_room(directory: str | os.PathLike, config: ReftConfig, model: nn.Modul
             raise ReftError(
                 f"{directory}: modules_to_save: the file does not fit its config, it has nothing of {path!r}."
             )
-    stored = sum(math.prod(shape) for name, shape in shapes.items() if f".{_EDITS}" in name)
+    stored = sum(math.prod(shape) for name, shape in shapes.items() if f".{PREFIX}" in name)
     asked = 0
     for entry in config.expand(number_of_layers(model, config.component) if config.representations is None else 0):
         width = find_site(model, entry.component, entry.layer, entry.head).width

@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.encode import default_format, encode, prompt_text, token_ids
 from ..data.files import Format, read_examples, read_prompts
-from ..data.supervised import IGNORED
 from ..errors import ReftError
-from ..positions import Positions, prompt_tokens
+from ..positions import IGNORED, Positions, prompt_tokens
 
 Row = dict[str, list[int]]
 
@@ -64,7 +63,7 @@ def edited_tokens(rules: Sequence[Positions | None], row: Row) -> Tensor:
     """Which tokens of a row the rules of an adapter choose together, `[tokens]`."""
     tokens, labels = _masks(row)
     prompt, ids = prompt_tokens(tokens, labels), torch.tensor([row["input_ids"]])
-    chosen = [tokens if rule.whole == "all" else rule.locate(prompt, ids) for rule in rules if rule is not None]
+    chosen = [tokens if rule.endless else rule.locate(prompt, ids) for rule in rules if rule is not None]
     return torch.stack(chosen).any(0)[0] if chosen else torch.zeros_like(tokens[0])
 
 

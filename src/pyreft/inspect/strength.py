@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..data.supervised import IGNORED
 from ..errors import ReftError
 from ..generation import answer_ids
+from ..positions import IGNORED
 from .examples import Row, batches
 
 STRENGTHS = tuple(step / 4 for step in range(9))

@@ -20,13 +20,14 @@ from .pyvene import (
     ConstantSourceIntervention,
     DistributedRepresentationIntervention,
     LocalistRepresentationIntervention,
+    LowRankRotateLayer,
     SourcelessIntervention,
     TrainableIntervention,
     settings_of,
     speaks_pyvene,
 )
 from .rank_one import Reftr1Intervention
-from .rotation import LowRankRotateLayer, orthonormal_columns, orthonormalize
+from .rotation import OrthonormalColumns, orthonormal_columns, orthonormalize
 from .vectors import BiasIntervention, JolaIntervention, LofitIntervention, RedIntervention, RoadIntervention
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "LowRankRotateLayer",
     "NodireftIntervention",
     "NoreftIntervention",
+    "OrthonormalColumns",
     "RedIntervention",
     "Reftr1Intervention",
     "RoadIntervention",

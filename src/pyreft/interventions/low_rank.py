@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 from ..errors import ReftError, did_you_mean
 from .intervention import Intervention, check_rank
 from .pyvene import take_further
-from .rotation import LowRankRotateLayer
+from .rotation import OrthonormalColumns
 
 
 class LowRankIntervention(Intervention):
@@ -91,7 +91,7 @@ class LoreftIntervention(LowRankIntervention):
     stackable = True
 
     def make_parameters(self, d: int, r: int) -> None:
-        self.rotate_layer = LowRankRotateLayer(d, r)
+        self.rotate_layer = OrthonormalColumns(d, r)
         self.learned_source = nn.Linear(d, r)
 
     def basis(self) -> Tensor:
@@ -123,7 +123,7 @@ class ConsreftIntervention(LoreftIntervention):
     stackable = True
 
     def make_parameters(self, d: int, r: int) -> None:
-        self.rotate_layer = LowRankRotateLayer(d, r)
+        self.rotate_layer = OrthonormalColumns(d, r)
         self.learned_source = nn.Parameter(torch.rand(r))
 
     def formula(self, h: Tensor, R: Tensor) -> Tensor:

@@ -183,8 +183,8 @@ def _type(module: nn.Module, states: torch.dtype) -> torch.dtype:
     return states if states in own or not own else own[0]
 
 
-class PlainRotateLayer(nn.Module):
-    """The original's `LowRankRotateLayer`: a matrix `weight`, `[n, m]`, for torch's `orthogonal` to keep orthonormal.
+class LowRankRotateLayer(nn.Module):
+    """The original's class of this name: a matrix `weight`, `[n, m]`, for torch's `orthogonal` to keep orthonormal.
 
     Args:
         init_orth: begin with orthonormal columns.

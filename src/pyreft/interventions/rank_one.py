@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import ReftError
 from .intervention import Intervention
-from .rotation import LowRankRotateLayer
+from .rotation import OrthonormalColumns
 
 
 class Reftr1Intervention(Intervention):
@@ -31,7 +31,7 @@ class Reftr1Intervention(Intervention):
         if not isinstance(top_k, int) or top_k < 1:
             raise ReftError(f"expected at least one latent that counts, got {top_k}.", setting="top_k")
         self.top_k, self.l1 = top_k, l1
-        self.rotate_layer = LowRankRotateLayer(embed_dim, 1)
+        self.rotate_layer = OrthonormalColumns(embed_dim, 1)
         self._penalty: Tensor | None = None
 
     @property
@@ -60,6 +60,12 @@ class Reftr1Intervention(Intervention):
 
     def penalty(self) -> Tensor | None:
         taken, self._penalty = self._penalty, None
+        learns = torch.is_grad_enabled() and self.rotate_layer.free.requires_grad
+        if taken is not None and learns and not taken.requires_grad:
+            raise ReftError(
+                "ReFT-r1's penalty has no gradient, since its block was computed without one and will be computed once "
+                'more in the backward. Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
+            )
         return taken
 
     def __getstate__(self) -> dict:  # a penalty belongs to one forward and its graph

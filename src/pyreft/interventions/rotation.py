@@ -1,13 +1,11 @@
 """R: matrices with orthonormal columns, kept so whatever the optimiser does, and computed for many layers at once."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..sharded import is_sharded
-from .pyvene import PlainRotateLayer
 
 
 def orthonormal_columns(free: Tensor) -> Tensor:
@@ -20,17 +18,11 @@ def orthonormal_columns(free: Tensor) -> Tensor:
     return q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
 
 
-class LowRankRotateLayer(nn.Module):
+class OrthonormalColumns(nn.Module):
     """R, as `weight` `[d, r]` with orthonormal columns whatever the optimiser does to the `free` parameter.
 
     It is computed from the parameter each time it is asked for; who needs it often asks once, see `orthonormalize`.
-    Made with `init_orth`, as interventions of one's own for the original make it, it is the original's layer.
     """
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if len(args) > 2 or "init_orth" in kwargs:
-            return PlainRotateLayer(*args, **kwargs)
-        return super().__new__(cls)
 
     def __init__(self, embed_dim: int, low_rank_dimension: int) -> None:
         super().__init__()
@@ -52,16 +44,16 @@ class LowRankRotateLayer(nn.Module):
         return h.to(torch.float32) @ self.weight
 
 
-def orthonormalize(rotations: Sequence[LowRankRotateLayer]) -> dict[LowRankRotateLayer, Tensor]:
+def orthonormalize(rotations: Sequence[OrthonormalColumns]) -> dict[OrthonormalColumns, Tensor]:
     """Return R, `[r, d]`, of many layers, all of the same shape and device computed in one batched call.
 
     Those of sharded parameters are left out: only in their layer's forward they are whole.
     """
-    groups: dict[tuple, list[LowRankRotateLayer]] = {}
+    groups: dict[tuple, list[OrthonormalColumns]] = {}
     for rotation in dict.fromkeys(rotations):
         if not is_sharded(rotation.free):
             groups.setdefault((rotation.free.shape, rotation.free.device), []).append(rotation)
-    found: dict[LowRankRotateLayer, Tensor] = {}
+    found: dict[OrthonormalColumns, Tensor] = {}
     for group in groups.values():
         stacked = orthonormal_columns(torch.stack([rotation.free.float() for rotation in group]))
         found |= zip(group, stacked.mT.unbind(), strict=True)

@@ -12,9 +12,10 @@ import torch
 import xxhash
 from torch.nn.utils.rnn import pad_sequence
 
+from ..positions import IGNORED
 from ..reach.layers import SkipLayers
 from ..reach.prefixes import SkipPrefixes
-from ..reach.rows import IGNORED, cut
+from ..reach.rows import cut
 from ..tuner.edits import Edits
 from ..tuner.resolve import locate
 

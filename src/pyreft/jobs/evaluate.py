@@ -14,6 +14,7 @@ from ..files.adapter import is_adapter
 from ..files.record import read_record
 from ..generation import generate_answers
 from ..loading import base_of, check_adapter, check_generates, check_language_model, load_adapted
+from ..places.structure import PREFIX
 from ..tasks.answers import same
 from ..tasks.figures import paper_row
 from ..tasks.glue import TASKS, Pair, find_task, read, split_validation
@@ -131,7 +132,7 @@ def _row(suite: str, results: Results, base: str, method: str | None, output: st
 
 def _base_parameters(model: Any) -> int:
     """How many parameters the base model has, without the adapter and the copies of what is trained beside it."""
-    ours = ("reft_", "lora_", "modules_to_save")
+    ours = (PREFIX, "lora_", "modules_to_save")
     names = model.get_base_model().named_parameters()
     return sum(parameter.numel() for name, parameter in names if not any(part in name for part in ours))
 

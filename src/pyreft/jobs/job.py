@@ -24,7 +24,6 @@ from transformers import (
 
 from ..data.encode import context_length, default_format, encode
 from ..data.files import Example, read_examples
-from ..data.supervised import IGNORED
 from ..errors import ReftError
 from ..files.checkpoints import last_complete, steps_done
 from ..files.record import FILE as RECORD
@@ -32,6 +31,7 @@ from ..files.record import write_record
 from ..files.together import leave_out
 from ..loading import load_base
 from ..model import ReftModel
+from ..positions import IGNORED
 from ..reach import Reach
 from ..reach.callbacks import ReachPrinter
 from ..tasks.suites import GENERATED, GLUE
@@ -89,7 +89,7 @@ class PreparedJob:
         self.validation = self._encode(held_out, limit)
         if job.validation_split:
             self._hold_out()
-        self.collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100)
+        self.collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         self._attach(model)
 
     def _examples(self) -> list[Example]:

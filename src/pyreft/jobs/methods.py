@@ -43,7 +43,7 @@ def make_config(job: TrainingJob) -> PeftConfig:
         positions=job.positions,
         component=job.component,
         intervention=formula or job.intervention,
-        low_rank_dimension=job.rank,
+        low_rank_dimension=None if job.rank == _default("rank") else job.rank,  # a formula may have none
         share_weights=job.share_weights,
         dropout=job.dropout,
     )

@@ -17,10 +17,9 @@ from transformers import DataCollatorForSeq2Seq
 from ..errors import ReftError
 from ..places.components import number_of_layers
 from ..places.structure import hidden_width
-from ..positions import Positions
+from ..positions import IGNORED, Positions
 from ..reach.layers import SkipLayers
 from ..reach.prefixes import SkipPrefixes
-from ..reach.rows import IGNORED
 from ..tuner.adapted import edits_of
 from ..tuner.edits import Edits
 from .count import Count, Held, count_batches, cut_rows

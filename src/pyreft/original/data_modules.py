@@ -9,7 +9,8 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from ..data.supervised import IGNORED, ReftDataCollator, make_data_module
+from ..data.supervised import ReftDataCollator, make_data_module
+from ..positions import IGNORED
 from .locations import get_intervention_locations
 
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.supervised import IGNORED, encode_pair, told_of_doubled_bos
+from ..data.supervised import encode_pair, told_of_doubled_bos
 from ..errors import ReftError
+from ..positions import IGNORED
 from .locations import get_intervention_locations, parse_positions
 
 LOCATION_ARGUMENTS = (

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..data.files import alpaca_prompt
-from ..data.supervised import IGNORED
+from ..positions import IGNORED
 from .datasets import ReftDataset, tokenize_pair, truncated_ids
 
 no_header_prompt_template = "### Instruction:\n%s\n\n### Response:\n"

@@ -13,18 +13,16 @@ from torch import nn
 from ..errors import ReftError, did_you_mean
 from ..sharded import shape_of
 from .structure import (
+    PREFIX,
     Stack,
     ancestors,
     find_blocks,
     has_stacks,
-    hidden_width,
     path_of,
     stack_module,
     states_width,
     widths_of,
 )
-
-__all__ = ["COMPONENTS", "Site", "find_blocks", "find_site", "hidden_width", "number_of_layers", "stack_module"]
 
 Side = Literal["input", "output"]
 Named = tuple[str, nn.Module]  # a module's path and the module
@@ -248,7 +246,7 @@ class _Block:
 def _parts(module: Named) -> Iterator[Named]:
     """The modules inside another, at any depth, without those that adapters have hung on them."""
     for name, child in module[1].named_children():
-        if not name.startswith("reft_"):
+        if not name.startswith(PREFIX):
             yield (part := (f"{module[0]}.{name}", child))
             if widths_of(child) is None:
                 yield from _parts(part)

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import ReftError
 from ..sharded import shape_of
 
+PREFIX = "reft_"  # of the names of modules that hold edits: `reft_input` and `reft_output`
 Stack = Literal["", "encoder", "decoder"]
 
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..places.structure import path_of
+from ..positions import IGNORED
 from ..tuner.edits import Edits
 from ..tuner.located import Located
 from .blocks import Blocks
 from .cache import Layout, Pair, empty_cache, is_ordinary, pairs_of, prefix_cache, sliding_window
-from .rows import IGNORED, NotExactError, Rows
+from .rows import NotExactError, Rows
 from .views import view
 
 

@@ -11,6 +11,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
+from ..positions import IGNORED
 from ..tuner.call import GIVEN, LENGTHS, STRENGTH
 from ..tuner.edits import Edits
 from ..tuner.located import Located
@@ -20,7 +21,7 @@ from .cache import Layout, Pair
 from .layers import together
 from .loss import log_probs
 from .parts import Parts
-from .rows import IGNORED, NotExactError, Rows, cut
+from .rows import NotExactError, Rows, cut
 from .store import Store
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..positions import IGNORED
 from ..tuner.edits import Edits
 from ..tuner.layer import ReftLayer
 from . import trials
@@ -22,7 +23,7 @@ from .arguments import COUNT, FUSED
 from .layers import SkipLayers
 from .parts import Parts
 from .prefixes import SkipPrefixes
-from .rows import IGNORED, NotExactError
+from .rows import NotExactError
 from .store import Store
 
 Way = SkipPrefixes | SkipLayers

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100  # the label of tokens without loss
+from ..positions import IGNORED
 
 
 class NotExactError(Exception):

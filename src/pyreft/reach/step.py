@@ -17,13 +17,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..errors import ReftError
 from ..places.structure import without_adapters
+from ..positions import IGNORED
 from ..tuner.edits import Edits
-from ..tuner.tuner import calls_tuner, in_part, tuner_of
+from ..tuner.in_part import in_part
+from ..tuner.tuner import calls_tuner, tuner_of
 from .arguments import FUSED
 from .choice import Choice
 from .prefixes import LabelOutput, SkipPrefixes
 from .probe import Way
-from .rows import IGNORED, NotExactError
+from .rows import NotExactError
 from .store import Store, read_budget
 
 
@@ -84,7 +86,7 @@ class Reach:
             losses: whether all of them are for their losses. If not, those in evaluation mode may be for the logits,
                 and are left as they are, unless they ask for values of the labels alone, as TRL's trainers do.
         """
-        with in_part(self._tuner, lambda ordinary, call: self._forward(ordinary, call, losses)):
+        with in_part.by(self._tuner, lambda ordinary, call: self._forward(ordinary, call, losses)):
             yield
 
     def log_probs(self, **batch: Any) -> Tensor:
@@ -92,7 +94,7 @@ class Reach:
 
         What preference losses such as DPO's are made of. Of a causal model, and with its gradients.
         """
-        with in_part(self._tuner, lambda ordinary, call: self._forward(ordinary, call, True, scored=True)):
+        with in_part.by(self._tuner, lambda ordinary, call: self._forward(ordinary, call, True, scored=True)):
             output = self.model(**batch)
         if isinstance(output, LabelOutput):
             return output.log_probs
@@ -125,7 +127,7 @@ class Reach:
 
     def find_way(self, **batch: Any) -> Way | None:
         """How a batch would be computed, without computing it; none for whole rows, and `why_not` says why."""
-        with self._lock, in_part(self._tuner, None):
+        with self._lock, in_part.by(self._tuner, None):
             try:
                 way, _ = self._choice.choose(batch, self.model)
             except NotExactError as reason:

@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..positions import IGNORED
 from ..tuner.call import LOCATIONS
 from .arguments import COUNT
-from .rows import IGNORED, Rows, bounds
+from .rows import Rows, bounds
 
 _AROUND = 6  # tokens before and after the beginning of a window
 _FAR = 64  # columns of padding before a short row

@@ -38,7 +38,7 @@ def rule_spans(rule: Positions, prompt: int) -> Spans:
     if rule.own:
         raise ReftError(f"the rule {rule.own!r} of your own cannot be served.", setting="positions")
     if rule.whole:
-        return ((0, None if rule.whole == "all" else prompt),) if prompt or rule.whole == "all" else ()
+        return ((0, None if rule.endless else prompt),) if prompt or rule.endless else ()
     first, last = rule.first, rule.last
     if first and last:
         first, last = min(first, prompt // 2), min(last, prompt // 2)

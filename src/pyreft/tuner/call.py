@@ -68,15 +68,15 @@ class Call:
         self.entered: list[int] = []  # the entries whose forward runs, from the outermost
         self.readings: dict[str, Reading | None] = {}  # by stack; none: only the states say how many tokens there are
         self.rotations: dict[Any, Tensor] = {}  # R of the layers that need it, `[r, d]`
-        self.rotated: set[Key] = set()  # for what
+        self.rotated: set[Key] = set()  # the representations for which R has been computed
         self.stacked: dict[tuple, Any] = {}  # interventions that rows with adapters of their own share
         self.located: Located | None = None  # of the whole prompt, in a generation; of every forward, while `serving`
         self.serving = self.generating = False
         self.prompt: Tensor | None = None  # of a generation: its ids or embeddings
         self.cache: Any = None  # of its last step
-        self.steps = self.passed = 0  # how many steps it has made, and how many tokens have passed then
+        self.steps = self.passed = 0  # of a generation: how many steps it has made, over how many tokens
         self.is_forward = self.trains = False  # whether it is one forward, and that for training
-        self.below = 0  # how much ran when a forward began
+        self.height = 0  # of the stack of what runs, below a call that is one forward
 
     def read(self, stack: str, located: Located, rows: int, tokens: int, past: int) -> Reading:
         """Note what the forward that runs reads, and return it.
@@ -117,7 +117,10 @@ to break a graph, loses what is assigned to a thread's attributes, and keeps wha
 
 def innermost(edits: Any) -> Surroundings | Call | None:
     """What runs of a model in this thread now."""
-    for frame in reversed(running.frames):
+    frames = running.frames
+    if frames and frames[-1].edits is edits:  # mostly
+        return frames[-1]
+    for frame in reversed(frames):
         if frame.edits is edits:
             return frame
     return None

@@ -1,12 +1,13 @@
 """`ReftConfig`: what to edit, where, at which tokens and with what; a PEFT config, so plain data on disk."""
 
+import copy
 import enum
 import inspect
 import re
 import reprlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import InitVar, asdict, dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import PeftConfig, TaskType
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..errors import ReftError, check_type, did_you_mean
 from ..interventions import Intervention, intervention_class, register, setting_names, settings_of, short_name
+from ..places.structure import PREFIX
 from ..positions import Positions, rule_name
 
 
@@ -163,6 +165,8 @@ _TYPES: dict[str, tuple[type, ...]] = _SETTING_TYPES | {
     **dict.fromkeys(("modules_to_save", "representations"), (list, tuple, dict)),
 }
 DEFAULT_RANK = 8
+# fields of a config that each of its representations has for itself
+_SAID_BY_EACH = ("layers", "component", "positions", "intervention", "share_weights", "intervention_kwargs", *_SETTINGS)
 _MOST = 10**6  # layers or dimensions; nothing is made for a file that says more
 # keys of the original's representations that say what is always so here
 _IMPLIED = ("unit", "max_number_of_units", "intervention_type")
@@ -209,7 +213,7 @@ class ReftConfig(PeftConfig):
     component: str = field(default="block_output", metadata={"help": "Which states of a layer."})
     positions: Any = field(default=None, metadata={"help": "Which tokens: f<n>, l<n>, f<n>+l<m>, prompt, all."})
     intervention: Any = field(default="loreft", metadata={"help": "Which formula."})
-    low_rank_dimension: int | None = field(default=DEFAULT_RANK, metadata={"help": "The rank of the edits."})
+    low_rank_dimension: int | None = field(default=None, metadata={"help": "The rank of the edits, 8 if not given."})
     share_weights: bool = field(default=True, metadata={"help": "One intervention for prefix and suffix."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the edit, in training."})
     act_fn: str | None = field(default=None, metadata={"help": "Activation of the learned source."})
@@ -232,6 +236,11 @@ class ReftConfig(PeftConfig):
         super().__post_init__()
         self.peft_type = ReftPeftType.REFT
         self.layers = _read_layers(self.layers)
+        cls = intervention_class(
+            type(self.intervention) if isinstance(self.intervention, nn.Module) else self.intervention
+        )
+        if self.low_rank_dimension is None and _takes_rank(cls):
+            self.low_rank_dimension = DEFAULT_RANK
         if self.representations is not None:
             if self.layers != "all":
                 raise ReftError(
@@ -246,12 +255,10 @@ class ReftConfig(PeftConfig):
                     f"expected {len(given)}, one for each entry, got {len(types)}.", setting="intervention_types"
                 )
             self.representations = [self._read(*each) for each in zip(given, types, strict=True)]
-        else:
-            cls = intervention_class(self.intervention)
-            self.intervention = short_name(cls)
-            if self.low_rank_dimension == DEFAULT_RANK and not _takes_rank(cls):
-                self.low_rank_dimension = None
-            self.positions = rule_name(DEFAULT_POSITIONS if self.positions is None else self.positions)
+        elif self.positions is None:
+            self.positions = DEFAULT_POSITIONS
+        self.intervention = short_name(cls)
+        self.positions = None if self.positions is None else rule_name(self.positions)
 
     def _read(self, entry: Any, kind: Any) -> Representation:
         """One of the representations, in any form that the original takes; `kind` is its class, if it names none."""
@@ -279,10 +286,10 @@ class ReftConfig(PeftConfig):
                 f"expected the unit 'pos', or the number of a head, got {unit!r}.", setting="representations"
             )
         given = values.get("intervention", self.intervention)
-        inherited = ["positions", "component"]
+        inherited = ["positions", "component", "intervention"]
         if not isinstance(given, nn.Module):
             taken, _ = setting_names(intervention_class(given))
-            inherited += ["intervention", *(name for name in _SETTINGS if name in taken)]
+            inherited += [name for name in _SETTINGS if name in taken]
             if "intervention" not in values:
                 inherited.append("intervention_kwargs")
         return Representation(**{name: getattr(self, name) for name in inherited} | values)
@@ -312,16 +319,12 @@ class ReftConfig(PeftConfig):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without modules; fields of no meaning beside `representations` are left out."""
-        representations, self.representations = self.representations, None
-        try:
-            data = asdict(self)
-        finally:
-            self.representations = representations
-        data["peft_type"] = ReftPeftType.REFT.value
-        if representations is not None:
-            data["representations"] = [entry.to_dict() for entry in representations]
-        return data
+        """Plain data, without modules; beside `representations`, which say it all, nothing else that says the same."""
+        listed = self.representations is not None
+        names = [f.name for f in fields(self) if not (listed and f.name in _SAID_BY_EACH)]
+        data = {name: copy.deepcopy(getattr(self, name)) for name in names if name != "representations"}
+        entries = [entry.to_dict() for entry in self.representations] if listed else None
+        return data | {"peft_type": ReftPeftType.REFT.value, "representations": entries}
 
 
 def _check(given: Any, types: dict[str, tuple[type, ...]]) -> None:
@@ -390,4 +393,4 @@ def register_with_peft(tuner: type) -> None:
     """Make PEFT know this method: its four mappings are plain dicts and take a key of our own."""
     PEFT_TYPE_TO_CONFIG_MAPPING[ReftPeftType.REFT] = ReftConfig
     PEFT_TYPE_TO_TUNER_MAPPING[ReftPeftType.REFT] = tuner
-    PEFT_TYPE_TO_PREFIX_MAPPING[ReftPeftType.REFT] = "reft_"
+    PEFT_TYPE_TO_PREFIX_MAPPING[ReftPeftType.REFT] = PREFIX

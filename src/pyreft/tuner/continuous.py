@@ -84,7 +84,7 @@ class Batches:
         bounds, positions = kwargs["cu_seq_lens_q"][: len(states) + 1], kwargs["position_ids"][0]
         lengths = [state._true_initial_tokens or len(state.initial_tokens) for state in states]
         rules = [rule for name in call.active for rule in self.edits.rules[name]]
-        endless = any(rule is not None and rule.whole == "all" for rule in rules)
+        endless = any(rule is not None and rule.endless for rule in rules)
         if not states or not (endless or _in_a_prompt(bounds, positions, lengths)):
             return Located()
         width = max(lengths)

@@ -51,11 +51,6 @@ class Edits:
         """The adapters that edit in a call that would begin now, in the order in which they are summed."""
         return self.begin({}).active
 
-    @property
-    def row_adapters(self) -> list[str] | None:
-        """The adapter of each row of a call that would begin now, if each has its own."""
-        return self.begin({}).row_adapters
-
     def check_names(self, names: Any, what: str, base: bool = True) -> None:
         """Refuse adapters that the model does not have; with `base`, the name of none is taken."""
         for name in names:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..interventions import orthonormalize
 from ..places.structure import without_adapters
+from ..positions import IGNORED
 from .call import GIVEN, LENGTHS, LOCATIONS, STRENGTH, Call, Reading, innermost, running
 from .continuous import Batches
 from .edits import Edits
@@ -78,16 +79,16 @@ class Entry:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Enter a call: the one that runs, if this forward is a part of it, or a new one."""
-        given, frame = take_given(kwargs), self._frame()
+        given, frame = take_given(kwargs), innermost(self.edits)
         if isinstance(frame, Call) and self._is_part(frame, module, args, kwargs):
             call = frame
             call.given |= given
         else:
             if kwargs.get("labels") is not None:
                 given["labels"] = kwargs["labels"]
-            requests = "read_index" in kwargs and self.batches.is_step(kwargs)
+            requests = self.batches.is_step(kwargs)
             call = self.batches.begin() if requests else self.edits.begin(given)
-            call.below, call.is_forward = len(running.frames), True
+            call.height, call.is_forward = len(running.frames), True
             running.frames.append(call)
         outermost = not call.entered
         call.entered.append(self.depth)  # from here on `after` leaves again, whatever happens
@@ -98,8 +99,8 @@ class Entry:
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
-        """Leave it."""
-        call = self._frame()
+        """Leave a call where it was entered."""
+        call = innermost(self.edits)
         if not isinstance(call, Call) or not call.entered or call.entered[-1] != self.depth:
             return
         call.entered.pop()
@@ -108,23 +109,22 @@ class Entry:
         if call.entered:
             return
         if call.is_forward:
-            del running.frames[call.below :]
+            del running.frames[call.height :]
             if call.trains:
                 self.edits.steps.watch(output)
         else:
             call.readings.clear()
 
-    def _frame(self) -> Any:
-        """What runs of the model in this thread: mostly the last that began."""
-        frames = running.frames
-        return frames[-1] if frames and frames[-1].edits is self.edits else innermost(self.edits) if frames else None
-
     def _is_part(self, call: Call, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         """Whether a forward belongs to the call that runs: as a part of its forward, or as its next step."""
         if call.entered:
             return self.depth > call.entered[-1]
-        if call.serving or not call.generating or not call.steps:
-            return call.serving or call.generating
+        if call.serving:
+            return True
+        if not call.generating:
+            return False
+        if not call.steps:
+            return True
         cache = _cache(kwargs)
         if cache is None and call.cache is None:  # each step computes all tokens again
             return self.stack != "encoder" and _prolongs(_inputs(module, args, kwargs), call.prompt)
@@ -134,7 +134,8 @@ class Entry:
         if STRENGTH in call.given:
             self.edits.check_given(call.given)
         if call.generating:
-            call.steps += self.stack != "encoder"
+            if self.stack != "encoder":
+                call.steps += 1
             call.cache = _cache(kwargs)
         elif call.active and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             replica = getattr(module, "_is_replica", False)  # of DataParallel, whose gradients are added up on purpose
@@ -164,7 +165,7 @@ class Entry:
             call.rotated |= reading.at.keys()
 
     def _locate(self, call: Call, stack: str, past: int, inputs: Tensor, kwargs: dict) -> Located:
-        if "read_index" in kwargs and self.batches.is_step(kwargs):
+        if self.batches.is_step(kwargs):
             return self.batches.locate(call, inputs, kwargs)
         known = past_of(self.edits, _cache(kwargs))
         if past and known and known.located and (call.generating or not call.given.keys() & {LOCATIONS, LENGTHS}):
@@ -177,7 +178,7 @@ class Entry:
         if not (takes_labels and isinstance(labels, Tensor) and labels.shape == (rows, end)):
             labels = None  # none, or not those of a language model
         elif stack == "decoder":  # whose first input is the start token, and comes before the first label
-            labels = nn.functional.pad(labels[:, :-1], (1, 0), value=-100)
+            labels = nn.functional.pad(labels[:, :-1], (1, 0), value=IGNORED)
         ids = inputs if inputs.dim() == 2 and not past else None
         packed = None if past or call.generating else find_packed(inputs, kwargs)
         if packed is not None:
@@ -258,7 +259,9 @@ def _inputs(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
 
 def _prolongs(inputs: Tensor | None, prompt: Tensor | None) -> bool:
     """Whether these are the tokens of a prompt, and perhaps what was generated after them."""
-    if inputs is None or prompt is None or inputs.dim() != prompt.dim() or inputs.shape[1] < prompt.shape[1]:
-        return inputs is None or prompt is None or inputs.dim() != prompt.dim()
+    if inputs is None or prompt is None or inputs.dim() != prompt.dim():
+        return True  # nothing tells them apart
+    if inputs.shape[1] < prompt.shape[1]:
+        return False
     times = len(inputs) // max(len(prompt), 1)
     return bool((inputs[:, : prompt.shape[1]] == prompt.repeat_interleave(max(times, 1), dim=0)).all())

@@ -1,13 +1,15 @@
 """How edits come onto a model and off it: what fits is checked first, then its calls are watched."""
 
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import ReftError
 from ..interventions import Intervention
-from ..places.components import Site, find_site, hidden_width, number_of_layers, stack_module
+from ..places.components import Site, find_site, number_of_layers
+from ..places.structure import has_stacks, hidden_width, stack_module
 from . import hooks
 from .adapted import edits_of
 from .config import ReftConfig, Representation, shape_differences
@@ -15,24 +17,28 @@ from .continuous import Batches
 from .edits import Edits
 from .overrides import METHODS, Methods
 
-Places = dict[str, list[tuple[Site, int, Intervention]]]
+SitesByPath = dict[str, list[tuple[Site, int, Intervention]]]
 
 
-def plan(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], list[Site], Places]:
-    """Check a config against a model and make its interventions; nothing is changed if anything does not fit."""
+def make_interventions(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], list[Site], SitesByPath]:
+    """Check a config against a model and make its interventions.
+
+    The config notes whose they are: its modules become names, and it gets the shape of the model. Nothing is changed if
+    anything does not fit.
+    """
     shape = base_model_shape(model)
     if config.base_model_shape is not None and (other := shape_differences(config.base_model_shape, shape)):
         raise ReftError(f"The adapter was made for another base model: this one has {other}.")
     layers = number_of_layers(model, config.component) if config.representations is None else 0
     representations = config.expand(layers)
     sites = [find_site(model, entry.component, entry.layer, entry.head) for entry in representations]
-    places: Places = {}
+    by_path: SitesByPath = {}
     for index, (entry, site) in enumerate(zip(representations, sites, strict=True)):
-        places.setdefault(site.path, []).append((site, index, entry.make(site.width)))
+        by_path.setdefault(site.path, []).append((site, index, entry.make(site.width)))
     for entry in representations:
         entry.settle()
     config.base_model_shape = shape
-    return representations, sites, places
+    return representations, sites, by_path
 
 
 def check_free(model: nn.Module, adapter_name: str, wrapped: bool) -> None:
@@ -84,10 +90,8 @@ def detach(model: nn.Module) -> None:
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that compute the streams of a model with an encoder and a decoder."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return {}
-    return {name: stack_module(model, name) for name in ("encoder", "decoder")}
+    """The encoder and the decoder of a model that has them."""
+    return {name: stack_module(model, name) for name in ("encoder", "decoder")} if has_stacks(model) else {}
 
 
 def base_model_shape(model: nn.Module) -> dict[str, Any]:
@@ -101,3 +105,25 @@ def base_model_shape(model: nn.Module) -> dict[str, Any]:
         shape["num_hidden_layers"] = number_of_layers(model)
         shape["hidden_size"] = hidden_width(model)
     return shape
+
+
+def leave_inference(model: nn.Module) -> None:
+    """Replace parameters and buffers that were made in `torch.inference_mode()`, which no later step can train on.
+
+    Those that several modules share stay shared; those of a class of their own, as of quantised weights, stay.
+    """
+    made: dict[int, tuple[Tensor, Any]] = {}  # by its id, one that was replaced, which stays alive, and its copy
+    with torch.inference_mode(False), torch.no_grad():
+        for module in model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if type(tensor) not in (Tensor, nn.Parameter) or not cast(Tensor, tensor).is_inference():
+                        continue
+                    if id(tensor) not in made:
+                        made[id(tensor)] = cast(Tensor, tensor), _copy(cast(Tensor, tensor))
+                    held[name] = made[id(tensor)][1]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy

@@ -11,13 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..errors import ReftError
-from ..interventions import Intervention, LowRankRotateLayer, stack
+from ..interventions import Intervention, OrthonormalColumns, stack
 from ..interventions.pyvene import Asked, speaks_pyvene
-from .call import Call, Reading, innermost, running
+from ..places.structure import PREFIX
+from .call import Call, Reading, innermost
 from .located import Key, Tokens
 from .resolve import read_states
-
-PREFIX = "reft_"  # of the children that hold interventions: `reft_input` and `reft_output`
 
 
 class ReftLayer(nn.ModuleDict, BaseTunerLayer):
@@ -114,7 +113,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         """Whether the intervention of a representation takes what a call gives it as it stands."""
         return any(speaks_pyvene(module) for index, module in self.of(key[0]) if index == key[1])
 
-    def rotations(self, reading: Reading) -> Iterator[LowRankRotateLayer]:
+    def rotations(self, reading: Reading) -> Iterator[OrthonormalColumns]:
         """The orthonormal matrices that edits in a forward need."""
         for name in dict.fromkeys(name for name, _ in reading.at):
             for adapter in dict.fromkeys(reading.adapters[name] or [name]):
@@ -207,10 +206,10 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         refuse_merge()
 
 
-def _rotation(intervention: nn.Module) -> LowRankRotateLayer | None:
+def _rotation(intervention: nn.Module) -> OrthonormalColumns | None:
     """The R of an intervention of ours, which may be computed for it; one that is asked as in pyvene does it itself."""
     layer = getattr(intervention, "rotate_layer", None)
-    return layer if isinstance(layer, LowRankRotateLayer) else None
+    return layer if isinstance(layer, OrthonormalColumns) else None
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -250,8 +249,7 @@ def edit_input(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
 
 def _reading(layer: ReftLayer) -> tuple[Call, Reading | None] | None:
     """The call that runs, and what the forward reads; none if there is nothing to edit."""
-    frames = running.frames
-    call = frames[-1] if frames and frames[-1].edits is layer.edits else innermost(layer.edits)
+    call = innermost(layer.edits)
     if isinstance(call, Call):
         reading = call.readings.get(layer.stack, _NOTHING)
         return None if reading is _NOTHING or (reading is not None and not reading.at) else (call, reading)

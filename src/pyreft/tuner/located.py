@@ -55,17 +55,22 @@ class Located:
         self._rows = {  # `[batch]`, of the groups that have not all of them
             name: torch.tensor([row is not None for row in rows]) for name, rows in self.groups.items() if None in rows
         }
-        self._made: dict[tuple[int, str], Tensor] = {}
+        self._made: dict[tuple[int, str], tuple[Tensor, Tensor]] = {}  # by its id, a mask, which stays alive; its part
 
     def add(self, key: Key, mask: Tensor, endless: bool = False) -> None:
         """Add the located tokens of a representation."""
         if (rows := self._rows.get(key[0])) is not None:
-            mask = self._made.setdefault((id(mask), key[0]), mask & rows.to(mask.device)[:, None])
+            _, mask = self._made.setdefault((id(mask), key[0]), (mask, mask & rows.to(mask.device)[:, None]))
         self.masks[key] = mask
         self.length = max(self.length, mask.shape[1])
         if endless:
             self.endless.add(key)
         self.until = math.inf if self.endless else self.length
+
+    def reorder(self, order: Tensor) -> None:
+        """Move the tokens of each row, `order` `[batch, tokens]`: the new token j is what token `order[:, j]` was."""
+        moved = {id(mask): take(mask, order) for mask in self.masks.values()}
+        self.masks = {key: moved[id(mask)] for key, mask in self.masks.items()}
 
     def adapters(self, group: str, rows: int) -> list[str]:
         """The adapter of each row of a group of several adapters, in a forward of so many rows; empty if it is one."""
@@ -102,6 +107,11 @@ class Located:
             if (at := seen[same]) is not None:
                 found[key] = at
         return found
+
+
+def take(rows: Tensor, order: Tensor) -> Tensor:
+    """Reorder the tokens of `[batch, tokens, ...]`."""
+    return rows[torch.arange(len(rows), device=rows.device)[:, None], order]
 
 
 def mask_of(columns: Tensor, length: int) -> Tensor:

@@ -10,6 +10,7 @@ from .call import Call, innermost, within
 from .continuous import Batches
 from .edits import Edits
 from .hooks import take_given
+from .located import take
 from .resolve import resolve
 
 METHODS = ("generate", "delete_adapter", "init_continuous_batching")
@@ -81,15 +82,10 @@ class Methods:
         if mask is not None and kwargs.get("past_key_values") is None and not bool(tokens[:, -1].all()):
             order = tokens.long().argsort(dim=1, stable=True)
             for aligned in [key for key, value in kwargs.items() if key == name or _is_by_token(value, mask)]:
-                kwargs[aligned] = _take(kwargs[aligned], order)
-            located.masks = {key: _take(mask, order) for key, mask in located.masks.items()}
+                kwargs[aligned] = take(kwargs[aligned], order)
+            located.reorder(order)
         call.located, call.prompt = located, kwargs[name]
         return args, kwargs
-
-
-def _take(rows: Tensor, order: Tensor) -> Tensor:
-    """Reorder the tokens of `[batch, tokens, ...]`."""
-    return rows[torch.arange(len(rows), device=rows.device)[:, None], order]
 
 
 def _is_by_token(value: Any, mask: Tensor) -> bool:

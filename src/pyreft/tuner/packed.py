@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100  # where there is no loss
+from ..positions import IGNORED
 
 
 class Packed:

@@ -33,7 +33,7 @@ def bind(edits: Any, model: nn.Module) -> None:
 
 
 def unbind(model: nn.Module) -> None:
-    """Undo it."""
+    """Give the modules back what checkpointed their blocks before."""
     for module in model.modules():
         if isinstance(bound := getattr(module, FUNCTION, None), _Checkpoint):
             setattr(module, FUNCTION, bound.plain)

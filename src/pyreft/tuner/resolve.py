@@ -107,9 +107,9 @@ def _add_by_rule(
         if rule is None:
             continue
         if rule not in made:  # an answer is covered by `all` from the beginning
-            mask = tokens if rule.whole == "all" else rule.locate(prompt, input_ids)
+            mask = tokens if rule.endless else rule.locate(prompt, input_ids)
             made[rule] = mask if packed is None else packed.together(mask)
-        located.add(key, made[rule], endless=rule.whole == "all")
+        located.add(key, made[rule], endless=rule.endless)
 
 
 def _add_given(located: Located, edits: Edits, call: Call, keys: list[Key], tokens: Tensor) -> None:

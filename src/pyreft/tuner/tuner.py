@@ -1,11 +1,10 @@
 """The PEFT tuner: hangs interventions on a model's modules.
 
 A module to edit stays in place and gets a child, `reft_output` or `reft_input`, a `ReftLayer`. Which tokens are edited,
-the `Locator` of the model says.
+the `Call` that runs says.
 """
 
 import re
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -21,13 +20,14 @@ from torch import Tensor, nn
 
 from ..errors import ReftError
 from ..interventions import intervention_class, speaks_pyvene
-from ..places.structure import path_of
+from ..places.structure import PREFIX, path_of
 from .adapted import edits_of, reft_layers
 from .call import Surroundings, within
 from .config import ReftConfig
-from .injection import check_free, detach, plan, watched
-from .layer import PREFIX, ReftLayer, device_of, refuse_merge, type_of
-from .values import check_values, leave_inference
+from .in_part import in_part
+from .injection import check_free, detach, leave_inference, make_interventions, watched
+from .layer import ReftLayer, device_of, refuse_merge, type_of
+from .values import check_values
 
 
 class ReftTuner(BaseTuner):
@@ -59,11 +59,11 @@ class ReftTuner(BaseTuner):
         return self.compute(super().forward, args, kwargs)
 
     def compute(self, ordinary: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """A call of the model, `ordinary(*args, **kwargs)`, or what computes it in this thread, see `in_part`."""
+        """A call of the model, `ordinary(*args, **kwargs)`, or what computes it in this thread, see `InPart`."""
         self.check_attached()
         if args or torch.compiler.is_compiling():
             return ordinary(*args, **kwargs)
-        compute = next((compute for tuner, compute in reversed(_in_part.entries) if tuner is self), None)
+        compute = in_part.of(self)
         return ordinary(**kwargs) if compute is None else compute(ordinary, kwargs)
 
     def check_attached(self) -> None:
@@ -94,7 +94,7 @@ class ReftTuner(BaseTuner):
             if "edits" in vars(self):
                 self.check_attached()
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                representations, sites, self._places = plan(model, config)
+                representations, sites, self._sites = make_interventions(model, config)
         except ReftError:
             del self.peft_config[adapter_name]
             raise
@@ -108,7 +108,7 @@ class ReftTuner(BaseTuner):
         leave_inference(model)
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
-        return key in self._places
+        return key in self._sites
 
     def _create_and_replace(
         self,
@@ -120,7 +120,7 @@ class ReftTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        for site, index, intervention in self._places[current_key]:
+        for site, index, intervention in self._sites[current_key]:
             name = f"{self.prefix}{site.side}"
             if not hasattr(target, name):
                 layer = ReftLayer(target, site.side, self.edits, site.stack, len(self.edits.layers))
@@ -235,30 +235,6 @@ class ReftTuner(BaseTuner):
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-
-
-class _InPart(threading.local):
-    entries: tuple[tuple[ReftTuner, Any], ...] = ()  # the innermost last
-
-
-_in_part = _InPart()
-
-
-@contextmanager
-def in_part(tuner: ReftTuner, compute: Callable[[Callable[..., Any], dict[str, Any]], Any] | None) -> Iterator[None]:
-    """Let calls of a model that this thread makes be computed by something else.
-
-    Args:
-        tuner: of the model.
-        compute: gets the ordinary call and its arguments, and returns what the model is to return; none to let the
-            model itself do it.
-    """
-    entry = tuner, compute
-    _in_part.entries = (*_in_part.entries, entry)
-    try:
-        yield
-    finally:  # in another thread, if the one that entered has ended, there is nothing to take back
-        _in_part.entries = tuple(one for one in _in_part.entries if one is not entry)
 
 
 def tuner_of(model: nn.Module) -> ReftTuner | None:

@@ -1,9 +1,7 @@
-"""Which numbers an adapter may be made of, wherever they come from, and tensors that a later step can use."""
-
-from typing import Any, cast
+"""Which numbers an adapter may be made of, wherever they come from."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ReftError
 
@@ -32,25 +30,3 @@ def check_values(name: str, tensor: Tensor, floats: bool = True) -> None:
             "diverged, or the file is damaged; take an earlier checkpoint.",
             setting=name,
         )
-
-
-def leave_inference(model: nn.Module) -> None:
-    """Replace parameters and buffers that were made in `torch.inference_mode()`, which no later step can train on.
-
-    Those that several modules share stay shared; those of a class of their own, as of quantised weights, stay.
-    """
-    made: dict[int, tuple[Tensor, Any]] = {}  # by its id, one that was replaced, which stays alive, and its copy
-    with torch.inference_mode(False), torch.no_grad():
-        for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
-                    if type(tensor) not in (Tensor, nn.Parameter) or not cast(Tensor, tensor).is_inference():
-                        continue
-                    if id(tensor) not in made:
-                        made[id(tensor)] = cast(Tensor, tensor), _copy(cast(Tensor, tensor))
-                    held[name] = made[id(tensor)][1]
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    copy = tensor.detach().clone()
-    return nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
