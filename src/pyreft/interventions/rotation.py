@@ -1,6 +1,6 @@
 """R: matrices with orthonormal columns, kept so whatever the optimiser does, and computed for many layers at once."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,14 +44,16 @@ class OrthonormalColumns(nn.Module):
         return h.to(torch.float32) @ self.weight
 
 
-def orthonormalize(rotations: Sequence[OrthonormalColumns]) -> dict[OrthonormalColumns, Tensor]:
+def orthonormalize(
+    rotations: Sequence[OrthonormalColumns], known: Container[OrthonormalColumns] = ()
+) -> dict[OrthonormalColumns, Tensor]:
     """Return R, `[r, d]`, of many layers, all of the same shape and device computed in one batched call.
 
-    Those of sharded parameters are left out: only in their layer's forward they are whole.
+    Those that are known, and those of sharded parameters, which are whole only in their layer's forward, are left out.
     """
     groups: dict[tuple, list[OrthonormalColumns]] = {}
     for rotation in dict.fromkeys(rotations):
-        if not is_sharded(rotation.free):
+        if rotation not in known and not is_sharded(rotation.free):
             groups.setdefault((rotation.free.shape, rotation.free.device), []).append(rotation)
     found: dict[OrthonormalColumns, Tensor] = {}
     for group in groups.values():

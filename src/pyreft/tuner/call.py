@@ -117,10 +117,7 @@ to break a graph, loses what is assigned to a thread's attributes, and keeps wha
 
 def innermost(edits: Any) -> Surroundings | Call | None:
     """What runs of a model in this thread now."""
-    frames = running.frames
-    if frames and frames[-1].edits is edits:  # mostly
-        return frames[-1]
-    for frame in reversed(frames):
+    for frame in reversed(running.frames):
         if frame.edits is edits:
             return frame
     return None

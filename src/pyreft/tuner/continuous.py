@@ -36,11 +36,6 @@ class Batches:
     def __getstate__(self) -> dict:  # a copy of the model has nothing in flight
         return {**self.__dict__, "_manager": None, "_begun": None}
 
-    @staticmethod
-    def is_step(kwargs: dict[str, Any]) -> bool:
-        """Whether a forward is one of a manager."""
-        return kwargs.get("cache") is not None and "read_index" in kwargs
-
     def begin(self) -> Call:
         """Return a call for a step of the manager: with the adapters that were active when its requests came."""
         return self.edits.begin({}) if self._begun is None else self._begun.again()

@@ -79,15 +79,14 @@ class Entry:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Enter a call: the one that runs, if this forward is a part of it, or a new one."""
-        given, frame = take_given(kwargs), innermost(self.edits)
+        given, frame = take_given(kwargs), self._frame()
         if isinstance(frame, Call) and self._is_part(frame, module, args, kwargs):
             call = frame
             call.given |= given
         else:
             if kwargs.get("labels") is not None:
                 given["labels"] = kwargs["labels"]
-            requests = self.batches.is_step(kwargs)
-            call = self.batches.begin() if requests else self.edits.begin(given)
+            call = self.batches.begin() if _serves_requests(kwargs) else self.edits.begin(given)
             call.height, call.is_forward = len(running.frames), True
             running.frames.append(call)
         outermost = not call.entered
@@ -100,7 +99,7 @@ class Entry:
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Leave a call where it was entered."""
-        call = innermost(self.edits)
+        call = self._frame()
         if not isinstance(call, Call) or not call.entered or call.entered[-1] != self.depth:
             return
         call.entered.pop()
@@ -114,6 +113,11 @@ class Entry:
                 self.edits.steps.watch(output)
         else:
             call.readings.clear()
+
+    def _frame(self) -> Any:
+        """What runs of the model in this thread: mostly the last that began, without asking further."""
+        frames = running.frames
+        return frames[-1] if frames and frames[-1].edits is self.edits else innermost(self.edits) if frames else None
 
     def _is_part(self, call: Call, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         """Whether a forward belongs to the call that runs: as a part of its forward, or as its next step."""
@@ -161,11 +165,11 @@ class Entry:
         reading = call.read(stack, located, inputs.shape[0], inputs.shape[1], past)
         if reading.at.keys() - call.rotated and not torch.compiler.is_compiling():
             needed = [one for layer in self.edits.layers if layer.stack == stack for one in layer.rotations(reading)]
-            call.rotations |= orthonormalize([one for one in needed if one not in call.rotations])
+            call.rotations |= orthonormalize(needed, call.rotations)
             call.rotated |= reading.at.keys()
 
     def _locate(self, call: Call, stack: str, past: int, inputs: Tensor, kwargs: dict) -> Located:
-        if self.batches.is_step(kwargs):
+        if _serves_requests(kwargs):
             return self.batches.locate(call, inputs, kwargs)
         known = past_of(self.edits, _cache(kwargs))
         if past and known and known.located and (call.generating or not call.given.keys() & {LOCATIONS, LENGTHS}):
@@ -230,6 +234,11 @@ def take_given(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take out of a call's arguments what the edits are given."""
     given = {name: kwargs.pop(name) for name in GIVEN if name in kwargs}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _serves_requests(kwargs: dict) -> bool:
+    """Whether a forward is one of continuous batching, see `Batches`."""
+    return kwargs.get("cache") is not None and "read_index" in kwargs
 
 
 def _cache(values: Any) -> Any:

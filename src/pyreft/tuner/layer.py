@@ -14,7 +14,7 @@ from ..errors import ReftError
 from ..interventions import Intervention, OrthonormalColumns, stack
 from ..interventions.pyvene import Asked, speaks_pyvene
 from ..places.structure import PREFIX
-from .call import Call, Reading, innermost
+from .call import Call, Reading, innermost, running
 from .located import Key, Tokens
 from .resolve import read_states
 
@@ -172,13 +172,18 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         self, name: str, number: int, adapters: list[str], call: Call, h: Tensor
     ) -> tuple[Intervention, Tensor | None]:
         """An adapter's intervention, or those of the adapters of rows as one; and R, where the call has computed it."""
-        if not adapters:
-            intervention = cast(Any, self[name])[number]
-            _check_device(intervention, name, h)
-            compiling = torch.compiler.is_compiling()
-            if intervention._speaks_pyvene if compiling else speaks_pyvene(intervention):
-                return cast(Any, Asked(intervention)), None
-            return intervention, call.rotations.get(cast(Any, _rotation(intervention)))
+        if adapters:
+            return self._stacked(name, number, adapters, call, h)
+        intervention = cast(Any, self[name])[number]
+        _check_device(intervention, name, h)
+        if _asked_as_in_pyvene(intervention):
+            return cast(Any, Asked(intervention)), None
+        return intervention, call.rotations.get(cast(Any, _rotation(intervention)))
+
+    def _stacked(
+        self, name: str, number: int, adapters: list[str], call: Call, h: Tensor
+    ) -> tuple[Intervention, Tensor | None]:
+        """The interventions of the adapters of rows as one; and their R."""
         key = self.number, name, number, len(adapters)
         if (known := call.stacked.get(key)) is not None:
             return known
@@ -187,9 +192,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             _check_device(intervention, adapter, h)
         R = None
         if hasattr(interventions[0], "rotate_layer"):
-            layers = [intervention.rotate_layer for intervention in interventions]
-            known = call.rotations
-            R = torch.stack([known[one] if one in known else one.weight.mT for one in layers])  # noqa: SIM401 (costly)
+            R = torch.stack([_its_R(intervention.rotate_layer, call) for intervention in interventions])
         made = stack(interventions), R
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             call.stacked[key] = made  # for the steps of a generation
@@ -204,6 +207,19 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
 
     def unmerge(self) -> NoReturn:
         refuse_merge()
+
+
+def _its_R(layer: OrthonormalColumns, call: Call) -> Tensor:
+    known = call.rotations.get(layer)
+    return layer.weight.mT if known is None else known
+
+
+def _asked_as_in_pyvene(intervention: Any) -> bool:
+    """See `speaks_pyvene`, which most need not be asked for; a compiled forward knows it from when it was added."""
+    if torch.compiler.is_compiling():
+        return intervention._speaks_pyvene
+    ours = type(intervention).forward is Intervention.forward and "forward" not in intervention.__dict__
+    return not ours and speaks_pyvene(intervention)
 
 
 def _rotation(intervention: nn.Module) -> OrthonormalColumns | None:
@@ -249,7 +265,8 @@ def edit_input(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | N
 
 def _reading(layer: ReftLayer) -> tuple[Call, Reading | None] | None:
     """The call that runs, and what the forward reads; none if there is nothing to edit."""
-    call = innermost(layer.edits)
+    frames = running.frames  # mostly the last that began is the one, and each layer asks in each step
+    call = frames[-1] if frames and frames[-1].edits is layer.edits else innermost(layer.edits)
     if isinstance(call, Call):
         reading = call.readings.get(layer.stack, _NOTHING)
         return None if reading is _NOTHING or (reading is not None and not reading.at) else (call, reading)

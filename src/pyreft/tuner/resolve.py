@@ -40,13 +40,8 @@ def resolve(
     beams = stack == "decoder" and call.generating
     kinds = {name: edits.kinds[name] for name in call.active}
     groups = None if call.row_adapters is None else group_rows(call.row_adapters, kinds, tokens, beams)
+    keys = [(name, index) for name in groups or kinds for index, one in enumerate(edits.places[name]) if one == stack]
     located = Located(groups)
-    keys = [
-        (name, index)
-        for name in located.groups or kinds
-        for index, place in enumerate(edits.places[name])
-        if place == stack
-    ]
     given = call.given.get(LOCATIONS)
     if given is not None and not isinstance(given, str):
         _add_given(located, edits, call, keys, tokens)
@@ -102,14 +97,17 @@ def _add_by_rule(
         tokens = nn.functional.pad(tokens, (0, missing), value=True)
         input_ids = input_ids if input_ids is None or not missing else nn.functional.pad(input_ids, (0, missing))
     prompt = prompt_tokens(tokens, labels, lengths)
-    made: dict[Positions, Tensor] = {}
+    masks: dict[Positions, Tensor] = {}
+    endless: set[Positions] = set()
     for key, rule in rules.items():
         if rule is None:
             continue
-        if rule not in made:  # an answer is covered by `all` from the beginning
-            mask = tokens if rule.endless else rule.locate(prompt, input_ids)
-            made[rule] = mask if packed is None else packed.together(mask)
-        located.add(key, made[rule], endless=rule.endless)
+        if rule not in masks:
+            if rule.endless:
+                endless.add(rule)
+            mask = tokens if rule in endless else rule.locate(prompt, input_ids)
+            masks[rule] = mask if packed is None else packed.together(mask)
+        located.add(key, masks[rule], endless=rule in endless)
 
 
 def _add_given(located: Located, edits: Edits, call: Call, keys: list[Key], tokens: Tensor) -> None:

@@ -63,7 +63,7 @@ class ReftTuner(BaseTuner):
         self.check_attached()
         if args or torch.compiler.is_compiling():
             return ordinary(*args, **kwargs)
-        compute = in_part.of(self)
+        compute = in_part.of(self) if in_part.entries else None
         return ordinary(**kwargs) if compute is None else compute(ordinary, kwargs)
 
     def check_attached(self) -> None:
