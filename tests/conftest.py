@@ -8,6 +8,10 @@ import torch
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from pyreft.interventions import INTERVENTIONS
+
+FORMULAS = [*INTERVENTIONS]  # of the library; tests register more
+
 settings.register_profile("seeded", derandomize=True, deadline=None)
 settings.load_profile("seeded")
 if os.environ.get("PYTEST_XDIST_WORKER"):

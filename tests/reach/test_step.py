@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pyreft
 from architectures import ARCHITECTURES
-from conftest import tiny_llama
-from pyreft.interventions import INTERVENTIONS, Intervention
+from conftest import FORMULAS, tiny_llama
+from pyreft.interventions import Intervention
 from pyreft.reach import Reach
 from pyreft.reach.layers import SkipLayers
 from pyreft.reach.loss import log_probs
@@ -52,7 +52,7 @@ def test_encoders_start_above_the_layers_below_the_edits(architecture, side):
 
 
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", INTERVENTIONS)
+@pytest.mark.parametrize("name", FORMULAS)
 def test_every_intervention(name, side):
     adapted = adapt(tiny_llama(), intervention=name)
     assert_exact(Reach(adapted), adapted, batch_of(rows_of(*LENGTHS), side))
@@ -196,7 +196,7 @@ def test_any_training(data):
     config = {
         "layers": draw(st.lists(st.integers(0, 2), min_size=1, max_size=3, unique=True), label="layers"),
         "positions": positions,
-        "intervention": draw(st.sampled_from(list(INTERVENTIONS)), label="edit"),
+        "intervention": draw(st.sampled_from(FORMULAS), label="edit"),
         "share_weights": draw(st.booleans(), label="share_weights"),
     }
     lengths = draw(st.lists(st.integers(4, 14), min_size=1, max_size=6), label="lengths")

@@ -16,9 +16,8 @@ from transformers import (
 )
 
 import pyreft
-from conftest import tiny_llama
+from conftest import FORMULAS, tiny_llama
 from pyreft import pocket
-from pyreft.interventions import INTERVENTIONS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 
@@ -222,7 +221,7 @@ def test_edits_that_the_head_of_a_classifier_does_not_read_are_told(tmp_path):
     assert "layer 3, positions f1)" in told_of_unreached(decoder, tmp_path, positions="f1")[0]
 
 
-@pytest.mark.parametrize("name", [name for name, cls in INTERVENTIONS.items() if cls.__module__.startswith("pyreft.")])
+@pytest.mark.parametrize("name", FORMULAS)
 def test_no_formula_begins_without_a_gradient(tmp_path, name):
     assert not told_of_unreached(tiny_bert(), tmp_path, positions="f1+l16", intervention=name)
     assert len(told_of_unreached(tiny_bert(), tmp_path, intervention=name)) == 1

@@ -10,13 +10,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pyreft
-from conftest import pad, shaken, tiny_llama
-from pyreft.interventions import INTERVENTIONS, Intervention, LoreftIntervention, intervention_class, stack
+from conftest import FORMULAS, pad, shaken, tiny_llama
+from pyreft.interventions import Intervention, LoreftIntervention, intervention_class, stack
 from pyreft.tuner.located import Located
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 ADAPTERS = ["a", "b", "c"]
-FORMULAS = list(INTERVENTIONS)
 
 
 class DampIntervention(Intervention):

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, BertConfig, DynamicCache
 
 import pyreft
-from conftest import pad, shaken, tiny_llama
-from pyreft.interventions import INTERVENTIONS, intervention_class
+from conftest import FORMULAS, pad, shaken, tiny_llama
+from pyreft.interventions import intervention_class
 from pyreft.tuner.adapted import interventions_of, penalty
 from pyreft.tuner.call import running
 from pyreft.tuner.layer import ReftLayer
@@ -37,7 +37,7 @@ def one_by_one(adapted, prompts, **options):
 # -- which states change ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("intervention", INTERVENTIONS)
+@pytest.mark.parametrize("intervention", FORMULAS)
 def test_other_tokens_are_bit_identical_up_to_the_first_edited_layer(model, intervention):
     ids = torch.randint(3, 96, (2, 10))
     base = model(ids, output_hidden_states=True).hidden_states
@@ -235,7 +235,7 @@ def test_assisted_decoding_equals_plain(model):
 # -- PEFT and transformers ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("intervention", INTERVENTIONS)
+@pytest.mark.parametrize("intervention", FORMULAS)
 @pytest.mark.parametrize("share_weights", [True, False])
 def test_every_way_to_reload_is_bit_exact(model, tmp_path, intervention, share_weights):
     base = copy.deepcopy(model)
