@@ -183,7 +183,7 @@ def random_batch(data, rows, count):
     return batch
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(st.data())
 def test_any_training(data):
     """Epochs of any batches, with a store of any size in memory or on disk, that is begun anew in between.

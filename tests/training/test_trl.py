@@ -75,7 +75,7 @@ def in_emojis(model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"padding_free": True, "max_length": None}, {"packing": True, "max_length": 64}], ids=str
+    "form", [{}, {"padding_free": True, "max_length": None, "bf16": False}, {"packing": True, "max_length": 64, "bf16": False}], ids=str
 )
 def test_sft(tokenizer, tmp_path, form):
     rows = {"prompt": TRAIN, "completion": [row["completion"] for row in pocket.emoji_pairs()]}
@@ -102,7 +102,7 @@ def test_packed_rows_train_what_padded_ones_do(tokenizer, tmp_path):
     """To rounding, in float32; and with rules that take the beginning and the end of each prompt."""
     losses = []
     rows = {"prompt": TRAIN, "completion": [row["completion"] for row in pocket.emoji_pairs()]}
-    for form in ({}, {"padding_free": True, "max_length": None}):
+    for form in ({}, {"padding_free": True, "max_length": None, "bf16": False}):
         torch.manual_seed(0)
         arguments = options(tmp_path, per_device_train_batch_size=5, max_steps=6, bf16=False)
         trainer = trl.SFTTrainer(
@@ -186,7 +186,7 @@ def test_reward(tmp_path, tokenizer, preferences):
     trainer = trl.RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(pocket.path(), num_labels=1, dtype=torch.float32),
         processing_class=tokenizer,
-        args=trl.RewardConfig(**options(tmp_path, per_device_train_batch_size=10, max_steps=10)),
+        args=trl.RewardConfig(**options(tmp_path, per_device_train_batch_size=10, max_steps=10, bf16=False)),
         train_dataset=train,
         eval_dataset=held_out,
         peft_config=pyreft.ReftConfig(**CONFIG),
@@ -210,7 +210,7 @@ def test_grpo(tokenizer, tmp_path):
         processing_class=tokenizer,
         reward_funcs=brief,
         args=trl.GRPOConfig(
-            **options(tmp_path, per_device_train_batch_size=40, max_steps=14, learning_rate=0.02),
+            **options(tmp_path, per_device_train_batch_size=40, max_steps=14, learning_rate=0.02, bf16=False),
             num_generations=8,
             max_completion_length=16,
         ),
