@@ -75,7 +75,9 @@ def in_emojis(model, tokenizer):
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"padding_free": True, "max_length": None, "bf16": False}, {"packing": True, "max_length": 64, "bf16": False}], ids=str
+    "form",
+    [{}, {"padding_free": True, "max_length": None, "bf16": False}, {"packing": True, "max_length": 64, "bf16": False}],
+    ids=str,
 )
 def test_sft(tokenizer, tmp_path, form):
     rows = {"prompt": TRAIN, "completion": [row["completion"] for row in pocket.emoji_pairs()]}
