@@ -40,7 +40,9 @@ def one_by_one(adapted, prompts, **options):
 def test_other_tokens_are_bit_identical_up_to_the_first_edited_layer(model, intervention):
     ids = torch.randint(3, 96, (2, 10))
     base = model(ids, output_hidden_states=True).hidden_states
-    adapted = adapt(model, layers=[1, 3], positions="f1+l2", intervention=intervention)
+    # what a token's query, key and value are, others see in the same block
+    component = "attention_output" if intervention == "lora" else "block_output"
+    adapted = adapt(model, layers=[1, 3], positions="f1+l2", intervention=intervention, component=component)
     edited = adapted(ids, output_hidden_states=True).hidden_states  # the embeddings, then each block's output
     for layer in (0, 1):
         assert torch.equal(edited[layer], base[layer])

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ReftError
 from ..sharded import is_sharded
 from ..tuner.adapted import interventions_of
-from ..tuner.config import Representation
+from ..tuner.representation import Representation
 from .adapter import check_room, is_adapter, load_tensors, read_config
 from .original import Values, fill, legacy_place, read_interventions, read_model
 from .together import reading
