@@ -166,7 +166,9 @@ class ReftConfig(PeftConfig):
                 f"expected the unit 'pos', or the number of a head, got {unit!r}.", setting="representations"
             )
         given = values.get("intervention", self.intervention)
-        components = read_components(values.pop("component", self.component) or default_component(given))
+        component = values.pop("component", None)
+        component = self.component if component is None else component
+        components = read_components(default_component(given) if component is None else component)
         inherited = ["positions"]
         if not isinstance(given, nn.Module):
             taken, _ = setting_names(intervention_class(given))
