@@ -79,7 +79,7 @@ def test_every_formula_by_row_is_that_of_each_row_alone(formula):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    formulas=st.lists(st.sampled_from(["loreft", "nodireft", "red", DampIntervention]), min_size=3, max_size=3),
+    formulas=st.lists(st.sampled_from(["loreft", "nodireft", "red", "lora", DampIntervention]), min_size=3, max_size=3),
     rule=st.sampled_from(["f2", "l1", "f2+l3", "prompt", "all"]),
     names=st.lists(st.sampled_from([*ADAPTERS, "__base__"]), min_size=1, max_size=5),
     side=st.sampled_from(["left", "right"]),

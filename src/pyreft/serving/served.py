@@ -136,9 +136,8 @@ def _check_entry(path: Path, entry: Any, layers: int) -> tuple[int, Positions]:
     """The layer and the rule of a representation, if it can be served."""
     if entry.reads_input:
         raise ReftError(
-            f"{path}: {entry.intervention!r} cannot be served: it reads what a linear layer inside of a block reads, "
-            "and an engine fuses what is inside.",
-            setting="intervention",
+            f"{path}: intervention: {entry.intervention!r} cannot be served: it reads what a linear layer inside of a "
+            "block reads, and an engine fuses what is inside."
         )
     if entry.component not in COMPONENTS:
         raise ReftError(
