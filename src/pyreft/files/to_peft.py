@@ -80,14 +80,15 @@ def _rule(config: ReftConfig) -> str:
 
 def _pair(layer: ReftLayer, name: str) -> Pair:
     """The matrices of one linear layer."""
-    module, loras = layer.get_base_layer(), [edit for _, edit in layer.of(name)]
+    module = layer.get_base_layer()
+    loras: list[Any] = [edit for _, edit in layer.of(name)]
     others = sorted({type(edit).__name__ for edit in loras if not isinstance(edit, LoraIntervention)})
     widths = widths_of(module)
     if others or widths is None:
         raise ReftError(
             f"only the formula 'lora' can be written as a LoRA, got {', '.join(others)}.", setting="intervention"
         )
-    scales = {edit.scale for edit in loras if isinstance(edit, LoraIntervention)}
+    scales = {edit.scale for edit in loras}
     if len(scales) > 1:
         raise ReftError(f"the parts of one layer have one α/r in a LoRA, got {scales}.", setting="alpha")
     down, up = [], []
@@ -106,7 +107,7 @@ def _config(config: ReftConfig, pairs: dict[str, Pair]) -> dict[str, Any]:
     (rank, alpha), _ = Counter(sizes.values()).most_common(1)[0]
     made = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         target_modules=sorted(pairs),
         rank_pattern={path: r for path, (r, _) in sizes.items() if r != rank},
         alpha_pattern={path: a for path, (_, a) in sizes.items() if a != alpha},
