@@ -36,6 +36,10 @@ def adapt(base, *, seed=0, **config):
     adapted = shaken(pyreft.get_reft_model(base, pyreft.ReftConfig(**defaults | config)))
     for layer in reft_layers(adapted):
         layer.train()
+    if config.get("intervention") == "lora":  # large queries and keys leave no gradient but rounding
+        with torch.no_grad():
+            for parameter in adapted.get_trainable_parameters():
+                parameter.mul_(0.3)
     return adapted
 
 

@@ -102,4 +102,7 @@ def _legacy_values(
 
 def _edits(representations: list[Representation]) -> list[tuple]:
     """What says, beside the tensors, which edits they make, at whatever tokens."""
-    return [(entry.layer, entry.component, entry.intervention, entry.act_fn) for entry in representations]
+    return [
+        (entry.layer, entry.component, entry.intervention, entry.act_fn, (entry.intervention_kwargs or {}).get("alpha"))
+        for entry in representations
+    ]
