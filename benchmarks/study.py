@@ -38,7 +38,7 @@ def study(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Compare LoReFT, DiReFT, RED and LoRA on the embedded model: score against parameters and training time.
+    """Compare LoReFT, DiReFT, RED and LoRA, at all tokens or some, on the embedded model: score against cost.
 
     Minutes on two cores. Interrupted, it leaves what is done in study.json. The pictures need matplotlib: pip install
     "pyreft[plot]". With --json, the numbers are printed and no pictures are drawn.

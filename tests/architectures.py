@@ -22,13 +22,15 @@ CHECKS = {
     "reload": "a saved adapter gives the same bits when it is loaded",
 }
 
-MOE = {"mlp_activation": "each expert has its own tokens"}
+OF_MLP = ("gate_output", "up_output", "down_output")
+MOE = dict.fromkeys(("mlp_activation", *OF_MLP), "each expert has its own tokens")
+NO_GATE = {"gate_output": "the MLP has no gate"}
 QKV = ("query_output", "key_output", "value_output", "head_query_output", "head_key_output", "head_value_output")
 ALTERNATE = dict.fromkeys(QKV, "queries, keys and values alternate in one projection")
 LATENT = dict.fromkeys(QKV[1:3] + QKV[4:], "keys and values alternate in one projection")
 ATTENTION = ("attention_input", "attention_value_output", "attention_output", "head_attention_value_output", *QKV)
 NO_ATTENTION = dict.fromkeys(ATTENTION, "there is no attention")
-NO_MLP = dict.fromkeys(("mlp_input", "mlp_activation", "mlp_output"), "there is no MLP")
+NO_MLP = dict.fromkeys(("mlp_input", "mlp_activation", "mlp_output", *OF_MLP), "there is no MLP")
 NO_LOSS = {"train": "no loss without a head"}
 NOT_GENERATING = {"cache": "does not generate"}
 FIXED_SIZE = {"padding": "images have one size"}
@@ -160,13 +162,13 @@ def causal(name: str, model_type: str, *, lacks: dict[str, str] | None = None, r
     return Architecture(name, by_type(model_type, **SIZES | changes), lacks=lacks or {}, rounding=rounding)
 
 
-def classifier(name: str, model_type: str, **changes: Any) -> Architecture:
+def classifier(name: str, model_type: str, *, lacks: dict[str, str] = NO_GATE, **changes: Any) -> Architecture:
     make = by_type(model_type, "AutoModelForSequenceClassification", **SIZES | changes)
-    return Architecture(name, make, "classifier", NOT_GENERATING)
+    return Architecture(name, make, "classifier", NOT_GENERATING, lacks)
 
 
 def seq2seq(name: str, model_type: str, **changes: Any) -> Architecture:
-    return Architecture(name, by_type(model_type, "AutoModelForSeq2SeqLM", **changes), "seq2seq")
+    return Architecture(name, by_type(model_type, "AutoModelForSeq2SeqLM", **changes), "seq2seq", lacks=NO_GATE)
 
 
 def image_text(name: str, model_type: str, text: dict, vision: dict, **changes: Any) -> Architecture:
@@ -200,19 +202,26 @@ ARCHITECTURES = [
     causal("Gemma", "gemma", head_dim=16),
     causal("Gemma 2", "gemma2", head_dim=16),
     causal("Gemma 3", "gemma3_text", head_dim=16),
-    causal("Phi", "phi"),
+    causal("Phi", "phi", lacks=NO_GATE),
     causal("Phi-3", "phi3"),
-    causal("GPT-2", "gpt2", n_inner=64),
-    causal("GPT-J", "gptj", rotary_dim=4, n_inner=64),
-    causal("GPT-NeoX", "gpt_neox", lacks=ALTERNATE),
-    causal("GPT-Neo", "gpt_neo", attention_types=[[["global", "local", "global"], 1]], num_layers=3, num_heads=4),
-    causal("GPT-BigCode", "gpt_bigcode", n_inner=64),
-    causal("Bloom", "bloom", lacks=ALTERNATE),
-    causal("Falcon", "falcon", lacks=ALTERNATE),
-    causal("MPT", "mpt", d_model=32, n_heads=4, n_layers=3, expansion_ratio=2),
-    causal("OPT", "opt", ffn_dim=64, word_embed_proj_dim=16),
+    causal("GPT-2", "gpt2", lacks=NO_GATE, n_inner=64),
+    causal("GPT-J", "gptj", lacks=NO_GATE, rotary_dim=4, n_inner=64),
+    causal("GPT-NeoX", "gpt_neox", lacks=ALTERNATE | NO_GATE),
+    causal(
+        "GPT-Neo",
+        "gpt_neo",
+        lacks=NO_GATE,
+        attention_types=[[["global", "local", "global"], 1]],
+        num_layers=3,
+        num_heads=4,
+    ),
+    causal("GPT-BigCode", "gpt_bigcode", lacks=NO_GATE, n_inner=64),
+    causal("Bloom", "bloom", lacks=ALTERNATE | NO_GATE),
+    causal("Falcon", "falcon", lacks=ALTERNATE | NO_GATE),
+    causal("MPT", "mpt", lacks=NO_GATE, d_model=32, n_heads=4, n_layers=3, expansion_ratio=2),
+    causal("OPT", "opt", lacks=NO_GATE, ffn_dim=64, word_embed_proj_dim=16),
     causal("StableLM", "stablelm"),
-    causal("StarCoder2", "starcoder2"),
+    causal("StarCoder2", "starcoder2", lacks=NO_GATE),
     causal("OLMo", "olmo"),
     causal("OLMo 2", "olmo2"),
     causal("Cohere", "cohere"),
@@ -290,14 +299,15 @@ ARCHITECTURES = [
     classifier("DeBERTa-v2", "deberta-v2", relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=16),
     classifier("DistilBERT", "distilbert", dim=32, n_heads=4, n_layers=3, hidden_dim=64),
     classifier("ELECTRA", "electra", embedding_size=16),
-    classifier("ModernBERT", "modernbert", cls_token_id=1, sep_token_id=2),
+    classifier("ModernBERT", "modernbert", lacks={}, cls_token_id=1, sep_token_id=2),
     Architecture(
         "ViT",
         by_type("vit", "AutoModelForImageClassification", **VISION | {"num_hidden_layers": 3, "hidden_size": 32}),
         "image",
         NOT_GENERATING | FIXED_SIZE,
+        NO_GATE,
     ),
-    Architecture("CLIP's text tower", clip_text, "encoder", NOT_GENERATING | NO_LOSS),
+    Architecture("CLIP's text tower", clip_text, "encoder", NOT_GENERATING | NO_LOSS, NO_GATE),
     image_text(
         "LLaVA",
         "llava",
@@ -334,7 +344,7 @@ ARCHITECTURES = [
         boi_token_index=94,
         eoi_token_index=93,
     ),
-    Architecture("Whisper", whisper, "speech", {"padding": "recordings are padded to one length"}),
+    Architecture("Whisper", whisper, "speech", {"padding": "recordings are padded to one length"}, NO_GATE),
 ]
 
 

@@ -1,10 +1,13 @@
 """What the tests of `pyreft.reach` share: ragged batches, and steps to compare."""
 
+import contextlib
+
 import torch
 
 import pyreft
 from conftest import pad, shaken
 from pyreft.interventions import LowRankIntervention, intervention_class
+from pyreft.places.components import LINEAR, find_blocks, find_site
 from pyreft.tuner import reft_layers
 
 LENGTHS = (11, 7, 8)
@@ -27,13 +30,29 @@ def batch_of(rows, side, answers=3):
 def adapt(base, *, seed=0, **config):
     """Large edits in training above a base in evaluation, where it has no dropout."""
     torch.manual_seed(seed)
-    defaults = {"positions": "l2", "layers": [1, 2]}
+    defaults = {"positions": "l2"} | ({} if "representations" in config else {"layers": [1, 2]})
     if issubclass(intervention_class(config.get("intervention", "loreft")), LowRankIntervention):
         defaults["low_rank_dimension"] = 2
     adapted = shaken(pyreft.get_reft_model(base, pyreft.ReftConfig(**defaults | config)))
     for layer in reft_layers(adapted):
         layer.train()
+    if config.get("intervention") == "lora":  # large queries and keys leave no gradient but rounding
+        with torch.no_grad():
+            for parameter in adapted.get_trainable_parameters():
+                parameter.mul_(0.3)
     return adapted
+
+
+def linear_components(base, layer):
+    """The components of a block that are what linear layers write; where there are none, the first one by its path."""
+    found = []
+    for name in (*LINEAR, "down_output"):
+        with contextlib.suppress(pyreft.ReftError):
+            find_site(base, name, layer, linear=True)
+            found.append(name)
+    path, blocks = find_blocks(base)
+    linear = (name for name, module in blocks[layer].named_modules() if isinstance(module, torch.nn.Linear))
+    return found or [f"{path}.{layer}.{next(linear)}.output"]
 
 
 def loss_and_gradients(call, adapted, batch):

@@ -8,8 +8,8 @@ from typing import Any
 
 from pyreft.inspect.plots import COLOURS, INK, check_matplotlib
 
-_COLOUR = dict(zip(("LoReFT", "DiReFT", "RED", "LoRA"), (COLOURS[0], "#2a9d8f", "#e9a13b", COLOURS[1]), strict=True))
-_MARKER = {"LoReFT": "o", "DiReFT": "s", "RED": "^", "LoRA": "D"}
+_COLOUR = {"LoReFT": COLOURS[0], "DiReFT": "#2a9d8f", "RED": "#e9a13b", "LoRA": COLOURS[1], "located LoRA": "#7b5ea7"}
+_MARKER = {"LoReFT": "o", "DiReFT": "s", "RED": "^", "LoRA": "D", "located LoRA": "P"}
 _COST = {"parameters": "trained parameters", "seconds": "training, seconds of processor time"}
 _LINE = 0.04  # what a line of text takes on the axis of scores
 _MOST_NAMED = 8  # of more points in one picture, only those on the frontier are named

@@ -11,7 +11,8 @@ from pyreft import ReftConfig, get_reft_model
 RULES = ("l1", "l4", "l8", "l16", "f3+l3", "f7+l7", "prompt")
 """The position rules that are compared, with LoReFT of rank 4 in all layers."""
 
-_INTERVENTIONS = {"LoReFT": "loreft", "DiReFT": "nodireft", "RED": "red"}  # the paper's DiReFT, not the class Direft
+# the paper's DiReFT, not the class Direft
+_INTERVENTIONS = {"LoReFT": "loreft", "DiReFT": "nodireft", "RED": "red", "located LoRA": "lora"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Setting:
     """An adapter before it is trained.
 
     Args:
-        method: `LoReFT`, `DiReFT` as the paper has it (`NodireftIntervention`), `RED`, or `LoRA` on q and v.
+        method: `LoReFT`, `DiReFT` as the paper has it (`NodireftIntervention`), `RED`, `LoRA` on q and v at every
+            token, or `located LoRA` on v and o at the tokens of a rule alone.
         rank: of all but RED.
         positions: of all but LoRA.
         layers: as in `ReftConfig`.
@@ -96,6 +98,7 @@ FULL = Plan(
         Setting("RED", None, "l4"),
         Setting("RED", None, "all"),
         *(Setting("LoRA", rank) for rank in (1, 2, 8)),
+        *(Setting("located LoRA", rank, "l16") for rank in (1, 4)),
     )
 )
 """What `study.py` does."""

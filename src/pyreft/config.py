@@ -1,5 +1,6 @@
-"""The original's module of this name; the code is in `pyreft.tuner.config`."""
+"""The original's module of this name; the code is in `pyreft.tuner`."""
 
-from .tuner.config import ReftConfig, Representation
+from .tuner.config import ReftConfig
+from .tuner.representation import Representation
 
 __all__ = ["ReftConfig", "Representation"]

@@ -9,7 +9,7 @@ import torch
 from .data.encode import default_format, prompt_text, token_ids
 from .files.adapter import read_config, read_shapes
 from .loading import base_of, load_tokenizer
-from .tuner.config import Representation
+from .tuner.representation import Representation
 
 
 def describe(adapter: str | os.PathLike) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import nn
 from .errors import ReftError
 from .files.adapter import WEIGHTS, as_it_was, check_room, model_card, read_config
 from .files.original import legacy_place, read_legacy
+from .files.to_peft import save_lora
 from .files.together import leave_out, reading, save_together
 from .files.trained_heads import add_heads
 from .files.weights import checked_load
@@ -189,6 +190,21 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
             return super(ReftModel, self).load_adapter(str(model_id), adapter_name, *args, **kwargs)
 
         return checked_load(self, adapter_name, place, load, renamed=bool(kwargs.get("key_mapping")))
+
+    def save_lora(self, directory: str | PathLike, *, adapter_name: str | None = None) -> None:
+        """Write an adapter of the formula `lora` as a LoRA of PEFT.
+
+        With `positions="all"` PEFT loads it. At other tokens PEFT's LoRA cannot act: it refuses the files, and
+        `ReftConfig.from_lora` reads them.
+
+        Args:
+            directory: made if it is not there.
+            adapter_name: the active one if not given.
+
+        Raises:
+            ReftError: edits of other formulas, or with several rules or none.
+        """
+        save_lora(self, directory, adapter_name or self.active_adapter)
 
 
 def get_reft_model(

@@ -54,21 +54,28 @@ Dtype = Annotated[str | None, Option(help="Of the base model: float32, bfloat16,
 
 # of a training: the adapter
 Method = Annotated[
-    str | None, Option(help="loreft, direft (of the paper), or lora to compare with.  [default: loreft]")
+    str | None,
+    Option(help="loreft, direft (of the paper), or lora, PEFT's at every token, to compare with.  [default: loreft]"),
 ]
 Layers = Annotated[str | None, Option(help="'all', or numbers such as '3;9;18'.  [default: all]")]
 Positions = Annotated[str | None, Option(help="Tokens to edit: f<n>, l<n>, f<n>+l<m>, prompt or all.  [default: l16]")]
 Rank = Annotated[int | None, Option(help="Rank of the edits, or of LoRA.  [default: 8]")]
-Alpha = Annotated[float | None, Option(help="LoRA's scale.  [default: 16]")]
+Alpha = Annotated[float | None, Option(help="LoRA's scale.  [default: 16; of the formula lora, twice the rank]")]
 TargetModules = Annotated[
-    str | None, Option(help="What LoRA adapts, as 'q_proj;v_proj'.  [default: what PEFT knows of the model]")
+    str | None, Option(help="What the method lora adapts, as 'q_proj;v_proj'.  [default: what PEFT knows of the model]")
 ]
-Component = Annotated[str | None, Option(help="States to edit.  [default: block_output]")]
+Component = Annotated[
+    str | None,
+    Option(
+        help="States to edit, one name or several, as 'value_output,attention_output'.  [default: block_output; of "
+        "the formula lora, these two]"
+    ),
+]
 Intervention = Annotated[
     str | None,
     Option(
         help="The formula of the edit: loreft, noreft, consreft, lobireft, direft, nodireft, red, bias, reftr1, "
-        "road, lofit or jola.  [default: loreft]"
+        "road, lofit, jola or lora, which is LoRA at these tokens alone.  [default: loreft]"
     ),
 ]
 ShareWeights = Annotated[

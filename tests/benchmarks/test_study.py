@@ -109,7 +109,7 @@ def test_the_full_plan_compares_every_rule_in_every_task():
     cells = FULL.cells(list(TASKS))
     rules = [(s.positions, task) for s, tasks in cells if s.is_rule for task in tasks]
     assert sorted(rules) == sorted((rule, task) for rule in RULES for task in TASKS)
-    assert {s.method for s, _ in cells} == {"LoReFT", "DiReFT", "RED", "LoRA"}
+    assert {s.method for s, _ in cells} == {"LoReFT", "DiReFT", "RED", "LoRA", "located LoRA"}
     assert all(tasks in (["emoji"], ["middle"]) for s, tasks in cells if not s.is_rule)
     assert FULL.cells(["middle-long"]) == [(s, ["middle-long"]) for s in FULL.settings if s.is_rule]
 

@@ -85,6 +85,7 @@ EVERYWHERE = [
     place(1, "lofit", "l1", component="head_attention_value_output", head=2),
     place(2, "reftr1", "l3"),
     place(2, "bias", "all"),
+    place(2, "lora", "l1", component="attention_output", low_rank_dimension=2),
 ]
 
 
@@ -92,12 +93,14 @@ def test_every_formula_is_recorded_as_it_edits():
     model = tiny_gpt2(*EVERYWHERE)
     model.set_strength("default", 0.5)
     recorded = record_edits(model, ROWS, batch_size=2)
-    assert [edits.place.index for edits in recorded.places] == list(range(5))
+    assert [edits.place.index for edits in recorded.places] == list(range(6))
     counts = [min(len(row["input_ids"]), n) for row in ROWS for n in (3,)]
-    assert [len(edits.rows) for edits in recorded.places] == [3 + 2 + 3, 15, 3, sum(counts), 15]
-    assert [edits.edit.shape[1] for edits in recorded.places] == [32, 128, 8, 32, 32]
+    assert [len(edits.rows) for edits in recorded.places] == [3 + 2 + 3, 15, 3, sum(counts), 15, 3]
+    assert [edits.edit.shape[1] for edits in recorded.places] == [32, 128, 8, 32, 32, 32]
     for edits in recorded.places:
         (module,) = [m for i, m in enumerate(model.interventions.values()) if i == edits.place.index]
+        if module.reads_input:
+            continue  # see below
         context = {"rows": edits.rows} if module.by_row else {}
         expected = 0.5 * (module(edits.before, **context) - edits.before)
         torch.testing.assert_close(edits.edit, expected.detach(), rtol=1e-4, atol=1e-5)
@@ -111,7 +114,21 @@ def test_every_formula_is_recorded_as_it_edits():
         "layer 1, head_attention_value_output, head 2, l1",
         "layer 2, block_output, l3",
         "layer 2, block_output, all",
+        "layer 2, attention_output, l1",
     ]
+
+
+def test_a_formula_that_reads_the_input_is_recorded_as_it_edits():
+    model = tiny_gpt2(EVERYWHERE[-1])
+    (lora,), (edits,) = model.interventions.values(), record_edits(model, ROWS).places
+    module, read = model.get_base_model().transformer.h[2].attn.c_proj, []
+    with module.register_forward_hook(lambda module, args, output: read.append(args[0][0, -1])):
+        for row in ROWS:
+            model(input_ids=torch.tensor([row["input_ids"]]))
+    expected = lora.scale * torch.stack(read) @ lora.A.weight.T @ lora.B.weight.T
+    torch.testing.assert_close(edits.edit, expected.detach(), rtol=1e-4, atol=1e-5)
+    directions, _ = singular_directions(edits.edit)
+    assert len(directions) == 2  # its rank
 
 
 def test_recording_leaves_the_model_as_it_was():

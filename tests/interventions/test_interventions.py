@@ -132,6 +132,49 @@ def test_bad_settings(settings, message):
         INTERVENTIONS["loreft"](embed_dim=D, **settings)
 
 
+@pytest.mark.parametrize(
+    ("name", "act_fn"),
+    [
+        ("loreft", None),
+        ("noreft", None),
+        ("direft", None),
+        ("direft", "gelu"),
+        ("nodireft", "sigmoid"),
+        ("lobireft", None),
+    ],
+)
+def test_an_edit_that_begins_as_the_identity(name, act_fn):
+    settings = {"low_rank_dimension": RANK, "act_fn": act_fn, "init": "identity", "add_bias": name == "noreft"}
+    module, h = INTERVENTIONS[name](embed_dim=D, **settings), torch.randn(50, D)
+    torch.testing.assert_close(module(h), h, atol=1e-5, rtol=1e-5)
+    assert module.settings["init"] == "identity"
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.01)
+    for _ in range(30):
+        loss = (module(h) - h - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.97  # of 1, with three directions of 24
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("loreft", {"init": "zero"}, "init: expected 'random' or 'identity', got 'zero'"),
+        (
+            "loreft",
+            {"init": "identity", "act_fn": "relu"},
+            "init: with an activation, LoreftIntervention is h' = h for",
+        ),
+        ("direft", {"init": "identity", "act_fn": "sigmoid"}, "init: DireftIntervention is h' = h for no parameters"),
+        ("consreft", {"init": "identity"}, "init: ConsreftIntervention is h' = h for no parameters"),
+    ],
+)
+def test_no_such_beginning(name, settings, message):
+    with pytest.raises(ReftError, match=message):
+        INTERVENTIONS[name](embed_dim=D, low_rank_dimension=RANK, **settings)
+
+
 def test_unknown_intervention():
     assert intervention_class("LoreftIntervention") is INTERVENTIONS["loreft"]
     with pytest.raises(ReftError, match=r"expected one of loreft, .*, got 'lowreft'. Did you mean 'loreft'\?"):

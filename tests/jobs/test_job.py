@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
+from pyreft.describe import describe
 from pyreft.files.adapter import read_config
 from pyreft.jobs.job import PreparedJob
 from pyreft.jobs.settings import TrainingJob
@@ -55,6 +56,20 @@ def test_what_a_job_leaves(data, tmp_path):
     adapted, _ = load_adapted(out)
     ids = torch.tensor([[2, 50, 60, 70]])
     assert torch.equal(adapted(ids).logits, job.model(ids).logits)
+
+
+@pytest.mark.parametrize("component", [None, "query_output,mlp_output", ["query_output", "mlp_output"]])
+def test_lora_at_some_tokens(data, tmp_path, component):
+    settings = {"component": component, "alpha": 6, "intervention": "lora", "output": str(tmp_path / "out")}
+    job = PreparedJob(TrainingJob.from_settings({"data": str(data), **SMALL, **settings}, "train"))
+    result = job.train()
+    config = read_config(tmp_path / "out")
+    chosen = ["query_output", "mlp_output"] if component else ["value_output", "attention_output"]
+    assert (config.component, config.intervention_kwargs) == (chosen, {"alpha": 6.0})
+    assert result["loss"] < float(next(csv.DictReader((tmp_path / "out" / "loss.csv").open()))["loss"])
+    places = describe(tmp_path / "out")["places"]
+    assert [(place["component"], place["layers"]) for place in places] == [(name, [3]) for name in chosen]
+    assert result["computed"].startswith("Each step leaves out")
 
 
 def test_a_picture_needs_matplotlib_and_nothing_else_does(data, tmp_path, monkeypatch):
@@ -205,6 +220,9 @@ def test_what_is_held_out_depends_on_the_seed_alone(data, tmp_path):
         ({"layers": "3;9"}, "layer: this model has the layers 0 to 6, got 9."),
         ({"layers": "some"}, "layers: expected 'all', a number"),
         ({"component": "mlp_out"}, "Did you mean 'mlp_output'?"),
+        ({"component": "block_output", "intervention": "lora"}, "no linear layer writes 'block_output'"),
+        ({"alpha": 3}, "alpha: it is LoRA's; representation edits have no such setting"),
+        ({"rank": 0, "intervention": "lora"}, "low_rank_dimension: expected 1 or more, got 0"),
         ({"rank": 0}, "expected a rank from 1 to the width 192 of the edited states, got 0"),
         ({"rank": 500}, "expected a rank from 1 to the width 192 of the edited states, got 500"),
         ({"positions": "last4"}, "Did you mean 'l4'?"),

@@ -1,5 +1,6 @@
 """A step that computes only what the edits can reach equals the ordinary one."""
 
+import functools
 import types
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -22,7 +23,16 @@ from pyreft.reach.layers import SkipLayers
 from pyreft.reach.loss import log_probs
 from pyreft.reach.prefixes import SkipPrefixes
 from pyreft.tuner import reft_layers
-from reaching import LENGTHS, adapt, assert_exact, assert_same, batch_of, loss_and_gradients, rows_of
+from reaching import (
+    LENGTHS,
+    adapt,
+    assert_exact,
+    assert_same,
+    batch_of,
+    linear_components,
+    loss_and_gradients,
+    rows_of,
+)
 
 SIDES = ["left", "right"]
 RECURRENT = {"Mamba", "Mamba 2", "RecurrentGemma", "Jamba"}
@@ -203,7 +213,18 @@ def test_any_training(data):
     rows = rows_of(*lengths, seed=draw(st.integers(0, 3), label="seed"))
     if draw(st.booleans(), label="one beginning"):
         rows = [rows[0][:3] + row[3:] for row in rows]
-    count = len(config["layers"]) * (1 if config["share_weights"] or "+" not in positions else 2)
+    sides = [None] if config["share_weights"] or "+" not in positions else ["prefix", "suffix"]
+    count = len(config["layers"]) * len(sides)
+    if config["intervention"] == "lora":  # anywhere, and several in a layer
+        known = functools.partial(linear_components, architecture.make())
+        first = architecture.name in RECURRENT  # of which only whole layers are left out: one lies below the edits
+        places = [
+            {"layer": layer, "component": component, "side": side}
+            for layer in sorted({max(layer, first) for layer in config.pop("layers")})
+            for component in draw(st.lists(st.sampled_from(known(layer)), min_size=1, max_size=3, unique=True))
+            for side in sides
+        ]
+        config["representations"], count = places, len(places)
     batches = [random_batch(data, rows, count) for _ in range(draw(st.integers(1, 3), label="batches"))]
     memory = draw(st.sampled_from([None, 0, 3000, 10_000]), label="memory")
     with TemporaryDirectory() as directory, patch.object(torch.Tensor, "float", torch.Tensor.double):

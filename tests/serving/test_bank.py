@@ -13,7 +13,7 @@ from pyreft.serving.tokens import Place, Row, plan, same
 
 WIDTH, HERE = 12, Place(0, 0)
 RANKED = ("loreft", "noreft", "consreft", "lobireft", "direft", "nodireft")
-SERVED = [(name, {}) for name in FORMULAS if name != "reftr1" and name not in RANKED]
+SERVED = [(name, {}) for name in FORMULAS if name not in (*RANKED, "reftr1", "lora")]
 SERVED += [(name, {"low_rank_dimension": rank}) for name in RANKED for rank in (1, 3)]
 SERVED += [(name, {"low_rank_dimension": 2, "act_fn": act}) for name in RANKED for act in ("relu", "gelu")]
 SERVED += [(name, {"low_rank_dimension": 2, "add_bias": True}) for name in ("noreft", "nodireft")]

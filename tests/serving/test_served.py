@@ -89,6 +89,10 @@ def changed(path, **values):
     ("values", "message"),
     [
         ({"intervention": "reftr1", "low_rank_dimension": None}, "intervention: 'reftr1' cannot be served"),
+        (
+            {"intervention": "lora", "component": ["value_output"]},
+            "intervention: 'lora' cannot be served: it reads what",
+        ),
         ({"component": "mlp_output"}, "component: 'mlp_output' cannot be served, only block_input and block_output"),
         ({"act_fn": "prelu"}, "act_fn: 'prelu' has parameters of its own|no activation is called 'prelu'"),
         ({"layers": [99]}, "layer: expected one of 0 to 6, got 99"),

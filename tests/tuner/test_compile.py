@@ -22,9 +22,16 @@ def batch(prompts):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False}
 
 
-@pytest.mark.parametrize(("rule", "side"), [("f1+l2", "output"), ("all", "input")])
-def test_one_graph_trains_the_same(prompts, rule, side):
-    config = pyreft.ReftConfig(positions=rule, low_rank_dimension=4, component=f"block_{side}", share_weights=False)
+@pytest.mark.parametrize(
+    ("rule", "place"),
+    [
+        ("f1+l2", {"component": "block_output"}),
+        ("all", {"component": "block_input"}),
+        ("l2", {"intervention": "lora"}),
+    ],
+)
+def test_one_graph_trains_the_same(prompts, rule, place):
+    config = pyreft.ReftConfig(positions=rule, low_rank_dimension=4, share_weights=False, **place)
     model = shaken(pyreft.get_reft_model(tiny_llama(), config))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     results = []

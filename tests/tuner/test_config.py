@@ -3,7 +3,7 @@ import json
 import pytest
 
 import pyreft
-from pyreft.tuner.config import Representation
+from pyreft.tuner.representation import Representation
 
 
 @pytest.mark.parametrize(

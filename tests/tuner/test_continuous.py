@@ -44,9 +44,13 @@ def together(model, prompts, **settings):
     return [found[tuple(row)] for row in prompts]
 
 
-@pytest.mark.parametrize("rule", ["f2+l2", "l1", "prompt", "all"])
-def test_it_generates_what_each_prompt_does_alone(many, rule):
-    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions=rule, low_rank_dimension=4)))
+@pytest.mark.parametrize(
+    ("rule", "formula"),
+    [("f2+l2", "loreft"), ("l1", "loreft"), ("prompt", "loreft"), ("all", "loreft"), ("l3", "lora")],
+)
+def test_it_generates_what_each_prompt_does_alone(many, rule, formula):
+    config = pyreft.ReftConfig(positions=rule, low_rank_dimension=4, intervention=formula)
+    model = shaken(pyreft.get_reft_model(tiny_llama(), config))
     expected = alone(model, many)
     with model.disable_adapter():
         plain = alone(model, many)

@@ -11,7 +11,7 @@ from conftest import shaken, tiny_llama
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(3))
 INTERVENTIONS = ["loreft", "noreft", "consreft", "lobireft", "direft", "nodireft"]
-INTERVENTIONS += ["red", "bias", "reftr1", "road", "lofit", "jola"]
+INTERVENTIONS += ["red", "bias", "reftr1", "road", "lofit", "jola", "lora"]
 
 
 def config(**changes):

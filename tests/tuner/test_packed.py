@@ -71,9 +71,9 @@ def test_packed_examples_are_edited_as_rows_of_their_own(rule, told_by, labels):
     assert torch.equal(edited(model, together(told_by, labels))[0], expected)
 
 
-@pytest.mark.parametrize("rule", ["f2+l2", "all"])
-def test_packed_examples_have_the_logits_and_gradients_of_rows_of_their_own(rule):
-    model = adapted(rule)
+@pytest.mark.parametrize(("rule", "formula"), [("f2+l2", "loreft"), ("all", "loreft"), ("l2", "lora")])
+def test_packed_examples_have_the_logits_and_gradients_of_rows_of_their_own(rule, formula):
+    model = adapted(rule, intervention=formula)
     results = []
     for batch in (apart(), together("cu_seq_lens_q")):
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()

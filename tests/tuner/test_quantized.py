@@ -29,6 +29,7 @@ def test_a_quantized_base(quantized, tmp_path):
     with torch.no_grad():
         plain = quantized()(ids).logits
     places = [{"layer": 1, "component": component, "positions": "f1+l2"} for component in COMPONENTS]
+    places += [{"layer": 2, "positions": "l2", "intervention": "lora"}]  # reads what a quantized layer reads
     adapted = pyreft.get_reft_model(base, pyreft.ReftConfig(representations=places, low_rank_dimension=4))
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trained} == {torch.float32}

@@ -79,7 +79,7 @@ def test_every_formula_by_row_is_that_of_each_row_alone(formula):
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    formulas=st.lists(st.sampled_from(["loreft", "nodireft", "red", DampIntervention]), min_size=3, max_size=3),
+    formulas=st.lists(st.sampled_from(["loreft", "nodireft", "red", "lora", DampIntervention]), min_size=3, max_size=3),
     rule=st.sampled_from(["f2", "l1", "f2+l3", "prompt", "all"]),
     names=st.lists(st.sampled_from([*ADAPTERS, "__base__"]), min_size=1, max_size=5),
     side=st.sampled_from(["left", "right"]),
@@ -167,14 +167,17 @@ def test_subspaces_are_chosen_by_row():
 @pytest.mark.parametrize("formula", [name for name in FORMULAS if intervention_class(name).stackable])
 @pytest.mark.parametrize("mode", [True, False])
 def test_a_stack_edits_each_row_with_one_of_its_formulas(formula, mode):
-    edits = [intervention_class(formula)(embed_dim=8, **ranked(formula)) for _ in range(3)]
+    cls = intervention_class(formula)
+    widths = {"embed_dim": 8} | ({"input_dim": 6} if cls.reads_input else {})
+    edits = [cls(**widths, **ranked(formula)) for _ in range(3)]
     for edit in edits:
         edit.train(mode and formula != "jola")  # whose gates are drawn at random in training
         for parameter in edit.parameters():
             torch.nn.init.normal_(parameter)
-    h = torch.randn(3, 4, 8)
-    expected = torch.stack([edit(row) for edit, row in zip(edits, h, strict=True)])
-    torch.testing.assert_close(stack(edits)(h), expected, atol=1e-5, rtol=1e-5)
+    h, x = torch.randn(3, 4, 8), torch.randn(3, 4, 6)
+    read = [{"x": row} if cls.reads_input else {} for row in (*x, x)]
+    expected = torch.stack([edit(row, **more) for edit, row, more in zip(edits, h, read[:3], strict=True)])
+    torch.testing.assert_close(stack(edits)(h, **read[3]), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_formula_that_inherits_from_a_stackable_one_is_not():

@@ -41,7 +41,9 @@ def one_by_one(adapted, prompts, **options):
 def test_other_tokens_are_bit_identical_up_to_the_first_edited_layer(model, intervention):
     ids = torch.randint(3, 96, (2, 10))
     base = model(ids, output_hidden_states=True).hidden_states
-    adapted = adapt(model, layers=[1, 3], positions="f1+l2", intervention=intervention)
+    # what a token's query, key and value are, others see in the same block
+    component = "attention_output" if intervention == "lora" else "block_output"
+    adapted = adapt(model, layers=[1, 3], positions="f1+l2", intervention=intervention, component=component)
     edited = adapted(ids, output_hidden_states=True).hidden_states  # the embeddings, then each block's output
     for layer in (0, 1):
         assert torch.equal(edited[layer], base[layer])
@@ -152,12 +154,13 @@ def test_a_padded_batch_generates_what_each_prompt_does(model, prompts, rule, sh
     chunk=st.sampled_from([None, 1, 2, 3, 5]),
     beams=st.sampled_from([1, 1, 3]),
     use_cache=st.booleans(),
+    formula=st.sampled_from(["loreft", "lora"]),
     seed=st.integers(0, 5),
 )
-def test_how_generation_is_carried_out_changes_nothing(rule, lengths, side, chunk, beams, use_cache, seed):
+def test_how_generation_is_carried_out_changes_nothing(rule, lengths, side, chunk, beams, use_cache, formula, seed):
     torch.manual_seed(seed)
     prompts = [torch.randint(3, 96, (n,)).tolist() for n in lengths]
-    adapted = adapt(tiny_llama(), positions=rule)
+    adapted = adapt(tiny_llama(), positions=rule, intervention=formula)
     expected = one_by_one(adapted, prompts, num_beams=beams)
     ids, mask = pad(prompts, side)
     options = {"num_beams": beams, "use_cache": use_cache or chunk is not None, "prefill_chunk_size": chunk}
@@ -321,7 +324,7 @@ def _checkpoint(base, reentrant):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("between", ["nothing", "a reference", "shorter rows", "a second loss"])
-@pytest.mark.parametrize("component", ["block_output", "block_input", "mlp_output", "attention_output"])
+@pytest.mark.parametrize("component", ["block_output", "block_input", "mlp_output", "attention_output", "lora"])
 def test_gradient_checkpointing_gives_the_same_gradients(component, between, reentrant):
     """Also where other forwards run before the backward: each block recomputes what it computed."""
     ids = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(0))
@@ -329,7 +332,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(component, between, ree
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(3)
-        adapted = shaken(adapt(tiny_llama(), positions="l2", component=component)).train()
+        place = {"intervention": "lora"} if component == "lora" else {"component": component}
+        adapted = shaken(adapt(tiny_llama(), positions="l2", **place)).train()
         if checkpointing:
             _checkpoint(adapted.get_base_model(), reentrant)
             assert adapted.get_base_model().model.layers[0].gradient_checkpointing

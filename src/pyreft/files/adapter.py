@@ -19,10 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import ReftError, check_type, did_you_mean
-from ..places.components import find_site, number_of_layers
 from ..places.structure import PREFIX
 from ..tuner.config import ReftConfig, ReftPeftType
-from ..tuner.injection import detach
+from ..tuner.injection import detach, representations_of, site_of
 from ..tuner.values import check_values
 from .pickles import read_pickle
 from .text import read_json
@@ -161,11 +160,12 @@ def check_room(directory: str | os.PathLike, config: ReftConfig, model: nn.Modul
             )
     stored = sum(math.prod(shape) for name, shape in shapes.items() if f".{PREFIX}" in name)
     asked = 0
-    for entry in config.expand(number_of_layers(model, config.component) if config.representations is None else 0):
-        width = find_site(model, entry.component, entry.layer, entry.head).width
+    for entry in representations_of(config, model):
+        site = site_of(entry, model)
         try:
             with torch.device("meta"):
-                asked += sum(parameter.numel() for parameter in entry.make(width).parameters())
+                made = entry.make(site.width, site.input_width)
+            asked += sum(parameter.numel() for parameter in made.parameters())
         except RuntimeError:  # a class of a user's that cannot be made without values
             continue
         if asked > stored + _SLACK:

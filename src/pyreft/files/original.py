@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..errors import ReftError
 from ..interventions import INTERVENTIONS, Intervention, LowRankIntervention, NoreftIntervention
-from ..tuner.config import ReftConfig, Representation
+from ..tuner.config import ReftConfig
+from ..tuner.representation import Representation
 from ..tuner.values import check_values
 from .adapter import is_adapter
 from .pickles import read_pickle

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import ReftError
 from ..sharded import is_sharded
 from ..tuner.adapted import interventions_of
-from ..tuner.config import Representation
+from ..tuner.representation import Representation
 from .adapter import check_room, is_adapter, load_tensors, read_config
 from .original import Values, fill, legacy_place, read_interventions, read_model
 from .together import reading
@@ -102,4 +102,7 @@ def _legacy_values(
 
 def _edits(representations: list[Representation]) -> list[tuple]:
     """What says, beside the tensors, which edits they make, at whatever tokens."""
-    return [(entry.layer, entry.component, entry.intervention, entry.act_fn) for entry in representations]
+    return [
+        (entry.layer, entry.component, entry.intervention, entry.act_fn, (entry.intervention_kwargs or {}).get("alpha"))
+        for entry in representations
+    ]

@@ -20,7 +20,7 @@ from .examples import token_texts
 from .recorded import Place, PlaceEdits, RecordedEdits
 
 # the components whose states are the residual stream, or are added to it as they are
-_RESIDUAL = ("block_input", "block_output", "mlp_output", "attention_output", "cross_attention_output")
+_RESIDUAL = ("block_input", "block_output", "mlp_output", "down_output", "attention_output", "cross_attention_output")
 _CHUNK = 16384  # rows of the unembedding that are looked at together
 
 Near = list[tuple[str, float]]

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..errors import ReftError, did_you_mean
 from .intervention import Intervention, stack
+from .lora import LoraIntervention
 from .low_rank import (
     ConsreftIntervention,
     DireftIntervention,
@@ -42,6 +43,7 @@ __all__ = [
     "LobireftIntervention",
     "LocalistRepresentationIntervention",
     "LofitIntervention",
+    "LoraIntervention",
     "LoreftIntervention",
     "LowRankIntervention",
     "LowRankRotateLayer",
@@ -112,17 +114,22 @@ for _cls in (
     RoadIntervention,
     LofitIntervention,
     JolaIntervention,
+    LoraIntervention,
 ):
     register(_cls)
 
 
 def setting_names(cls: type[Any]) -> tuple[set[str], bool]:
-    """The keyword arguments that a class takes, but for the width, and whether it may take others, as in pyvene."""
+    """The keyword arguments that a class takes, but for the widths, and whether it may take others, as in pyvene."""
     own = cls.__module__.startswith(f"{__package__}.") or (
         issubclass(cls, Intervention) and not issubclass(cls, LowRankIntervention)
     )
     parameters = inspect.signature(cls).parameters.values()
-    names = cls.setting_names() if issubclass(cls, Intervention) else {p.name for p in parameters} - {"embed_dim"}
+    names = (
+        cls.setting_names()
+        if issubclass(cls, Intervention)
+        else {p.name for p in parameters} - {"embed_dim", "input_dim"}
+    )
     return names, not own and any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 

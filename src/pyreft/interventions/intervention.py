@@ -41,6 +41,9 @@ class Intervention(nn.Module):
 
     #: whether the formula also takes `rows`, `[n]`: the row of the batch that each token belongs to
     by_row = False
+    #: whether the formula also takes `x`, `[n, k]`: what the linear layer read of whose output h is. The class is then
+    #: made with `input_dim`, k, beside `embed_dim`, and stands where a linear layer writes, see `places.components`
+    reads_input = False
     #: whether the formula works as well on `[rows, n, d]` with the parameters of another intervention for each row,
     #: those of `[k]` as `[rows, 1, k]` and those of `[r, d]` as `[rows, r, d]`, see `stack`; a subclass says it itself
     stackable = False
@@ -69,7 +72,7 @@ class Intervention(nn.Module):
                 names |= {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
                 if not any(p.kind is p.VAR_KEYWORD for p in parameters):
                     break
-        return names - {"self", "embed_dim", "dtype", "device"}
+        return names - {"self", "embed_dim", "input_dim", "dtype", "device"}
 
     def _add_edit(self, h: Tensor, **context: Tensor) -> Tensor:
         return h + self.edit(h, **context)
@@ -88,7 +91,14 @@ class Intervention(nn.Module):
 
     @in_our_shape
     def forward(
-        self, h: Tensor, source: None = None, subspaces: Any = None, *, R: Tensor | None = None, **context: Tensor
+        self,
+        h: Tensor,
+        source: None = None,
+        subspaces: Any = None,
+        *,
+        R: Tensor | None = None,
+        x: Tensor | None = None,
+        **context: Tensor,
     ) -> Tensor:
         """Return h' for the states h, `[n, d]`, in the type of h.
 
@@ -97,18 +107,25 @@ class Intervention(nn.Module):
             subspaces: `[n, r]`, true for the directions that each token may move along. For states `[batch, n, d]`,
                 a list of these directions for each row, as pyvene has them.
             R: the directions, `basis()`, where they have been computed already; a formula that has them takes them.
+            x: what the linear layer read whose output h is, `[n, k]`; a formula that reads it takes it in float32.
             context: what else the formula takes.
         """
         if isinstance(subspaces, list):
             mask = mask_of_directions(subspaces, h, getattr(self, "low_rank_dimension", 0))
+            if x is not None:
+                context["x"] = x.flatten(0, -2)
             return Intervention.forward(self, h.flatten(0, -2), None, mask, R=R, **context).view_as(h)
         subspaces = None if isinstance(subspaces, dict) else subspaces  # for a class of one's own
         with torch.autocast(h.device.type, enabled=False):
             wide = h.float()
+            if x is not None:
+                context["x"] = x.float()
             R = self.basis() if R is None else R
             if R is not None:
                 context["R"] = R if subspaces is None else R * subspaces[..., None]  # zero takes no part: [n, r, d]
             if R is not None and context["R"].dim() > h.dim():
+                if x is not None:
+                    context["x"] = context["x"][:, None]
                 new = self.formula(wide[:, None], **context)[:, 0]
             else:
                 new = self.formula(wide, **context)

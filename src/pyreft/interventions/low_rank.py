@@ -23,12 +23,14 @@ class LowRankIntervention(Intervention):
         dropout: probability of dropout on the edit, h' - h, in training.
         act_fn: name of an activation of transformers (`"relu"`, `"gelu"`, ...); none is the identity.
         add_bias: give the projection W₂ of `NoreftIntervention` and `NodireftIntervention` a bias.
+        init: how training begins: `"random"`, as the original does, or `"identity"`, at h' = h.
         dtype: type of the parameters, float32 if not given.
         device: where to put the parameters.
         further: what pyvene's classes take, to no effect; and what the class of a user asks for beside.
 
     Raises:
-        ReftError: a rank below 1 or above the width, or an unknown activation.
+        ReftError: a rank below 1 or above the width, an unknown activation, or a formula that is h' = h for no
+            parameters that are known here.
     """
 
     def __init__(
@@ -39,6 +41,7 @@ class LowRankIntervention(Intervention):
         dropout: float = 0.0,
         act_fn: str | None = None,
         add_bias: bool = False,
+        init: str = "random",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         **further: Any,
@@ -53,6 +56,12 @@ class LowRankIntervention(Intervention):
         self._further = take_further(type(self), further)
         self.act_fn = nn.Identity() if act_fn is None else ACT2FN[act_fn]
         self.make_parameters(embed_dim, low_rank_dimension)
+        if init not in ("random", "identity"):
+            raise ReftError(f"expected 'random' or 'identity', got {init!r}.", setting="init")
+        self.init = init
+        if init == "identity":
+            with torch.no_grad():
+                self.begin_at_identity()
         self.to(device=device, dtype=dtype)
 
     @property
@@ -62,6 +71,7 @@ class LowRankIntervention(Intervention):
             "low_rank_dimension": self.low_rank_dimension,
             "act_fn": self.act_fn_name,
             "add_bias": self.add_bias,
+            **({} if self.init == "random" else {"init": self.init}),
             **self._further,
         }
 
@@ -70,6 +80,17 @@ class LowRankIntervention(Intervention):
     def make_parameters(self, d: int, r: int) -> None:
         """Make what is learned."""
         raise NotImplementedError
+
+    def begin_at_identity(self) -> None:
+        """Set the parameters so that h' = h."""
+        raise ReftError(f"{type(self).__name__} is h' = h for no parameters.", setting="init")
+
+    def _begin_with(self, weight: Tensor) -> None:
+        """Begin with this W, and b = 0."""
+        if self.act_fn_name is not None:
+            raise ReftError(f"with an activation, {type(self).__name__} is h' = h for no parameters.", setting="init")
+        self.learned_source.weight.copy_(weight)
+        self.learned_source.bias.zero_()
 
     def source(self, h: Tensor) -> Tensor:
         """Return act(W h + b), `[n, r]`."""
@@ -97,6 +118,9 @@ class LoreftIntervention(LowRankIntervention):
     def basis(self) -> Tensor:
         return self.rotate_layer.weight.mT
 
+    def begin_at_identity(self) -> None:
+        self._begin_with(self.basis())  # W = R
+
     def formula(self, h: Tensor, R: Tensor) -> Tensor:
         return h + (self.source(h) - h @ R.mT) @ R
 
@@ -113,6 +137,11 @@ class NoreftIntervention(LowRankIntervention):
     def basis(self) -> Tensor:
         return self.proj_layer.weight.float()
 
+    def begin_at_identity(self) -> None:
+        self._begin_with(self.proj_layer.weight)  # W₁ = W₂
+        if self.proj_layer.bias is not None:
+            self.proj_layer.bias.zero_()
+
     def formula(self, h: Tensor, R: Tensor) -> Tensor:
         return h + (self.source(h) - linear(self.proj_layer, h)) @ R
 
@@ -126,6 +155,9 @@ class ConsreftIntervention(LoreftIntervention):
         self.rotate_layer = OrthonormalColumns(d, r)
         self.learned_source = nn.Parameter(torch.rand(r))
 
+    def begin_at_identity(self) -> None:
+        LowRankIntervention.begin_at_identity(self)
+
     def formula(self, h: Tensor, R: Tensor) -> Tensor:
         return h + (self.learned_source.float() - h @ R.mT) @ R
 
@@ -138,6 +170,12 @@ class DireftIntervention(LoreftIntervention):
 
     stackable = True
 
+    def begin_at_identity(self) -> None:
+        if self.act_fn(torch.zeros(1, device="cpu")).item() != 0:
+            LowRankIntervention.begin_at_identity(self)
+        self.learned_source.weight.zero_()
+        self.learned_source.bias.zero_()
+
     def formula(self, h: Tensor, R: Tensor) -> Tensor:
         return h + self.source(h) @ R
 
@@ -146,6 +184,9 @@ class LobireftIntervention(ConsreftIntervention):
     """LobiReFT: h' = h + Rᵀ b, a low-rank bias (ReFT, table 17)."""
 
     stackable = True
+
+    def begin_at_identity(self) -> None:
+        self.learned_source.zero_()
 
     def formula(self, h: Tensor, R: Tensor) -> Tensor:
         return h + self.learned_source.float() @ R
@@ -158,6 +199,9 @@ class NodireftIntervention(NoreftIntervention):
     """
 
     stackable = True
+
+    def begin_at_identity(self) -> None:
+        self.proj_layer.weight.zero_()  # W₂ = 0, as B of a LoRA
 
     def formula(self, h: Tensor, R: Tensor) -> Tensor:
         new = h + self.source(h) @ R

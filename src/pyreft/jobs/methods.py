@@ -12,12 +12,14 @@ from torch import nn
 from ..errors import ReftError
 from ..files.adapter import read_config_data, read_shapes
 from ..files.together import save_together
+from ..interventions import intervention_class, setting_names
 from ..model import ReftModel, get_reft_model
 from ..tuner.config import ReftConfig, ReftPeftType
 from .settings import LORA, METHODS, TrainingJob
 
 _REFT_ALONE = ("layers", "positions", "component", "intervention", "share_weights")
-_LORA_ALONE = ("alpha", "target_modules")
+_LORA_ALONE = ("target_modules",)
+_ALPHA = 16  # of the method lora
 
 
 def make_config(job: TrainingJob) -> PeftConfig:
@@ -31,9 +33,16 @@ def make_config(job: TrainingJob) -> PeftConfig:
         modules = job.target_modules.split(";") if job.target_modules else None
         if job.rank < 1:
             raise ReftError(f"expected 1 or more, got {job.rank}.", setting="rank")
-        return LoraConfig(r=job.rank, lora_alpha=job.alpha, lora_dropout=job.dropout, target_modules=modules)
-    _refuse(job, _LORA_ALONE, "it is LoRA's; representation edits have no such setting")
+        return LoraConfig(
+            r=job.rank,
+            lora_alpha=_ALPHA if job.alpha is None else job.alpha,
+            lora_dropout=job.dropout,
+            target_modules=modules,
+        )
     formula = METHODS[job.method] if job.method else None
+    scaled = "alpha" in setting_names(intervention_class(formula or job.intervention))[0]
+    alone = _LORA_ALONE if scaled else ("alpha", *_LORA_ALONE)
+    _refuse(job, alone, "it is LoRA's; representation edits have no such setting")
     if formula and job.intervention not in (formula, _default("intervention")):
         raise ReftError(
             f"the method {job.method!r} is the formula {formula!r}, got {job.intervention!r}.", setting="intervention"
@@ -46,6 +55,7 @@ def make_config(job: TrainingJob) -> PeftConfig:
         low_rank_dimension=None if job.rank == _default("rank") else job.rank,  # a formula may have none
         share_weights=job.share_weights,
         dropout=job.dropout,
+        intervention_kwargs=None if job.alpha is None else {"alpha": job.alpha},
     )
 
 

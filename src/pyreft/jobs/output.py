@@ -17,7 +17,7 @@ CHECKPOINTS = "checkpoints"
 # what a checkpoint and the job that goes on from it have in common
 _SAME_REFT = (
     *("layers", "positions", "component", "intervention", "low_rank_dimension", "share_weights"),
-    *("prompt_format", "base_model_shape"),
+    *("intervention_kwargs", "prompt_format", "base_model_shape"),
 )
 _SAME_LORA = ("r", "lora_alpha", "target_modules")
 

@@ -35,8 +35,9 @@ class TrainingJob:
         method: `loreft`, `direft` (of the paper: the formula `nodireft`) or `lora`; else as `intervention` says.
         layers, positions, component, intervention, rank, share_weights, dropout: see `ReftConfig`; `rank` and `dropout`
             are LoRA's, too.
-        alpha, target_modules: LoRA's scale and the modules that it adapts, as `q_proj;v_proj`; by default as PEFT knows
-            the model.
+        alpha: the scale of the method `lora`, 16 if not given, or of the formula `lora`, twice the rank if not given.
+        target_modules: the modules that the method `lora` adapts, as `q_proj;v_proj`; by default as PEFT knows the
+            model.
         epochs, lr, batch_size, gradient_accumulation, warmup_ratio, weight_decay, seed: of the training.
         max_length: the most tokens of a row, the model's context if not given.
         format: how prompts are written: `text`, `chat` or `alpaca`; by default as the data and tokenizer suggest.
@@ -61,12 +62,12 @@ class TrainingJob:
     method: str | None = None
     layers: str = "all"
     positions: str = DEFAULT_POSITIONS
-    component: str = "block_output"
+    component: str | None = None
     intervention: str = "loreft"
     rank: int = 8
     share_weights: bool = True
     dropout: float = 0.0
-    alpha: float = 16
+    alpha: float | None = None
     target_modules: str | None = None
     epochs: float = 10
     lr: float = 1e-3
@@ -190,6 +191,8 @@ def _read(name: str, value: Any, kind: Any, where: str) -> Any:
         return None
     if name in ("layers", "target_modules"):
         return ";".join(map(str, value)) if isinstance(value, list) else str(value)
+    if name == "component" and isinstance(value, list):
+        return ",".join(map(str, value))
     if name == "decoding":
         return check_decoding(value, where)
     if bool in kinds:

@@ -10,8 +10,9 @@ from torch import nn
 
 from ..files.original import legacy_keys
 from ..tuner.adapted import interventions_of, reft_layers
-from ..tuner.config import ReftConfig, Representation
+from ..tuner.config import ReftConfig
 from ..tuner.layer import ReftLayer
+from ..tuner.representation import Representation
 
 
 class OriginalMembers(PeftModel):

@@ -134,6 +134,11 @@ def read_adapter(directory: str | os.PathLike, digest: str | None = None) -> Ada
 
 def _check_entry(path: Path, entry: Any, layers: int) -> tuple[int, Positions]:
     """The layer and the rule of a representation, if it can be served."""
+    if entry.reads_input:
+        raise ReftError(
+            f"{path}: intervention: {entry.intervention!r} cannot be served: it reads what a linear layer inside of a "
+            "block reads, and an engine fuses what is inside."
+        )
     if entry.component not in COMPONENTS:
         raise ReftError(
             f"{path}: component: {entry.component!r} cannot be served, only {' and '.join(COMPONENTS)}: an engine "

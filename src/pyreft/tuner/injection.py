@@ -12,10 +12,11 @@ from ..places.components import Site, find_site, number_of_layers
 from ..places.structure import has_stacks, hidden_width, stack_module
 from . import hooks
 from .adapted import edits_of
-from .config import ReftConfig, Representation, shape_differences
+from .config import ReftConfig, shape_differences
 from .continuous import Batches
 from .edits import Edits
 from .overrides import METHODS, Methods
+from .representation import Representation
 
 SitesByPath = dict[str, list[tuple[Site, int, Intervention]]]
 
@@ -29,16 +30,29 @@ def make_interventions(model: nn.Module, config: ReftConfig) -> tuple[list[Repre
     shape = base_model_shape(model)
     if config.base_model_shape is not None and (other := shape_differences(config.base_model_shape, shape)):
         raise ReftError(f"The adapter was made for another base model: this one has {other}.")
-    layers = number_of_layers(model, config.component) if config.representations is None else 0
-    representations = config.expand(layers)
-    sites = [find_site(model, entry.component, entry.layer, entry.head) for entry in representations]
+    representations = representations_of(config, model)
+    sites = [site_of(entry, model) for entry in representations]
     by_path: SitesByPath = {}
     for index, (entry, site) in enumerate(zip(representations, sites, strict=True)):
-        by_path.setdefault(site.path, []).append((site, index, entry.make(site.width)))
+        by_path.setdefault(site.path, []).append((site, index, entry.make(site.width, site.input_width)))
     for entry in representations:
         entry.settle()
     config.base_model_shape = shape
     return representations, sites, by_path
+
+
+def representations_of(config: ReftConfig, model: nn.Module) -> list[Representation]:
+    """The edited places of a config in a model, one by one."""
+    return config.expand(number_of_layers(model, config.component) if config.representations is None else 0)
+
+
+def site_of(entry: Representation, model: nn.Module) -> Site:
+    """Where in a model a representation edits.
+
+    Raises:
+        ReftError: there is no such place, or nothing to read where the intervention reads.
+    """
+    return find_site(model, entry.component, entry.layer, entry.head, linear=entry.reads_input)
 
 
 def check_free(model: nn.Module, adapter_name: str, wrapped: bool) -> None:

@@ -121,8 +121,15 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
                     if (name, index) in reading.at and (R := _rotation(intervention)) is not None:
                         yield R
 
-    def edit(self, h: Tensor, call: Call, reading: Reading) -> Tensor:
-        """Return the states `[batch, tokens, d]` with the located tokens edited and every other bit as it was."""
+    def edit(self, h: Tensor, call: Call, reading: Reading, x: Tensor | None = None) -> Tensor:
+        """Return the states `[batch, tokens, d]` with the located tokens edited and every other bit as it was.
+
+        Args:
+            h: the states.
+            call: that runs.
+            reading: of the forward.
+            x: what the module read, `[batch, tokens, k]`, for interventions that read it, too.
+        """
         here = self if call.row_adapters is not None else call.enabled[self.number]
         names = [name for name in dict.fromkeys(name for name, _ in reading.at) if name in here]
         if not names:
@@ -130,6 +137,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         shape, dtype = h.shape, h.dtype
         if h.dim() == 2 and len(h) == reading.rows * reading.tokens:  # some modules see all tokens in one row
             h = h.view(reading.rows, reading.tokens, -1)
+            x = x.reshape(reading.rows, reading.tokens, -1) if isinstance(x, Tensor) and x.dim() == 2 else x
         if h.shape[:2] != (reading.rows, reading.tokens):
             raise ReftError(
                 f"The states to edit have the shape {list(shape)}, expected [{reading.rows}, {reading.tokens}, width]; "
@@ -137,14 +145,14 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             )
         if len(names) == 1 or call.row_adapters is not None:  # no two edit the same row
             for name in names:
-                h = self._edited(h, name, call, reading)
+                h = self._edited(h, x, name, call, reading)
             return h.view(shape)
         wide = total = h.float()
         for name in names:
-            total = total + (self._edited(wide, name, call, reading) - wide)
+            total = total + (self._edited(wide, x, name, call, reading) - wide)
         return total.to(dtype).view(shape)
 
-    def _edited(self, h: Tensor, name: str, call: Call, reading: Reading) -> Tensor:
+    def _edited(self, h: Tensor, x: Tensor | None, name: str, call: Call, reading: Reading) -> Tensor:
         """Apply the interventions of an adapter, or those of the adapters of a group of rows, one after the other."""
         adapters = reading.adapters[name]
         strength: float | Tensor = reading.strengths[name][0]
@@ -158,6 +166,9 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
                 at = at.to(h.device)
             intervention, R = self._intervention(name, number, adapters, call, h)
             context = _context(intervention, R, (name, index), at, reading, by_itself=not adapters)
+            if getattr(intervention, "reads_input", False):
+                read = self._check_input(x)[at.rows, at.columns]
+                context["x"] = read if adapters else read.flatten(0, 1)
             there = h[at.rows, at.columns]  # gather: [n, k, d]
             part = there if columns is None else there[..., slice(*columns)]
             new = _formula(intervention, part if adapters else part.flatten(0, 1), strength, context).view_as(part)
@@ -167,6 +178,14 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
                 new = torch.cat((there[..., : columns[0]], new, there[..., columns[1] :]), dim=-1)
             h = new if isinstance(at.rows, slice) else h.index_put(cast(Any, at[:2]), new)  # scatter
         return h
+
+    def _check_input(self, x: Tensor | None) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() > 2:
+            return x
+        raise ReftError(
+            f"The input of the edited {type(self._module[0]).__name__} is to be read, and was not given to it by token "
+            "as its first argument."
+        )
 
     def _intervention(
         self, name: str, number: int, adapters: list[str], call: Call, h: Tensor
@@ -249,7 +268,7 @@ def edit_output(module: Any, args: tuple, output: Any) -> Any:
     if (found := _reading(layer)) is None:
         return None
     if isinstance(output, Tensor):
-        return layer.edit(output, *_from_states(layer, found, output))
+        return layer.edit(output, *_from_states(layer, found, output), args[0] if args else None)
     return type(output)((layer.edit(output[0], *_from_states(layer, found, output[0])), *output[1:]))
 
 
