@@ -50,7 +50,7 @@ def serving(folder, root, *words, engine=()):
     with (folder / "server.log").open("w+") as log:
         process = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:
-            url, end = f"http://127.0.0.1:{port}", time.monotonic() + 300
+            url, end = f"http://127.0.0.1:{port}", time.monotonic() + 600
             while not healthy(url):
                 if process.poll() is not None or time.monotonic() > end:
                     log.seek(0)

@@ -4,6 +4,8 @@ import functools
 import multiprocessing
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,25 @@ def test_a_folder_that_has_gone_since_it_was_listed_has_no_name(root, tmp_path):
         shutil.rmtree(root / name)
         with pytest.raises(KeyError):
             catalog.resolve(name)
+
+
+def test_a_tenant_that_is_read_keeps_no_other_waiting(catalog, monkeypatch):
+    catalog.resolve("l4")
+    begun, go_on, add = threading.Event(), threading.Event(), catalog.store.add
+
+    def slow(path):
+        begun.set()
+        assert go_on.wait(30)
+        return add(path)
+
+    monkeypatch.setattr(catalog.store, "add", slow)
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(catalog.resolve, "l16")
+        assert begun.wait(30)
+        assert pool.submit(catalog.resolve, "l4").result(30).rules[0].last == 4
+        assert not reading.done()
+        go_on.set()
+        assert reading.result(30).rules[0].last == 16
 
 
 def test_an_adapter_is_read_once_for_the_store(root, tmp_path, monkeypatch):

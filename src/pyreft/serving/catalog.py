@@ -162,21 +162,23 @@ class Catalog:
             ReftError: what has it cannot be served.
         """
         with self._lock:
-            path = self._paths().get(name)
-            if path is None or not path.is_dir():  # it may have gone since it was listed
+            path, known = self._paths().get(name), self._resolved.get(name)
+        if path is None or not path.is_dir():  # it may have gone since it was listed
+            raise KeyError(name)
+        stamp = _stamp(path)
+        if known is None or known[0] != stamp:
+            known = stamp, self._read(path)  # without the lock: requests for other adapters go on
+            with self._lock:
+                self._resolved[name] = known
+        if isinstance(known[1], ReftError):
+            if not path.is_dir():  # or gone while it was read
                 raise KeyError(name)
-            stamp = _stamp(path)
-            known = self._resolved.get(name)
-            if known is None or known[0] != stamp:
-                known = self._resolved[name] = stamp, self._read(path)
-            if isinstance(known[1], ReftError):
-                raise known[1]
-            try:
-                self.store.touch(known[1].digest)
-            except OSError:  # its copy was deleted
-                del self._resolved[name]
-                return self.store.add(path)
-            return known[1]
+            raise known[1]
+        try:
+            self.store.touch(known[1].digest)
+        except OSError:  # its copy was deleted
+            return self.store.add(path)
+        return known[1]
 
     def load(self, name: str, path: str | os.PathLike) -> Adapter:
         """Give a name to an adapter's directory, or to a folder of this one, until it is unloaded.

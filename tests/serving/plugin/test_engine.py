@@ -49,6 +49,13 @@ MORE = {
     "red": {"positions": "l8", "intervention": "red", "low_rank_dimension": None, "scale": 0.1},
     "act": {"positions": "f2+l5", "intervention": "nodireft", "act_fn": "gelu"},
     "difference": {"positions": "prompt", "intervention": "loreft", "act_fn": "relu", "layers": [2, 5]},
+    "layers": {
+        "representations": [
+            {"layer": 0, "component": "block_input", "positions": "all"},
+            {"layer": 1, "component": "block_output", "positions": "f2"},
+            {"layer": 4, "component": "block_output", "positions": "l3", "intervention": "direft"},
+        ]
+    },
     "mixed": {
         "representations": [
             {"layer": 2, "component": "block_output", "positions": "f2"},
@@ -339,7 +346,7 @@ def fixed(monkeypatch):
 
 def test_with_fixed_shapes_answers_are_the_same(llm, catalog, prompts, expected, fixed):
     fixed(llm)
-    asked = [(name, prompt) for prompt in prompts[:30] for name in (None, *RULES, "own")]
+    asked = [(name, prompt) for prompt in prompts[:30] for name in (None, *RULES, "layers")]
     llm.reset_prefix_cache()
     for _ in range(2):
         assert wrong(ask(llm, catalog, asked), asked, expected) == []
