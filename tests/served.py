@@ -1,5 +1,7 @@
 """Adapters of the embedded model with large random edits, for the tests of serving."""
 
+from types import SimpleNamespace
+
 import torch
 
 import pyreft
@@ -26,3 +28,26 @@ def save_all(root):
     for seed, (name, rule) in enumerate(RULES.items()):
         save(root / name, seed=seed, positions=rule)
     return root
+
+
+def engine(settings, *, graphs=False):
+    """An engine's configuration as far as the plug-in reads it, for the embedded model."""
+    model = SimpleNamespace(
+        hf_config=SimpleNamespace(model_type="llama"),
+        hf_text_config=SimpleNamespace(hidden_size=192, num_hidden_layers=7),
+    )
+    return SimpleNamespace(
+        additional_config=settings.write(),
+        model_config=model,
+        # the device's type says what vLLM may do, the device where tensors are
+        device_config=SimpleNamespace(device_type="cuda" if graphs else "cpu", device="cpu"),
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=SimpleNamespace(name="FULL" if graphs else "NONE"), pass_config=SimpleNamespace()
+        ),
+        parallel_config=SimpleNamespace(),
+        speculative_config=None,
+        kv_transfer_config=None,
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64),
+        instance_id=object(),
+        use_v2_model_runner=False,
+    )

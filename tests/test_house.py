@@ -14,6 +14,7 @@ FLOORS = (
     ("interventions",),
     ("places",),
     ("tuner",),
+    ("registration",),
     ("files",),
     ("data", "pocket"),
     ("original",),

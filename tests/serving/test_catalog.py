@@ -4,6 +4,8 @@ import functools
 import multiprocessing
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from killing import kills
 from pyreft.errors import ReftError
 from pyreft.files.together import save_together
+from pyreft.serving import catalog as catalog_module
 from pyreft.serving.catalog import Catalog, Store
 from served import save, save_all
 
@@ -41,6 +44,43 @@ def test_names_are_the_folders_with_an_adapter(catalog, root):
 def test_a_name_is_never_a_path(catalog, name):
     with pytest.raises(KeyError):
         catalog.resolve(name)
+
+
+def test_a_folder_that_has_gone_since_it_was_listed_has_no_name(root, tmp_path):
+    catalog = Catalog(root, Store(tmp_path / "store"), seconds=60)
+    catalog.resolve("l4")
+    for name in ("l4", "l16"):
+        shutil.rmtree(root / name)
+        with pytest.raises(KeyError):
+            catalog.resolve(name)
+
+
+def test_a_tenant_that_is_read_keeps_no_other_waiting(catalog, monkeypatch):
+    catalog.resolve("l4")
+    begun, go_on, add = threading.Event(), threading.Event(), catalog.store.add
+
+    def slow(path):
+        begun.set()
+        assert go_on.wait(30)
+        return add(path)
+
+    monkeypatch.setattr(catalog.store, "add", slow)
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(catalog.resolve, "l16")
+        assert begun.wait(30)
+        assert pool.submit(catalog.resolve, "l4").result(30).rules[0].last == 4
+        assert not reading.done()
+        go_on.set()
+        assert reading.result(30).rules[0].last == 16
+
+
+def test_an_adapter_is_read_once_for_the_store(root, tmp_path, monkeypatch):
+    store = Store(tmp_path / "store")
+    made = store.add(root / "l4")
+    assert made.directory == store.root / made.digest
+    monkeypatch.setattr(catalog_module, "read_adapter", None)
+    assert store.get(made.digest) is made
+    assert made.edits().keys() == made.pattern.keys()
 
 
 def test_replaced_weights_have_another_digest_and_the_old_copy_stays(catalog, root, tmp_path):

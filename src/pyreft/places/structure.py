@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from peft import PeftModel
 from torch import nn
 
 from ..errors import ReftError
@@ -19,6 +18,8 @@ Stack = Literal["", "encoder", "decoder"]
 
 def without_adapters(model: nn.Module) -> nn.Module:
     """The model under however many PEFT models, as of a LoRA."""
+    from peft import PeftModel  # here alone: places are found without PEFT
+
     while isinstance(model, PeftModel):
         model = model.get_base_model()
     return model

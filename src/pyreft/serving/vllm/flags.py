@@ -97,13 +97,18 @@ def check_engine(vllm_config: Any) -> None:
     for what, asked in refused.items():
         if asked:
             raise ReftError(f"{what} cannot be used together with adapters; start the engine without.", setting="vLLM")
-    graphs = getattr(vllm_config.compilation_config, "cudagraph_mode", None)
-    if vllm_config.device_config.device_type != "cpu" and graphs is not None and graphs.name != "NONE":
+    if replays(vllm_config) and not vllm_config.use_v2_model_runner:
         raise ReftError(
-            "CUDA graphs replay no edits; start the engine with --compilation-config "
-            '\'{"cudagraph_mode": "NONE"}\', which still compiles, or with --enforce-eager.',
+            "CUDA graphs replay no edits in vLLM's first model runner; start the engine with --compilation-config "
+            '\'{"cudagraph_mode": "NONE"}\', which still compiles, or with VLLM_USE_V2_MODEL_RUNNER=1.',
             setting="vLLM",
         )
+
+
+def replays(vllm_config: Any) -> bool:
+    """Whether an engine replays its model from CUDA graphs, so that edits need shapes that do not change."""
+    mode = getattr(vllm_config.compilation_config, "cudagraph_mode", None)
+    return vllm_config.device_config.device_type != "cpu" and mode is not None and mode.name != "NONE"
 
 
 def shape_of(vllm_config: Any) -> dict[str, Any]:
@@ -117,21 +122,28 @@ def shape_of(vllm_config: Any) -> dict[str, Any]:
     }
 
 
-def check_adapter(adapter: Adapter, settings: Settings, shape: dict[str, Any]) -> None:
+def check_adapter(adapter: Adapter, vllm_config: Any) -> None:
     """Refuse an adapter that does not fit the engine.
 
     Raises:
-        ReftError: one of another base model, or of a rank above the slots'.
+        ReftError: one of another base model, of a rank above the slots', or one that a CUDA graph cannot replay.
     """
+    shape, rank = shape_of(vllm_config), Settings.of(vllm_config).rank
     other = [f"{name} {shape[name]!r}" for name in shape if adapter.shape.get(name) != shape[name]]
     if other:
         asked = ", ".join(f"{name} {adapter.shape.get(name)!r}" for name in shape)
         raise ReftError(f"The adapter is for another base model, with {asked}; the engine's has {', '.join(other)}.")
-    if adapter.rank > settings.rank:
+    if adapter.rank > rank:
         raise ReftError(
-            f"the adapter needs a rank of {adapter.rank}, the engine's slots have "
-            f"{settings.rank}; start it with --rank {adapter.rank}.",
+            f"the adapter needs a rank of {adapter.rank}, the engine's slots have {rank}; start it with "
+            f"--rank {adapter.rank}.",
             setting="low_rank_dimension",
+        )
+    if replays(vllm_config) and adapter.beyond_low_rank:
+        raise ReftError(
+            f"{adapter.beyond_low_rank} cannot be replayed in CUDA graphs; start the engine with "
+            '--compilation-config \'{"cudagraph_mode": "NONE"}\'.',
+            setting="vLLM",
         )
 
 

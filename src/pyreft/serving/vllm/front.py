@@ -13,7 +13,7 @@ from typing import Any
 
 from ...errors import ReftError
 from ..catalog import Catalog, Store
-from .flags import KEY, STRENGTH, Settings, check_adapter, shape_of
+from .flags import KEY, STRENGTH, Settings, check_adapter
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -31,9 +31,9 @@ ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/mess
 def catalog_of(state: Any) -> Catalog:
     """The names of a server, by the state of its app."""
     if not hasattr(state, "reft_catalog"):
-        settings, shape = Settings.of(state.vllm_config), shape_of(state.vllm_config)
+        settings = Settings.of(state.vllm_config)
         state.reft_catalog = Catalog(
-            settings.adapters, Store(settings.store), lambda adapter: check_adapter(adapter, settings, shape)
+            settings.adapters, Store(settings.store), lambda adapter: check_adapter(adapter, state.vllm_config)
         )
     return state.reft_catalog
 

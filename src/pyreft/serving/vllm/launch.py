@@ -42,7 +42,7 @@ def vllm_arguments(settings: Settings, architecture: str, more: Sequence[str] = 
         words = value if isinstance(value, list) else [value if isinstance(value, str) else json.dumps(value)]
         arguments += [flag, *words]
     if torch.cuda.is_available() and not given & {"--compilation-config", "-cc", "--enforce-eager"}:
-        arguments += ["--compilation-config", json.dumps({"cudagraph_mode": "NONE"})]  # see `settings.check_engine`
+        arguments += ["--compilation-config", json.dumps({"cudagraph_mode": "NONE"})]  # see docs/serving.md
     return [*arguments, *more]
 
 

@@ -58,5 +58,5 @@ class ReftModelState:
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> Any:
         """A forward without requests edits nothing."""
-        self._reft.step = None
+        self._reft.plan_nothing()
         return super().prepare_dummy_inputs(num_reqs, num_tokens)  # type: ignore[misc]

@@ -33,7 +33,9 @@ class ReftMixin:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self._reft = ReftState.of(vllm_config)
         self._reft_plans = not vllm_config.use_v2_model_runner  # or else `ReftModelState` does
-        for number, block in find_blocks(self, self._reft.shape["num_hidden_layers"]):
+        blocks = find_blocks(self, self._reft.shape["num_hidden_layers"])
+        self._reft.have([number for number, _ in blocks])
+        for number, block in blocks:
             if number == 0:
                 block.register_forward_pre_hook(_edit_input, with_kwargs=True)
             block.register_forward_hook(_BlockHook(number))
@@ -45,7 +47,7 @@ class ReftMixin:
         if self._reft_plans:
             layout = step_layout() if state.rows else None
             if layout is None:
-                state.step = None
+                state.plan_nothing()
             else:
                 state.plan(*layout)
         return super().forward(*args, **kwargs)  # type: ignore[misc]

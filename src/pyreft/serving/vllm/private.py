@@ -13,6 +13,9 @@ from ..tokens import Spans
 
 OLDEST, TOO_NEW = (0, 32), (0, 34)
 SYMBOLS = (
+    # the base model's class, and which runner is used
+    ("vllm", "ModelRegistry.models"),
+    ("vllm.config", "VllmConfig.use_v2_model_runner"),
     # where a step's tokens begin, runner V1
     ("vllm.forward_context", "get_forward_context"),
     ("vllm.forward_context", "ForwardContext.__annotations__.attn_metadata"),
@@ -22,14 +25,31 @@ SYMBOLS = (
     # admission of waiting requests
     ("vllm.v1.core.sched.async_scheduler", "AsyncScheduler.add_request"),
     ("vllm.v1.core.sched.scheduler", "Scheduler._handle_blocked_waiting_request"),
+    ("vllm.v1.core.sched.scheduler", "Scheduler._free_request"),
     ("vllm.v1.core.sched.scheduler", "Scheduler.update_from_output"),
     # runner V2
+    ("vllm.v1.worker.gpu.model_states", "init_model_state"),
+    ("vllm.v1.worker.gpu.model_states", "resolve_model_state_cls"),
+    ("vllm.v1.worker.gpu.model_states.default", "DefaultModelState"),
     ("vllm.v1.worker.gpu.model_states.interface", "ModelState.add_request"),
     ("vllm.v1.worker.gpu.model_states.interface", "ModelState.remove_request"),
     ("vllm.v1.worker.gpu.model_states.interface", "ModelState.prepare_inputs"),
     ("vllm.v1.worker.gpu.model_states.interface", "ModelState.prepare_dummy_inputs"),
-    ("vllm.v1.worker.gpu.model_states", "init_model_state"),
+    ("vllm.v1.worker.gpu.input_batch", "InputBatch.__annotations__.num_reqs"),
+    ("vllm.v1.worker.gpu.input_batch", "InputBatch.__annotations__.idx_mapping_np"),
+    ("vllm.v1.worker.gpu.input_batch", "InputBatch.__annotations__.query_start_loc_np"),
+    ("vllm.v1.worker.gpu.input_batch", "InputBatch.__annotations__.num_computed_tokens_np"),
+    ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcessor"),
+    ("vllm.v1.core.sched.output", "NewRequestData.prompt_len"),
 )
+# what a scheduler has once it is made, and of what type
+ATTRIBUTES = {
+    "encoder_cache_mismatch_reqs": set,
+    "hash_block_size": int,
+    "current_step": int,
+    "requests": dict,
+    "running": list,
+}
 
 
 def missing() -> list[str]:
@@ -72,6 +92,18 @@ def check_vllm() -> None:
         )
     if moved := missing():
         raise ReftError(f"this build has no {', '.join(moved)}, which the plug-in needs.", setting="vLLM")
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a scheduler in which something that is only there once it is made has moved.
+
+    Raises:
+        ReftError: this.
+    """
+    moved = [name for name, kind in ATTRIBUTES.items() if not isinstance(getattr(scheduler, name, None), kind)]
+    if moved:
+        names = ", ".join(f"{name} ({ATTRIBUTES[name].__name__})" for name in moved)
+        raise ReftError(f"the scheduler of this build has no {names}, which the plug-in needs.", setting="vLLM")
 
 
 def step_layout() -> tuple[list[int], list[int]] | None:
@@ -175,4 +207,5 @@ def key_blocks(request: Any, size: int, digest: str, spans: Sequence[Spans]) -> 
 
 def fail_request(scheduler: Any, request: Any) -> None:
     """Let a waiting request end with an error of its own, in the engine's next step."""
-    scheduler.grammar_compile_error_reqs.add(request.request_id)
+    # where vLLM itself puts requests that it finds in error while they wait; the one such set of all versions
+    scheduler.encoder_cache_mismatch_reqs.add(request.request_id)

@@ -6,8 +6,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from ...errors import ReftError
 from ..catalog import Store
-from .flags import Settings, check_adapter, check_engine, digest_of, shape_of
-from .private import check_vllm, fail_request, key_blocks
+from .flags import Settings, check_adapter, check_engine, digest_of
+from .private import check_scheduler, check_vllm, fail_request, key_blocks
 
 
 class ReftScheduler(AsyncScheduler):
@@ -16,9 +16,9 @@ class ReftScheduler(AsyncScheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_vllm()
+        check_scheduler(self)
         check_engine(self.vllm_config)
         self.reft = Settings.of(self.vllm_config)
-        self._reft_shape = shape_of(self.vllm_config)
         self._reft_store = Store(self.reft.store)
         self._reft_of: dict[str, str] = {}  # request -> digest
         self._reft_bad: set[str] = set()  # requests that end with an error
@@ -39,7 +39,7 @@ class ReftScheduler(AsyncScheduler):
         if request.resumable:
             raise ReftError("a prompt that goes on while it is computed cannot have an adapter.", setting="vLLM")
         adapter = self._reft_store.get(digest)
-        check_adapter(adapter, self.reft, self._reft_shape)
+        check_adapter(adapter, self.vllm_config)
         spans = adapter.row(0, request.num_prompt_tokens).spans
         name = digest if strength == 1 else f"{digest}@{strength!r}"
         key_blocks(request, self.hash_block_size, name, spans)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..bank import Bank, Slots
 from ..catalog import Store
+from ..fixed import FixedBank
 from ..served import Adapter
 from ..tokens import Place, Row, Step, plan
-from .flags import Settings, check_adapter, shape_of
+from .flags import Settings, check_adapter, replays, shape_of
 
 
 @dataclass(eq=False)
@@ -37,23 +38,33 @@ class ReftState:
     _running = threading.local()
 
     def __init__(self, vllm_config: Any) -> None:
+        self.vllm_config = vllm_config
         self.settings = Settings.of(vllm_config)
         self.shape = shape_of(vllm_config)
         self.store = Store(self.settings.store)
         self.device = torch.device(vllm_config.device_config.device)
         self.slots = Slots(self.settings.slots)
-        self.bank = Bank(
-            slots=self.settings.slots,
-            rank=self.settings.rank,
-            width=self.shape["hidden_size"],
-            device=self.device,
-        )
+        self.bank: Bank | FixedBank = Bank(**self._sizes())
         self._batch: dict[int, _Request] = {}  # by the number of the row
         self._settled: set[_Request] = set()  # those that have a slot
         self.rows: dict[int, Row] = {}  # as of the last `settle`
         self.step: Step | None = None
         self.here: dict[int, list[Place]] = {}  # the places behind each block
+        self.layers: list[int] = list(range(-1, self.shape["num_hidden_layers"]))
         self.counts = {"steps": 0, "edited_steps": 0, "loads": 0}
+
+    def _sizes(self) -> dict[str, Any]:
+        settings, width = self.settings, self.shape["hidden_size"]
+        return {"slots": settings.slots, "rank": settings.rank, "width": width, "device": self.device}
+
+    def have(self, blocks: Sequence[int]) -> None:
+        """This process has these blocks of the model, and others have the others. What is fixed is made now."""
+        self.layers = [*([-1] if 0 in blocks else []), *blocks]  # behind which an edit is one of this process
+        if replays(self.vllm_config):
+            places = [Place(layer, 0) for layer in self.layers]
+            tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
+            self.bank = FixedBank(places, tokens=tokens, **self._sizes())
+            self.here = {place.layer: [place] for place in places}
 
     @classmethod
     def of(cls, vllm_config: Any) -> "ReftState":
@@ -94,15 +105,15 @@ class ReftState:
         self.rows = {number: request.row for number, request in self._batch.items() if request.row is not None}
 
     def _load(self, adapter: Adapter, slot: int) -> None:
-        check_adapter(adapter, self.settings, self.shape)
-        self.bank.write(slot, adapter.edits())
+        check_adapter(adapter, self.vllm_config)
+        self.bank.write(slot, {place: edit for place, edit in adapter.edits().items() if place.layer in self.layers})
         self.counts["loads"] += 1
         self.here = {}
         for place in self.bank.places:
             self.here.setdefault(place.layer, []).append(place)
 
     def plan(self, starts: Sequence[int], computed: Sequence[int], order: Sequence[int] | None = None) -> None:
-        """Find what the step edits that now begins; see `plan.plan`.
+        """Find what the step edits that now begins; see `tokens.plan`.
 
         Args:
             starts, computed: of the step.
@@ -112,8 +123,14 @@ class ReftState:
         if order is not None and rows:
             rows = {number: rows[row] for number, row in enumerate(order) if row in rows}
         self.step = plan(rows, starts, computed) if rows else None
+        self.bank.begin(self.step, starts[-1])
         self.counts["steps"] += 1
         self.counts["edited_steps"] += self.step is not None
+
+    def plan_nothing(self) -> None:
+        """The step that now begins edits nothing: it has no requests."""
+        self.step = None
+        self.bank.begin(None, 0)
 
     def enter(self) -> None:
         """From now on, `running` in this thread is this state."""
@@ -129,24 +146,12 @@ class ReftState:
 
         Args:
             layer: the block, -1 for what enters the first.
-            hidden: `[..., d]`, the states of the step's tokens, or a part of them.
-            residual: the other part, of the same shape: their sum is the states. Where they are edited, all of the
-                state is put into it, so that the sum is rounded no further.
+            hidden, residual: `[..., d]`, see `Bank.edit`.
         """
-        step = self.step
-        if step is None:
+        places = self.here.get(layer)
+        if not places or not self.bank.active:
             return
         hidden = hidden.view(-1, hidden.shape[-1])
         residual = None if residual is None else residual.view(-1, residual.shape[-1])
-        for place in self.here.get(layer, ()):
-            for tile in step.tiles(place, self.device):
-                h = hidden[tile.at] if residual is None else hidden[tile.at] + residual[tile.at]
-                edited = (h.float() + self.bank.delta(place, tile, h)).to(h.dtype)
-                at = tile.at
-                if tile.valid is not None:
-                    at, edited = at[tile.valid], edited[tile.valid]
-                if residual is None:
-                    hidden[at] = edited
-                else:
-                    residual[at] = edited
-                    hidden[at] = 0
+        for place in places:
+            self.bank.edit(place, hidden, residual)
