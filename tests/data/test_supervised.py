@@ -72,7 +72,7 @@ def test_ragged_locations_are_filled(tokenizer):
     [
         ({"pad_token": None}, PROMPTS, "set tokenizer.pad_token = tokenizer.eos_token first"),
         ({"eos_token": None}, PROMPTS, "set tokenizer.eos_token, or pass nonstop=True"),
-        ({"model_max_length": 6}, PROMPTS, "Example 0: the prompt of 6 tokens leaves no room"),
+        ({"model_max_length": 6}, PROMPTS, "Example 0: the prompt of 9 tokens leaves no room"),
         ({}, PROMPTS[:2], "Expected as many answers as prompts, at least one, got 2 and 3"),
     ],
 )

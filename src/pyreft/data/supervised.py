@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from ..errors import ReftError
+from .boundary import pair_ids
 
 IGNORED = -100  # the label of tokens without loss
 
@@ -87,15 +88,13 @@ def encode_pair(
             "The tokenizer has no EOS token: set tokenizer.eos_token, or pass nonstop=True, to a data set no_stop=True."
         )
     limit = tokenizer.model_max_length
-    prompt_ids = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
-    text = prompt + answer + (tokenizer.eos_token if end else "")
-    ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
-    if len(prompt_ids) >= len(ids):
+    prompt_ids, answer_ids = pair_ids(tokenizer, prompt, answer + (tokenizer.eos_token if end else ""), doubled=True)
+    if len(prompt_ids) >= limit or not answer_ids:
         raise ReftError(
             f"Example {number}: the prompt of {len(prompt_ids)} tokens leaves no room for an answer within "
             f"tokenizer.model_max_length = {limit}."
         )
-    return ids, len(prompt_ids)
+    return (prompt_ids + answer_ids)[:limit], len(prompt_ids)
 
 
 def told_of_doubled_bos(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], number: int) -> bool:

@@ -22,8 +22,8 @@ from transformers import (
     set_seed,
 )
 
-from ..data.encode import context_length, default_format, encode
-from ..data.files import Example, read_examples
+from ..data.encode import context_length, default_format, encode, encode_all
+from ..data.files import Example, Tally, read_examples
 from ..data.supervised import IGNORED
 from ..errors import ReftError
 from ..files.checkpoints import last_complete, steps_done
@@ -73,7 +73,8 @@ class PreparedJob:
     def _prepare(self) -> None:
         """Read the data, load the model, put the adapter on it, and encode the data."""
         job = self.job
-        held_out = read_examples(job.validation) if job.validation else []
+        self.tally, self.held_out_tally = Tally(job.on_error), Tally(job.on_error)
+        held_out = read_examples(job.validation, job.reading, self.held_out_tally) if job.validation else []
         self.examples: list[Example] = self._examples()
         set_seed(job.seed)
         model, self.tokenizer = load_base(job.model, job.dtype)
@@ -85,8 +86,9 @@ class PreparedJob:
         else:
             self.config.task_type = TaskType.CAUSAL_LM
         limit = context_length(model, self.tokenizer, job.max_length)
-        self.rows = self._encode(self.examples, limit)
-        self.validation = self._encode(held_out, limit)
+        self.examples, self.rows = self._encode(self.examples, limit, self.tally)
+        if held_out:
+            _, self.validation = self._encode(held_out, limit, self.held_out_tally)
         if job.validation_split:
             self._hold_out()
         self.collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100)
@@ -97,32 +99,35 @@ class PreparedJob:
             return GENERATED[self.job.suite].examples(self.job.data_dir, self.job.limit)
         if self.job.data is None:
             raise ReftError("expected a file of examples, or a suite.", setting="data")
-        return read_examples(self.job.data)
+        return read_examples(self.job.data, self.job.reading, self.tally)
 
-    def _encode(self, examples: list[Example], limit: int) -> list[dict[str, Any]]:
-        """Token rows; those of a suite are cut at the limit, as the paper's are, where a user's own are refused."""
-        most = sys.maxsize if self.job.suite else limit
-        rows = [encode(self.tokenizer, example, self.format, most) for example in examples]
+    def _encode(self, examples: list[Example], limit: int, tally: Tally) -> tuple[list[Example], list[dict[str, Any]]]:
+        """Examples and their rows; those of a suite are cut at the limit, as the paper's are, a user's as asked."""
         if not self.job.suite:
-            return rows
+            how = self.job.long_rows
+            return encode_all(self.tokenizer, examples, self.format, limit, long_rows=how, tally=tally)
+        rows = [encode(self.tokenizer, example, "text", sys.maxsize) for example in examples]
         cut = [{name: values[:limit] for name, values in row.items()} for row in rows]
-        kept = [row for row in cut if row["labels"][-1] != IGNORED]
+        kept = [number for number, row in enumerate(cut) if row["labels"][-1] != IGNORED]
         self.skipped += len(cut) - len(kept)
         if examples and not kept:
             raise ReftError(
                 f"every prompt has {limit} tokens or more, so nothing is left to learn.", setting="max_length"
             )
-        return kept
+        return [examples[number] for number in kept], [cut[number] for number in kept]
 
     def _hold_out(self) -> None:
-        count = max(1, round(len(self.rows) * self.job.validation_split))
-        if count >= len(self.rows):
+        """Part the rows; the answers of one chat stay together."""
+        chats = list(dict.fromkeys(example.row or example.where for example in self.examples))
+        count = max(1, round(len(chats) * self.job.validation_split))
+        if count >= len(chats):
             raise ReftError(
-                f"{count} of {len(self.rows)} would be held out; no example is left.", setting="validation_split"
+                f"{count} of {len(chats)} would be held out; no example is left.", setting="validation_split"
             )
-        chosen = set(random.Random(self.job.seed).sample(range(len(self.rows)), count))
-        self.validation = [self.rows[number] for number in sorted(chosen)]
-        self.rows = [row for number, row in enumerate(self.rows) if number not in chosen]
+        chosen = {chats[number] for number in random.Random(self.job.seed).sample(range(len(chats)), count)}
+        held = [(example.row or example.where) in chosen for example in self.examples]
+        self.validation = [row for row, out in zip(self.rows, held, strict=True) if out]
+        self.rows = [row for row, out in zip(self.rows, held, strict=True) if not out]
 
     def _attach(self, model: Any) -> None:
         set_seed(self.job.seed)
