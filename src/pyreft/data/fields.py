@@ -20,6 +20,11 @@ _FORMS = {
 }
 _CHATS = ("messages", "conversations", "conversation")
 _EXTRAS = ("system", "history", "tools", "functions", "documents", "chat_template_kwargs")  # given to the template
+_DECIDED = {  # what a row may not say to the tokenizer
+    *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "messages"),
+}
 _OTHERS = ("images", "image", "videos", "video", "audio", "audios")
 KNOWN = (*("prompt", "completion", "instruction", "input", "output"), *_CHATS, *_EXTRAS)
 
@@ -139,7 +144,7 @@ def _form(row: dict[str, Any], where: str, fields: tuple[str, str] | None) -> tu
 def _pair(row: dict[str, Any], form: str, used: tuple[str, ...], extras: dict[str, Any], where: str) -> Example:
     prompt, answer = _string(row, used[0], where), _string(row, used[1], where)
     given = _string(row, "input", where) if form == "instruction" and row.get("input") else ""
-    if not answer:
+    if not answer.strip():
         raise ReftError(f"{where}: the answer is empty, there is nothing to learn.")
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     if not extras:
@@ -203,9 +208,10 @@ def _extras(extras: dict[str, Any], where: str) -> tuple[list[Turn], dict[str, A
     if documents := _listed(extras, "documents", where):
         options["documents"] = documents
     if "chat_template_kwargs" in extras:
-        if not isinstance(extras["chat_template_kwargs"], dict):
-            raise ReftError(f"{where}: chat_template_kwargs: expected names and values.")
-        options |= extras["chat_template_kwargs"]
+        more = extras["chat_template_kwargs"]
+        if not isinstance(more, dict) or _DECIDED & more.keys():
+            raise ReftError(f"{where}: chat_template_kwargs: expected names of the template's own and their values.")
+        options |= more
     return before, options
 
 

@@ -64,7 +64,7 @@ def check_answers(turns: Sequence[Turn], learned: Sequence[bool], where: str) ->
         if not learn:
             continue
         place = f"{where}, turn {number} (assistant)"
-        if not turn["content"] and not turn.get("tool_calls"):
+        if not turn["content"].strip() and not turn.get("tool_calls"):
             raise ReftError(f"{place}: the answer is empty, there is nothing to learn.")
         if number == 1:
             raise ReftError(f'{place}: nothing comes before this answer; leave it out, or give it "train": false.')
@@ -107,7 +107,7 @@ def _role(turn: Turn, where: str) -> str:
     if "from" not in turn:
         raise ReftError(f"{where}: the field 'role' is missing.{did_you_mean('role', turn)}")
     name = turn["from"]
-    if name not in _SHAREGPT:
+    if not isinstance(name, str) or name not in _SHAREGPT:
         raise ReftError(f"{where}: from: expected {', '.join(_SHAREGPT)}, got {name!r}.{did_you_mean(name, _SHAREGPT)}")
     return _SHAREGPT[name]
 

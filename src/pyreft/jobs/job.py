@@ -16,7 +16,6 @@ from peft import PeftConfig, TaskType
 from transformers import (
     DataCollatorForSeq2Seq,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -35,7 +34,7 @@ from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import ReachPrinter
 from ..tasks.suites import GENERATED, GLUE
-from ..training.checkpointing import CheckpointingTrainer, check_same_rows, disk_full_as_os_error
+from ..training.checkpointing import Checkpointing, CheckpointingTrainer, check_same_training, disk_full_as_os_error
 from ..tuner.config import ReftConfig
 from .loss_curve import PICTURE, losses_of, write_losses
 from .methods import attach, count, make_config, save
@@ -50,11 +49,12 @@ class PreparedJob:
 
     Attributes:
         rows, validation: the tokens to learn from and those to measure on.
+        tally: what became of the rows of the data.
         skipped: how many examples of a suite have a prompt that fills `max_length`, so that nothing is left to learn.
     """
 
     collator: Any
-    trainer_class: type[Trainer] = CheckpointingTrainer
+    trainer_class: type[Checkpointing] = CheckpointingTrainer
     compute_metrics: Callable[[Any], dict[str, float]] | None = None
     format: Any = None  # how prompts are written
     options: dict[str, Any] = {}  # further arguments of the training
@@ -66,6 +66,7 @@ class PreparedJob:
         self.checkpoint = check_output(job) if job.output else None
         self.config: PeftConfig = make_config(job)
         self.skipped = 0
+        self.tally, self._held_out_tally = Tally(job.on_error), Tally(job.on_error)
         self.rows: list[dict[str, Any]] = []
         self.validation: list[dict[str, Any]] = []
         self._prepare()
@@ -73,8 +74,11 @@ class PreparedJob:
     def _prepare(self) -> None:
         """Read the data, load the model, put the adapter on it, and encode the data."""
         job = self.job
-        self.tally, self.held_out_tally = Tally(job.on_error), Tally(job.on_error)
-        held_out = read_examples(job.validation, job.reading, self.held_out_tally) if job.validation else []
+        held_out = (
+            read_examples(job.validation, replace(job.reading, limit=None), self._held_out_tally)
+            if job.validation
+            else []
+        )
         self.examples: list[Example] = self._examples()
         set_seed(job.seed)
         model, self.tokenizer = load_base(job.model, job.dtype)
@@ -88,7 +92,7 @@ class PreparedJob:
         limit = context_length(model, self.tokenizer, job.max_length)
         self.examples, self.rows = self._encode(self.examples, limit, self.tally)
         if held_out:
-            _, self.validation = self._encode(held_out, limit, self.held_out_tally)
+            _, self.validation = self._encode(held_out, limit, self._held_out_tally)
         if job.validation_split:
             self._hold_out()
         self.collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100)
@@ -139,7 +143,7 @@ class PreparedJob:
             self.reach = Reach(self.model, memory=job.reach_memory, directory=directory)
         if self.checkpoint:
             check_same(self.checkpoint, self.config)
-            check_same_rows(self.checkpoint, self.rows)
+            check_same_training(self.checkpoint, self.rows, job.schedule)
             check_unfinished(self.checkpoint, self.output, math.ceil(self._steps()))
 
     def _steps(self) -> float:
@@ -168,6 +172,7 @@ class PreparedJob:
             data_collator=self.collator,
             compute_metrics=self.compute_metrics,
         )
+        trainer.settings = self.job.schedule
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ReachPrinter)
         if progress is not None:

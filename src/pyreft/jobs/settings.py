@@ -16,6 +16,7 @@ from ..tuner.config import DEFAULT_POSITIONS
 # the paper's names, and the formula that each stands for; LoRA is here to be compared with
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
 LORA = "lora"
+_SCHEDULE = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dropout")
 # what `generate` may be told: whole numbers with the least that can be, and numbers above 0
 _COUNTS = {"max_new_tokens": 1, "max_length": 1, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0}
 _DECODING = (*_COUNTS, "temperature", "top_p", "repetition_penalty")
@@ -105,6 +106,11 @@ class TrainingJob:
             ReftError: a setting of it that cannot be.
         """
         return Reading(**{f.name: getattr(self, f.name) for f in fields(Reading)})
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The settings that a training cannot change on its way; that it has more epochs than at first, it can."""
+        return {name: getattr(self, name) for name in _SCHEDULE}
 
     @classmethod
     def from_settings(
