@@ -245,4 +245,4 @@ def test_the_command(emoji_adapter, tasks):
     for both_or_none in ([], ["--tasks", "piqa", "--suite", "glue"]):
         result = CliRunner().invoke(app, ["eval", str(emoji_adapter), *both_or_none])
         assert result.exit_code == 2
-        assert "expected one of the two" in result.output
+        assert "expected one of the three" in result.output

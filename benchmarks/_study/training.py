@@ -9,8 +9,8 @@ import torch
 from transformers import set_seed
 
 from pyreft import pocket
-from pyreft.data.supervised import IGNORED
 from pyreft.generation import generate_answers
+from pyreft.positions import IGNORED
 from pyreft.reach import Reach
 
 from .settings import Plan, Setting

@@ -17,7 +17,7 @@ from .files.adapter import WEIGHTS, as_it_was, check_room, model_card, read_conf
 from .files.original import legacy_place, read_legacy
 from .files.to_peft import save_lora
 from .files.together import leave_out, reading, save_together
-from .files.trained_heads import add_heads
+from .files.trained_heads import add_heads, tell_of_resized
 from .files.weights import checked_load
 from .original.calls import FORWARD, GENERATE, answer, is_original, translate
 from .original.configs import as_config
@@ -30,6 +30,13 @@ from .tuner.config import ReftConfig
 from .tuner.edits import Edits
 from .tuner.injection import detach
 from .tuner.tuner import tuner_of
+
+# by task, how PEFT knows the modules that turn states into classes
+_CLASSIFIERS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
@@ -60,7 +67,8 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
             model, peft_config = peft_config, model
         with warnings.catch_warnings():  # PEFT asks transformers for a property by its old name
             warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
-            made: Any = (model, as_config(peft_config), adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+            config = _with_classifier(model, as_config(peft_config))
+            made: Any = (model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             super().__init__(*made)
         self._edits: Edits = self.base_model.edits
 
@@ -106,7 +114,13 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         self._edits.strengths[adapter_name] = float(strength)
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
-        """Save the adapters in PEFT's layout, all of them or none; see `pyreft.files`."""
+        """Save the adapters in PEFT's layout, all of them or none; see `pyreft.files`.
+
+        Embeddings that were resized are no part of them, unless `save_embedding_layers=True` asks for it.
+        """
+        if kwargs.get("save_embedding_layers", "auto") == "auto":
+            kwargs["save_embedding_layers"] = False
+            tell_of_resized(self.get_base_model(), self.peft_config[self.active_adapter].base_model_name_or_path)
         if not kwargs.get("is_main_process", True):
             return super().save_pretrained(str(save_directory), **kwargs)
 
@@ -233,9 +247,20 @@ def get_reft_model(
     if reft_config.base_model_name_or_path is None:
         reft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     adapted = ReftModel(model, reft_config, adapter_name)
+    copied = {p for m in adapted.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
     for parameter in trained:
-        parameter.requires_grad_(True)
+        if parameter not in copied:
+            parameter.requires_grad_(True)
     return adapted
+
+
+def _with_classifier(model: nn.Module, config: ReftConfig) -> ReftConfig:
+    """The config of a classifier's adapter, with which the classifier is trained and saved, as of any PEFT method."""
+    heads = _CLASSIFIERS.get(str(getattr(config.task_type, "value", config.task_type)), ())
+    there = [name for name in heads if isinstance(getattr(model, name, None), nn.Module)]
+    if there:
+        config.modules_to_save = list(dict.fromkeys((*(config.modules_to_save or ()), *there)))
+    return config
 
 
 def _release(model: nn.Module) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyreft_cli import ask, demo, eval, info, inspect, plan, serve, train
+from pyreft_cli import ask, data, demo, eval, info, inspect, plan, serve, train
 
 if TYPE_CHECKING:
     from pyreft.errors import ReftError
@@ -41,6 +41,7 @@ def program(
 app.command()(demo.demo)
 app.command()(train.train)
 app.command()(plan.plan)
+app.command()(data.data)
 app.command("eval")(eval.evaluate)
 app.command()(ask.generate)
 app.command()(ask.chat)

@@ -1,18 +1,21 @@
-"""`pyreft eval`: an adapter's row of a table of the paper, beside the paper's own, or what lm-eval's tasks measure."""
+"""`pyreft eval`: an adapter on held-out examples, on a suite beside the paper's own figures, or on lm-eval's tasks."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, BadParameter, Context, Option
 
-from pyreft_cli import harness, options
+from pyreft_cli import harness, held_out, options
 from pyreft_cli.console import console, counted, hush, print_json, progress_bar
 
 
 def evaluate(
     context: Context,
     adapter: Annotated[str, Argument(help="The adapter's directory; of GLUE perhaps one with all its adapters.")],
-    suite: Annotated[str | None, Option(help="commonsense, arithmetic, instruct or glue.")] = None,
+    data: Annotated[
+        str | None, Option(help="Examples that it was not trained on, as `pyreft train` reads them.")
+    ] = None,
+    suite: Annotated[str | None, Option(help="Or commonsense, arithmetic, instruct or glue.")] = None,
     tasks: Annotated[str | None, Option(help="Or tasks of lm-eval, as arc_easy,piqa; needs pyreft[eval].")] = None,
     include_path: Annotated[Path | None, Option(help="A directory with lm-eval tasks of your own, as YAML.")] = None,
     data_dir: Annotated[str | None, Option(help="The directory of the suite's data.  [default: the hub]")] = None,
@@ -36,32 +39,35 @@ def evaluate(
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
-    """Score an adapter on a suite of the paper and show the paper's row beside it, or on tasks of lm-eval."""
+    """Score an adapter on a file of examples, on a suite of the paper beside its row there, or on tasks of lm-eval."""
+    asked = [name for name, value in (("data", data), ("suite", suite), ("tasks", tasks)) if value is not None]
+    if len(asked) != 1:
+        raise BadParameter("expected one of the three.", param_hint="--data / --suite / --tasks")
+    _check_options(context, asked[0])
     common: dict[str, Any] = {"model": model, "dtype": dtype, "batch_size": batch_size, "limit": limit}
-    if tasks is not None and suite is None:
-        _check_options(context, "tasks")
+    if data is not None:
+        held_out.score(adapter, data, max_new_tokens=max_new_tokens, quiet=quiet, as_json=as_json, **common)
+    elif tasks is not None:
         names = [name.strip() for name in tasks.split(",")]
         harness.print_tasks(adapter, names, include_path=include_path, quiet=quiet, as_json=as_json, **common)
-    elif suite is not None and tasks is None:
-        _check_options(context, "suite")
+    elif suite is not None:
         hush()
         decoding = _decoding(adapter, suite, greedy=greedy, max_new_tokens=max_new_tokens)
         common |= {"tasks": task or (), "decoding": decoding, "seed": seed, "output": output}
         result = _score(adapter, suite, data_dir, shown=not (quiet or as_json), **common)
         _tell(result, as_json=as_json, output=output)
-    else:
-        raise BadParameter("expected one of the two.", param_hint="--suite / --tasks")
 
 
-_OF_THE_OTHER = {
-    "suite": ("include_path",),
-    "tasks": ("data_dir", "task", "greedy", "max_new_tokens", "seed", "output"),
+_ALONE: dict[str, tuple[str, ...]] = {
+    "suite": ("data_dir", "task", "greedy", "max_new_tokens", "seed", "output"),
+    "tasks": ("include_path",),
+    "data": ("max_new_tokens",),
 }
 
 
 def _check_options(context: Context, chosen: str) -> None:
-    """Refuse options that only the other kind of evaluation has."""
-    for name in _OF_THE_OTHER[chosen]:
+    """Refuse options that only another kind of evaluation has."""
+    for name in {name for names in _ALONE.values() for name in names} - {*_ALONE[chosen]}:
         source = context.get_parameter_source(name)
         if source is not None and source.name != "DEFAULT":
             raise BadParameter(

@@ -31,15 +31,31 @@ Recipe = Annotated[
 Data = Annotated[
     str | None,
     Option(
-        help="Examples as .jsonl, .json or .csv with prompt and completion; instruction, input and output; "
-        "or chat messages."
+        help="Examples as .jsonl, .json, .csv or .parquet, or a data set of the hub as owner/name, with prompt and "
+        "completion; instruction, input and output; or chat messages."
     ),
 ]
 Output = Annotated[str | None, Option(help="The directory for the adapter.")]
 Model = Annotated[str | None, Option(help="Base model: a hub id or a directory; by default the embedded one.")]
 DataDir = Annotated[str | None, Option(help="Of a recipe: the directory of its data.  [default: the hub]")]
 Task = Annotated[str | None, Option(help="Of the recipe glue: one task.  [default: each, one after the other]")]
-Limit = Annotated[int | None, Option(help="Of a recipe: train on the first so many examples.")]
+Turns = Annotated[
+    str | None,
+    Option(help="Of a chat, learn 'each' answer behind what comes before it, or the 'last'.  [default: each]"),
+]
+PromptField = Annotated[str | None, Option(help="The column of the prompts, if it has another name.")]
+CompletionField = Annotated[str | None, Option(help="The column of the answers, if it has another name.")]
+Encoding = Annotated[
+    str | None, Option(help="Of the data, such as cp1252.  [default: UTF-8, or as its first bytes say]")
+]
+OnError = Annotated[str | None, Option(help="At wrong rows 'stop', or 'skip' them.  [default: stop]")]
+LongRows = Annotated[
+    str | None,
+    Option(
+        help="Rows that do not fit: 'refuse' them, 'cut' their prompts from the left, or 'skip'.  [default: refuse]"
+    ),
+]
+Limit = Annotated[int | None, Option(help="Train on the first so many rows, or examples of a recipe.")]
 MaxLength = Annotated[int | None, Option(help="Most tokens of a row.  [default: the model's context]")]
 Format = Annotated[
     str | None,

@@ -10,6 +10,7 @@ from typer import Context, Option
 
 from pyreft_cli import options
 from pyreft_cli.console import console, counted, hush, print_json
+from pyreft_cli.early import check_data
 from pyreft_cli.settings import read_settings
 
 _SAMPLE = 512  # rows that the line of `pyreft train` looks at
@@ -29,6 +30,12 @@ def plan(
     batch_size: options.BatchSize = None,
     gradient_accumulation: options.GradientAccumulation = None,
     max_length: options.MaxLength = None,
+    long_rows: options.LongRows = None,
+    turns: options.Turns = None,
+    prompt_field: options.PromptField = None,
+    completion_field: options.CompletionField = None,
+    encoding: options.Encoding = None,
+    on_error: options.OnError = None,
     format: Annotated[str | None, Option(help="How prompts are written: text, chat or alpaca.")] = None,
     dtype: options.Dtype = None,
     reach_memory: Annotated[
@@ -45,6 +52,7 @@ def plan(
     """
     settings = read_settings(context.params, config)
     settings.pop("output", None)
+    check_data(settings)
     hush()
     from pyreft.jobs.job import PreparedJob
     from pyreft.jobs.plan import make_plan

@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-_OTHERS = ("recipe", "config", "quiet", "as_json")  # the parameters of a command that are no settings
+_OTHERS = ("recipe", "config", "rows", "quiet", "as_json")  # the parameters of a command that are no settings
 
 
 def read_settings(params: dict[str, Any], config: Path | None) -> dict[str, Any]:
@@ -23,8 +23,10 @@ def read_config(path: Path | None) -> dict[str, Any]:
         return {}
     import yaml
 
+    if not path.is_file():  # a device behind a link has no end
+        raise typer.BadParameter(f"{path} cannot be read: there is no such file.", param_hint="--config")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be read: {error.strerror}.", param_hint="--config") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, a date that is none, nested too deeply

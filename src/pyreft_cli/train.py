@@ -8,6 +8,7 @@ import typer
 
 from pyreft_cli import options
 from pyreft_cli.console import console, counted, hush, print_json, progress_bar
+from pyreft_cli.early import check_data
 from pyreft_cli.plan import cost_line
 from pyreft_cli.settings import read_settings
 
@@ -38,6 +39,12 @@ def train(
     warmup_ratio: options.WarmupRatio = None,
     weight_decay: options.WeightDecay = None,
     max_length: options.MaxLength = None,
+    long_rows: options.LongRows = None,
+    turns: options.Turns = None,
+    prompt_field: options.PromptField = None,
+    completion_field: options.CompletionField = None,
+    encoding: options.Encoding = None,
+    on_error: options.OnError = None,
     format: options.Format = None,
     validation: options.Validation = None,
     validation_split: options.ValidationSplit = None,
@@ -68,6 +75,8 @@ def train(
 
 def _make_jobs(recipe: str | None, settings: dict[str, Any], config: Path | None) -> list[Any]:
     """The one job of these settings, or those of a recipe; of several, all are checked before the first is trained."""
+    if recipe is None:
+        check_data(settings)
     hush()
     from pyreft.jobs.prepare import check_files
     from pyreft.jobs.recipes import recipe_jobs
@@ -121,6 +130,16 @@ def _describe(prepared: Any) -> None:
         console.print("Prompts are wrapped in the tokenizer's chat template (--format text takes them as they stand).")
     total = prepared.model.get_base_model().num_parameters()
     trained = count(prepared.model)
+    tally = prepared.tally
+    for number, what in (
+        (len(tally.errors), "Left out, as wrong"),
+        (tally.skipped, "Left out, as too long"),
+        (tally.cut, "Cut from the left, as too long"),
+    ):
+        if number:
+            console.print(f"{what}: {counted(number, 'row')}.")
+    if tally.errors:
+        console.print(tally.listed(), markup=False)
     if prepared.skipped:
         console.print(f"Left out, as the prompt fills --max-length: {counted(prepared.skipped, 'example')}.")
     console.print(

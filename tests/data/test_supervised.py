@@ -61,6 +61,29 @@ def test_locations_move_with_the_padding(tokenizer, side):
     tokenizer.padding_side = "right"
 
 
+def test_locations_of_the_originals_data_sets_stay_as_they_are(tokenizer):
+    """Its collator did not move them either, and programs for it do that themselves."""
+    data = pyreft.ReftRawDataset(
+        "raw", None, tokenizer, data_split="test", dataset=[{"instruction": "a b c d e"}, {"instruction": "a"}],
+        position="f1", num_interventions=1,
+    )  # fmt: skip
+    tokenizer.padding_side = "left"
+    try:
+        batch = pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer))([data[0], data[1]])
+        assert batch["intervention_locations"].tolist() == [[[1]], [[1]]]
+        # as examples/*/compute_metrics.py of the original does it
+        begin = (batch["input_ids"] == tokenizer.bos_token_id).nonzero(as_tuple=True)[1].reshape(-1, 1, 1)
+        at = batch["intervention_locations"] + begin - 1
+        assert batch["input_ids"].gather(1, at[:, 0]).tolist() == [[tokenizer.bos_token_id]] * 2
+        rows = [{"input_ids": [5] * n, "labels": [5] * n, "intervention_locations": [[0]]} for n in (1, 3)]
+        with pytest.warns(UserWarning, match=r"pass ReftDataCollator\(\.\.\., shift=True\)"):
+            pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer))(rows)
+        moved = pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer), shift=True)(rows)
+        assert moved["intervention_locations"].tolist() == [[[2]], [[0]]]
+    finally:
+        tokenizer.padding_side = "right"
+
+
 def test_ragged_locations_are_filled(tokenizer):
     collator = pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer))
     ragged = [{"input_ids": [5, 6], "labels": [5, 6], "intervention_locations": [[0], [0, 1]]}] * 2
@@ -72,7 +95,7 @@ def test_ragged_locations_are_filled(tokenizer):
     [
         ({"pad_token": None}, PROMPTS, "set tokenizer.pad_token = tokenizer.eos_token first"),
         ({"eos_token": None}, PROMPTS, "set tokenizer.eos_token, or pass nonstop=True"),
-        ({"model_max_length": 6}, PROMPTS, "Example 0: the prompt of 6 tokens leaves no room"),
+        ({"model_max_length": 6}, PROMPTS, "Example 0: the prompt of 9 tokens leaves no room"),
         ({}, PROMPTS[:2], "Expected as many answers as prompts, at least one, got 2 and 3"),
     ],
 )

@@ -162,12 +162,55 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(data, tmp_path):
         ({"positions": "l2"}, "was made with positions = 'l1', now it is 'l2'"),
         ({"layers": "1"}, r"was made with layers = \[3\], now it is \[1\]"),
         ({"format": "text"}, "was made with prompt_format = 'chat', now it is 'text'"),
+        ({"lr": 0.02}, r"resume: .*was made with lr = 0\.01, now it is 0\.02; a training goes on with the settings it"),
+        ({"warmup_ratio": 0.1}, r"was made with warmup_ratio = 0\.0, now it is 0\.1"),
+        ({"seed": 7}, "was made with seed = 42, now it is 7"),
+        ({"batch_size": 2}, "was made with batch_size = 5, now it is 2"),
+        ({"weight_decay": 0.1}, r"was made with weight_decay = 0\.0, now it is 0\.1"),
     ],
 )
 def test_other_settings_cannot_go_on_from_a_checkpoint(data, tmp_path, changes, message):
     prepared(data, tmp_path, epochs=1).train()
     with pytest.raises(pyreft.ReftError, match=message):
         prepared(data, tmp_path, resume=True, **changes)
+
+
+def test_a_training_that_diverges_stops_there_and_leaves_nothing_of_it(data, tmp_path):
+    job = prepared(data, tmp_path, lr=1e25, save_steps=1)
+    with pytest.raises(pyreft.ReftError) as caught:
+        job.train()
+    told = caught.value.told({"lr": "--lr"})
+    assert "The training diverges: " in told
+    assert "step 1" in told or "step 2" in told
+    assert "Try a smaller --lr (now 1e+25)" in told
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    last = job.last_checkpoint()
+    assert f"The last good checkpoint is {last}" in told if last else "There is no checkpoint yet" in told
+    for path in (tmp_path / "out").rglob("*.safetensors"):
+        assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(path).values())
+
+
+def test_the_last_good_checkpoint_stays(data, tmp_path):
+    """Where the numbers go wrong after it was made."""
+
+    def spoil(step, *_):
+        if step == 2:
+            next(p for p in job.model.parameters() if p.requires_grad).data.fill_(torch.nan)
+
+    job = prepared(data, tmp_path, save_steps=1)
+    with pytest.raises(pyreft.ReftError, match=r"diverges.*The last good checkpoint is .*checkpoint-[12]\."):
+        job.train(spoil)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    for tensor in load_file(f"{job.last_checkpoint()}/adapter_model.safetensors").values():
+        assert bool(torch.isfinite(tensor).all())
+
+
+def test_a_chat_is_held_out_as_a_whole(tmp_path):
+    turns = [{"role": role, "content": text} for role, text in (("user", "A"), ("assistant", "B")) * 3]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)))
+    job = PreparedJob(TrainingJob(data=str(path), layers="3", positions="l1", validation_split=0.25, reach=False))
+    assert (len(job.rows), len(job.validation)) == (9, 3)
 
 
 @pytest.mark.parametrize("change", ["fewer", "another", "held out"])

@@ -164,7 +164,7 @@ def test_a_doubled_bos_is_told_once(tokenizer):
         ({"num_interventions": None}, "the argument 'num_interventions' is missing"),
         ({"num_interventions": 3}, "need an even number, got 3"),
         ({"pad_token": None}, "set tokenizer.pad_token = tokenizer.eos_token first"),
-        ({"model_max_length": 12}, "Example 0: the prompt of 12 tokens leaves no room"),
+        ({"model_max_length": 12}, "Example 0: the prompt of \\d+ tokens leaves no room"),
         ({"eos_token": None}, "no_stop=True"),
     ],
 )

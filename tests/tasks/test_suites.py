@@ -102,7 +102,7 @@ ROW = {"instruction": "a", "output": "b", "answer": "c"}
         ([ROW | {"answer": ["a", "b"]}], "row 1: the field 'answer' should be a text or a number, got ['a', 'b']"),
         ([ROW | {"answer": None}], "row 1: the field 'answer' should be a text or a number, got None"),
         (["a"], "row 1: expected an object with fields, got str"),
-        ({"a": 1}, "expected a list of objects, got dict"),
+        ({"a": 1}, "row 1: the field 'instruction' is missing"),
         ("[{", "this is not valid JSON (Expecting property name"),
     ],
 )

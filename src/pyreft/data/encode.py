@@ -5,13 +5,20 @@ instruction template of the Alpaca data set.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError, did_you_mean
 from ..positions import IGNORED
-from .files import FORMATS, Example, Format, alpaca_prompt
+from .boundary import pair_ids, token_ids
+from .fields import FORMATS, Example, Format, alpaca_prompt
+from .tally import Tally
+from .templates import chat_text, chat_texts
+
+__all__ = ["chat_text", "context_length", "default_format", "encode", "encode_all", "prompt_text", "token_ids"]
+
+LongRows = Literal["refuse", "cut", "skip"]
 
 
 def default_format(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example] = ()) -> Format:
@@ -35,48 +42,112 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, form: Format, g
     return text if form == "text" else chat_text(tokenizer, [{"role": "user", "content": text}])
 
 
-def chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> str:
-    """Return a chat in the tokenizer's template, up to where the assistant speaks next."""
-    if not tokenizer.chat_template:
-        raise ReftError("The tokenizer has no chat template; give prompts as they stand, with the format 'text'.")
-    return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+def texts(tokenizer: PreTrainedTokenizerBase, example: Example, form: Format) -> tuple[str, str]:
+    """Return what the model reads before an answer, and the answer.
+
+    Raises:
+        ReftError: a chat that does not fit the format or its template.
+    """
+    if form == "chat":
+        return chat_texts(tokenizer, example)
+    if example.extras or len(example.messages) != 2 or example.messages[-1].keys() - {"role", "content"}:
+        more = ", ".join(example.extras) or f"{len(example.messages)} turns"
+        raise ReftError(f"{example.where}: a chat with {more} cannot be written as {form!r}; use 'chat'.",
+                        setting="format")  # fmt: skip
+    return prompt_text(tokenizer, example.messages[0]["content"], form, example.given), example.completion
 
 
-def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenize a text; one that begins with the BOS token, as chat templates write it, gets no second one."""
-    has_bos = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    return tokenizer(text, add_special_tokens=not has_bos)["input_ids"]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, example: Example, form: Format, limit: int) -> dict[str, Any]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, example: Example, form: Format, limit: int, long_rows: LongRows = "refuse"
+) -> dict[str, Any]:
     """Return `input_ids` and `labels`, which are -100 on the prompt; the answer ends with EOS, once.
 
     Args:
         limit: the most tokens that the model takes.
+        long_rows: what becomes of a row with more: it is refused, or its prompt is cut from the left; with `skip` it
+            is returned as long as it is.
 
     Raises:
-        ReftError: no EOS token, a template that rewrites the prompt, or a row that is too long.
+        ReftError: no EOS token, a template that does not take the chat, or a row that is too long.
     """
-    if form == "chat":
-        before = chat_text(tokenizer, example.messages[:-1])
-        text = tokenizer.apply_chat_template(list(example.messages), tokenize=False).rstrip()
-        if not text.startswith(before):
-            raise ReftError(f"{example.where}: the chat template writes the prompt in another way once it is answered.")
-    else:
-        before, text = example.prompt, example.prompt + example.completion
+    return _row(tokenizer, example, form, limit, long_rows)[0]
+
+
+def _row(
+    tokenizer: PreTrainedTokenizerBase, example: Example, form: Format, limit: int, long_rows: LongRows
+) -> tuple[dict[str, Any], bool]:
+    """A row, and whether it is or was longer than the limit."""
     if not tokenizer.eos_token:
         raise ReftError("The tokenizer has no EOS token, so an answer would never end: set tokenizer.eos_token.")
-    ids, length = token_ids(tokenizer, text), len(token_ids(tokenizer, before))
-    if ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
-    if length >= limit:
-        raise ReftError(f"{example.where}: the prompt has {length} tokens, the context {limit}; shorten it.")
-    if len(ids) > limit:
+    before, answer = pair_ids(tokenizer, *texts(tokenizer, example, form))
+    if answer[-1:] != [tokenizer.eos_token_id]:
+        answer = [*answer, tokenizer.eos_token_id]
+    long = len(before) + len(answer) > limit
+    if long and long_rows != "skip":
+        before = _cut(tokenizer, example, before, answer, limit, long_rows)
+    return {"input_ids": before + answer, "labels": [IGNORED] * len(before) + answer}, long
+
+
+def _cut(
+    tokenizer: PreTrainedTokenizerBase,
+    example: Example,
+    before: list[int],
+    answer: list[int],
+    limit: int,
+    long_rows: LongRows,
+) -> list[int]:
+    """A prompt without its beginning, but with its BOS token, so that it and the answer fit."""
+    first = before[:1] if before[:1] == [tokenizer.bos_token_id] else []
+    room = limit - len(answer) - len(first)
+    if long_rows == "cut" and room > 0:
+        return first + before[-room:]
+    hint = "shorten it" if long_rows == "cut" else "shorten it, or give `long_rows` cut or skip"
+    if len(before) >= limit and long_rows != "cut":
+        raise ReftError(f"{example.where}: the prompt has {len(before)} tokens, the context {limit}; {hint}.",
+                        also=["long_rows"])  # fmt: skip
+    raise ReftError(
+        f"{example.where}: prompt and answer have {len(before) + len(answer)} tokens ({len(before)} and "
+        f"{len(answer)}), the context {limit}; {hint}.",
+        also=["long_rows"],
+    )
+
+
+def encode_all(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    form: Format,
+    limit: int,
+    *,
+    long_rows: LongRows = "refuse",
+    tally: Tally | None = None,
+) -> tuple[list[Example], list[dict[str, Any]]]:
+    """Return examples, without those that are left out, and their rows; see `encode`.
+
+    Args:
+        tally: is told of rows that are wrong, cut or left out.
+
+    Raises:
+        ReftError: the rows that are wrong, all told at once; or none is left.
+    """
+    tally = tally or Tally(rows=len(examples))
+    kept, rows = [], []
+    if form == "chat" and not tokenizer.chat_template:
+        raise ReftError("The tokenizer has no chat template; give prompts as they stand, with the format 'text'.")
+    for example in examples:
+        with tally.watch():
+            row, long = _row(tokenizer, example, form, limit, long_rows)
+            if long and long_rows == "skip":
+                tally.skipped += 1
+                continue
+            tally.cut += long
+            kept.append(example)
+            rows.append(row)
+    tally.check()
+    if examples and not rows:
         raise ReftError(
-            f"{example.where}: prompt and answer have {len(ids)} tokens ({length} and {len(ids) - length}), "
-            f"the context {limit}; shorten the row."
+            f"no row is left of {len(examples):,}; the longest may have {limit} tokens.", setting="max_length"
         )
-    return {"input_ids": ids, "labels": [IGNORED] * length + ids[length:]}
+    return kept, rows
 
 
 def context_length(model: Any, tokenizer: PreTrainedTokenizerBase, asked: int | None = None) -> int:

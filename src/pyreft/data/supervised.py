@@ -14,20 +14,23 @@ from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from ..errors import ReftError
 from ..positions import IGNORED
+from .boundary import pair_ids
 
 
 @dataclass
 class ReftDataCollator:
     """Pads a batch with another collator and brings its `intervention_locations` to one shape.
 
-    Locations are token indices in rows that start at the first token, so they move with left padding. A column
-    `subspaces` stays a list.
+    Locations are token indices in rows that start at the first token. A column `subspaces` stays a list.
 
     Args:
         data_collator: pads `input_ids` and `labels`, such as transformers' `DataCollatorForSeq2Seq`.
+        shift: move the locations with left padding. Programs for the original, whose collator did not, do it
+            themselves; a batch with labels that would need it warns.
     """
 
     data_collator: Callable[[list[dict]], Mapping[str, Any]]
+    shift: bool = False
 
     def __call__(self, instances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = [
@@ -46,8 +49,16 @@ class ReftDataCollator:
                 setting="labels",
             )
         if any(at is not None for at in locations):
-            left = batch["input_ids"].shape[-1] if self._pads_left() else None
-            shifts = [0 if left is None else left - length for length in lengths]
+            width = batch["input_ids"].shape[-1] if self._pads_left() else 0
+            shifts = [max(width - length, 0) for length in lengths]
+            if not self.shift and any(shifts):
+                shifts = [0] * len(rows)
+                if labels is not None:
+                    warnings.warn(
+                        "The tokenizer pads on the left, and intervention_locations stay as they are, as in the "
+                        "original: pass ReftDataCollator(..., shift=True) if they count from the first token of a row.",
+                        stacklevel=2,
+                    )
             batch["intervention_locations"] = stack_locations(locations, shifts)
         if any(chosen is not None for chosen in subspaces):
             batch["subspaces"] = subspaces
@@ -86,15 +97,13 @@ def encode_pair(
             "The tokenizer has no EOS token: set tokenizer.eos_token, or pass nonstop=True, to a data set no_stop=True."
         )
     limit = tokenizer.model_max_length
-    prompt_ids = tokenizer(prompt, truncation=True, max_length=limit)["input_ids"]
-    text = prompt + answer + (tokenizer.eos_token if end else "")
-    ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
-    if len(prompt_ids) >= len(ids):
+    prompt_ids, answer_ids = pair_ids(tokenizer, prompt, answer + (tokenizer.eos_token if end else ""), doubled=True)
+    if len(prompt_ids) >= limit or not answer_ids:
         raise ReftError(
             f"Example {number}: the prompt of {len(prompt_ids)} tokens leaves no room for an answer within "
             f"tokenizer.model_max_length = {limit}."
         )
-    return ids, len(prompt_ids)
+    return (prompt_ids + answer_ids)[:limit], len(prompt_ids)
 
 
 def told_of_doubled_bos(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], number: int) -> bool:
@@ -144,5 +153,5 @@ def make_data_module(
     return {
         "train_dataset": Dataset.from_dict(columns),
         "eval_dataset": None,
-        "data_collator": ReftDataCollator(data_collator=collator),
+        "data_collator": ReftDataCollator(data_collator=collator, shift=True),
     }

@@ -19,7 +19,7 @@ from .adapter import read_config_data, read_shapes
 from .text import read_json
 
 LAST_FILE = "trainer_state.json"  # what the Trainer writes last
-DATA_FILE = "data.json"  # how many rows a job was trained on, and their hash
+DATA_FILE = "data.json"  # how many rows a job was trained on, their hash, and its settings
 OPTIMIZER = ("optimizer.pt", "scheduler.pt")
 
 _STATE: dict[str, tuple[type, ...]] = {"global_step": (int,), "max_steps": (int,), "log_history": (list,)}
@@ -88,7 +88,7 @@ def steps_done(checkpoint: str) -> int:
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """Return how many `rows` a checkpoint was trained on, and their `sha256`.
+    """Return how many `rows` a checkpoint was trained on, their `sha256`, and perhaps the training's `settings`.
 
     Raises:
         ReftError: the file is missing or damaged.
@@ -97,6 +97,7 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
     facts = read_json(path)
     check_type(f"{path}: rows", facts.get("rows"), int)
     check_type(f"{path}: sha256", facts.get("sha256"), str)
+    check_type(f"{path}: settings", facts.get("settings", {}), dict)
     return facts
 
 

@@ -25,8 +25,10 @@ def read_text(path: Path, largest: int | None = None) -> str:
     """
     if path.is_dir():
         raise ReftError(f"{path}: expected a file, this is a directory.")
-    if not path.is_file():
+    if not path.exists():
         raise ReftError(f"{path}: there is no such file.")
+    if not path.is_file():
+        raise ReftError(f"{path}: expected a file, this is a device or a pipe.")
     try:
         if largest is not None and (size := path.stat().st_size) > largest:
             raise ReftError(f"{path}: expected at most {largest:,} bytes, the file has {size:,}.")
@@ -72,7 +74,7 @@ def read_json(path: Path, expected: str = "names and their values") -> dict[str,
     if not isinstance(value, dict):
         raise ReftError(f"{path}: expected {expected}, this is a list of values or a single one.")
     for name, inner in value.items():
-        if _too_deep(inner):
+        if too_deep(inner):
             raise ReftError(f"{path}: {name}: the values are nested more than {_DEEPEST} deep.")
     return value
 
@@ -94,7 +96,8 @@ def read_yaml(path: Path) -> Any:
         raise ReftError(f"{path}: this is not valid YAML ({why}).") from None
 
 
-def _too_deep(value: Any) -> bool:
+def too_deep(value: Any) -> bool:
+    """Whether a value is nested deeper than anything that people write."""
     level = [value]
     for _ in range(_DEEPEST):
         lists = [list(held.values()) if isinstance(held, dict) else held for held in level]

@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -49,6 +50,24 @@ def trained_heads(base: nn.Module) -> dict[str, nn.Module]:
             stacklevel=2,
         )
     return heads
+
+
+def tell_of_resized(base: Any, name: str | None) -> None:
+    """Warn that embeddings of another size than those of the base model's files are no part of its adapters."""
+    size = getattr(getattr(base, "config", None), "vocab_size", None)
+    if not size or not name:
+        return
+    try:
+        own = type(base.config).from_pretrained(name, local_files_only=True).vocab_size
+    except (OSError, ValueError):  # not there, or no config of this kind
+        return
+    if own != size:
+        warnings.warn(
+            f"The embeddings have {size:,} rows, those of {name} {own:,}. They are not saved with the adapter; "
+            "save_pretrained(directory, save_embedding_layers=True) does. Resize those of the base model before you "
+            "load it.",
+            stacklevel=3,
+        )
 
 
 def add_heads(directory: str, base: nn.Module) -> None:

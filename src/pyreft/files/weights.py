@@ -14,15 +14,20 @@ from ..errors import ReftError
 from ..sharded import is_sharded
 from ..tuner.adapted import interventions_of
 from ..tuner.representation import Representation
-from .adapter import check_room, is_adapter, load_tensors, read_config
+from .adapter import check_room, is_adapter, load_tensors, read_config, read_shapes
 from .original import Values, fill, legacy_place, read_interventions, read_model
 from .together import reading
 from .trained_heads import saved_heads
 
 
-def expected_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
-    """Return the tensors of an adapter in a model, by their names in its file."""
-    return get_peft_model_state_dict(model, adapter_name=adapter_name)
+def expected_tensors(model: PeftModel, adapter_name: str, place: str | PathLike) -> dict[str, Tensor]:
+    """Return the tensors of an adapter in a model, by their names in its file; and the embeddings that are in it."""
+    own = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    more = read_shapes(place).keys() - own.keys()
+    if any("embed" in name or "lm_head" in name or "wte" in name for name in more):
+        whole = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=True)
+        own |= {name: whole[name] for name in more & whole.keys()}
+    return own
 
 
 def checked_load(
@@ -42,7 +47,9 @@ def checked_load(
             check_room(place, read_config(place), model.get_base_model())
         elif is_adapter(place) and not renamed and not any(map(is_sharded, model.parameters())):
             heads = saved_heads(place, model.get_base_model())
-            load_tensors(place, expected_tensors(model, adapter_name) | heads)  # PEFT would load whatever there is
+            load_tensors(
+                place, expected_tensors(model, adapter_name, place) | heads
+            )  # PEFT would load whatever there is
         try:
             found = load()
             if found.missing_keys or found.unexpected_keys:
@@ -80,7 +87,7 @@ def overwrite(model: PeftModel, adapter_name: str, directory: str | PathLike, in
         if theirs != (ours := _edits(representations)):
             raise ReftError(f"{directory}: expected the edits of this model, {ours}; it holds {theirs}.")
         heads = saved_heads(directory, model.get_base_model())
-        state = load_tensors(directory, expected_tensors(model, adapter_name) | heads)
+        state = load_tensors(directory, expected_tensors(model, adapter_name, directory) | heads)
     with torch.no_grad():
         for key, tensor in heads.items():
             tensor.copy_(state.pop(key))

@@ -16,14 +16,13 @@ from peft import PeftConfig, TaskType
 from transformers import (
     DataCollatorForSeq2Seq,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-from ..data.encode import context_length, default_format, encode
-from ..data.files import Example, read_examples
+from ..data.encode import context_length, default_format, encode, encode_all
+from ..data.files import Example, Tally, read_examples
 from ..errors import ReftError
 from ..files.checkpoints import last_complete, steps_done
 from ..files.record import FILE as RECORD
@@ -35,7 +34,7 @@ from ..positions import IGNORED
 from ..reach import Reach
 from ..reach.callbacks import ReachPrinter
 from ..tasks.suites import GENERATED, GLUE
-from ..training.checkpointing import CheckpointingTrainer, check_same_rows, disk_full_as_os_error
+from ..training.checkpointing import Checkpointing, CheckpointingTrainer, check_same_training, disk_full_as_os_error
 from ..tuner.config import ReftConfig
 from .loss_curve import PICTURE, losses_of, write_losses
 from .methods import attach, count, make_config, save
@@ -50,11 +49,12 @@ class PreparedJob:
 
     Attributes:
         rows, validation: the tokens to learn from and those to measure on.
+        tally: what became of the rows of the data.
         skipped: how many examples of a suite have a prompt that fills `max_length`, so that nothing is left to learn.
     """
 
     collator: Any
-    trainer_class: type[Trainer] = CheckpointingTrainer
+    trainer_class: type[Checkpointing] = CheckpointingTrainer
     compute_metrics: Callable[[Any], dict[str, float]] | None = None
     format: Any = None  # how prompts are written
     options: dict[str, Any] = {}  # further arguments of the training
@@ -66,6 +66,7 @@ class PreparedJob:
         self.checkpoint = check_output(job) if job.output else None
         self.config: PeftConfig = make_config(job)
         self.skipped = 0
+        self.tally, self._held_out_tally = Tally(job.on_error), Tally(job.on_error)
         self.rows: list[dict[str, Any]] = []
         self.validation: list[dict[str, Any]] = []
         self._prepare()
@@ -73,7 +74,11 @@ class PreparedJob:
     def _prepare(self) -> None:
         """Read the data, load the model, put the adapter on it, and encode the data."""
         job = self.job
-        held_out = read_examples(job.validation) if job.validation else []
+        held_out = (
+            read_examples(job.validation, replace(job.reading, limit=None), self._held_out_tally)
+            if job.validation
+            else []
+        )
         self.examples: list[Example] = self._examples()
         set_seed(job.seed)
         model, self.tokenizer = load_base(job.model, job.dtype)
@@ -85,8 +90,9 @@ class PreparedJob:
         else:
             self.config.task_type = TaskType.CAUSAL_LM
         limit = context_length(model, self.tokenizer, job.max_length)
-        self.rows = self._encode(self.examples, limit)
-        self.validation = self._encode(held_out, limit)
+        self.examples, self.rows = self._encode(self.examples, limit, self.tally)
+        if held_out:
+            _, self.validation = self._encode(held_out, limit, self._held_out_tally)
         if job.validation_split:
             self._hold_out()
         self.collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
@@ -97,32 +103,35 @@ class PreparedJob:
             return GENERATED[self.job.suite].examples(self.job.data_dir, self.job.limit)
         if self.job.data is None:
             raise ReftError("expected a file of examples, or a suite.", setting="data")
-        return read_examples(self.job.data)
+        return read_examples(self.job.data, self.job.reading, self.tally)
 
-    def _encode(self, examples: list[Example], limit: int) -> list[dict[str, Any]]:
-        """Token rows; those of a suite are cut at the limit, as the paper's are, where a user's own are refused."""
-        most = sys.maxsize if self.job.suite else limit
-        rows = [encode(self.tokenizer, example, self.format, most) for example in examples]
+    def _encode(self, examples: list[Example], limit: int, tally: Tally) -> tuple[list[Example], list[dict[str, Any]]]:
+        """Examples and their rows; those of a suite are cut at the limit, as the paper's are, a user's as asked."""
         if not self.job.suite:
-            return rows
+            how = self.job.long_rows
+            return encode_all(self.tokenizer, examples, self.format, limit, long_rows=how, tally=tally)
+        rows = [encode(self.tokenizer, example, "text", sys.maxsize) for example in examples]
         cut = [{name: values[:limit] for name, values in row.items()} for row in rows]
-        kept = [row for row in cut if row["labels"][-1] != IGNORED]
+        kept = [number for number, row in enumerate(cut) if row["labels"][-1] != IGNORED]
         self.skipped += len(cut) - len(kept)
         if examples and not kept:
             raise ReftError(
                 f"every prompt has {limit} tokens or more, so nothing is left to learn.", setting="max_length"
             )
-        return kept
+        return [examples[number] for number in kept], [cut[number] for number in kept]
 
     def _hold_out(self) -> None:
-        count = max(1, round(len(self.rows) * self.job.validation_split))
-        if count >= len(self.rows):
+        """Part the rows; the answers of one chat stay together."""
+        chats = list(dict.fromkeys(example.row or example.where for example in self.examples))
+        count = max(1, round(len(chats) * self.job.validation_split))
+        if count >= len(chats):
             raise ReftError(
-                f"{count} of {len(self.rows)} would be held out; no example is left.", setting="validation_split"
+                f"{count} of {len(chats)} would be held out; no example is left.", setting="validation_split"
             )
-        chosen = set(random.Random(self.job.seed).sample(range(len(self.rows)), count))
-        self.validation = [self.rows[number] for number in sorted(chosen)]
-        self.rows = [row for number, row in enumerate(self.rows) if number not in chosen]
+        chosen = {chats[number] for number in random.Random(self.job.seed).sample(range(len(chats)), count)}
+        held = [(example.row or example.where) in chosen for example in self.examples]
+        self.validation = [row for row, out in zip(self.rows, held, strict=True) if out]
+        self.rows = [row for row, out in zip(self.rows, held, strict=True) if not out]
 
     def _attach(self, model: Any) -> None:
         set_seed(self.job.seed)
@@ -134,7 +143,7 @@ class PreparedJob:
             self.reach = Reach(self.model, memory=job.reach_memory, directory=directory)
         if self.checkpoint:
             check_same(self.checkpoint, self.config)
-            check_same_rows(self.checkpoint, self.rows)
+            check_same_training(self.checkpoint, self.rows, job.schedule)
             check_unfinished(self.checkpoint, self.output, math.ceil(self._steps()))
 
     def _steps(self) -> float:
@@ -163,6 +172,7 @@ class PreparedJob:
             data_collator=self.collator,
             compute_metrics=self.compute_metrics,
         )
+        trainer.settings = self.job.schedule
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ReachPrinter)
         if progress is not None:

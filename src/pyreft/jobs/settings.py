@@ -1,13 +1,14 @@
 """What a training job may be told, with the defaults, and the checks that need no file and no model."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ..data.files import FORMATS, Format
+from ..data.encode import LongRows
+from ..data.files import FORMATS, Format, OnError, Reading, Turns
 from ..errors import ReftError, did_you_mean
 from ..tasks.suites import GLUE, check_suite
 from ..tuner.config import DEFAULT_POSITIONS
@@ -15,6 +16,7 @@ from ..tuner.config import DEFAULT_POSITIONS
 # the paper's names, and the formula that each stands for; LoRA is here to be compared with
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
 LORA = "lora"
+_SCHEDULE = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dropout")
 # what `generate` may be told: whole numbers with the least that can be, and numbers above 0
 _COUNTS = {"max_new_tokens": 1, "max_length": 1, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0}
 _DECODING = (*_COUNTS, "temperature", "top_p", "repetition_penalty")
@@ -29,7 +31,8 @@ class TrainingJob:
         data: a file of examples, see `data.files.read_examples`; or a `suite` of the paper instead, see
             `jobs.recipes.recipe_jobs`.
         suite, task, data_dir: the suite, its task if it is GLUE, and the directory of its data; the hub if not given.
-        limit: train on the first so many examples of the suite.
+        turns, prompt_field, completion_field, encoding, on_error: how `data` is read, see `data.files.Reading`.
+        limit: train on the first so many examples.
         decoding: how an evaluation on the suite generates answers, if not as its shipped recipe; see `check_decoding`.
         model: the base model, see `loading.load_base`.
         method: `loreft`, `direft` (of the paper: the formula `nodireft`) or `lora`; else as `intervention` says.
@@ -40,6 +43,7 @@ class TrainingJob:
             model.
         epochs, lr, batch_size, gradient_accumulation, warmup_ratio, weight_decay, seed: of the training.
         max_length: the most tokens of a row, the model's context if not given.
+        long_rows: what becomes of rows with more: `refuse`, `cut` their prompts from the left, or `skip` them.
         format: how prompts are written: `text`, `chat` or `alpaca`; by default as the data and tokenizer suggest.
         validation: a second file of examples; or `validation_split`, the share of `data` to hold out.
         dtype: of the base model, see `loading.load_base`.
@@ -56,6 +60,11 @@ class TrainingJob:
     suite: str | None = None
     task: str | None = None
     data_dir: str | None = None
+    turns: Turns = "each"
+    prompt_field: str | None = None
+    completion_field: str | None = None
+    encoding: str | None = None
+    on_error: OnError = "stop"
     limit: int | None = None
     decoding: dict[str, Any] | None = None
     model: str | None = None
@@ -77,6 +86,7 @@ class TrainingJob:
     weight_decay: float = 0.0
     seed: int = 42
     max_length: int | None = None
+    long_rows: LongRows = "refuse"
     format: Format | None = None
     validation: str | None = None
     validation_split: float = 0.0
@@ -88,6 +98,20 @@ class TrainingJob:
     report_to: str = "none"
     resume: bool = False
     overwrite: bool = False
+
+    @property
+    def reading(self) -> Reading:
+        """How `data` is read.
+
+        Raises:
+            ReftError: a setting of it that cannot be.
+        """
+        return Reading(**{f.name: getattr(self, f.name) for f in fields(Reading)})
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """The settings that a training cannot change on its way; that it has more epochs than at first, it can."""
+        return {name: getattr(self, name) for name in _SCHEDULE}
 
     @classmethod
     def from_settings(
@@ -150,13 +174,21 @@ def check_settings(job: TrainingJob) -> None:
         raise ReftError(
             f"expected {', '.join(METHODS)}, got {job.method!r}.{did_you_mean(job.method, METHODS)}", setting="method"
         )
-    for name in ("task", "data_dir", "limit", "decoding"):
+    for name in ("task", "data_dir", "decoding"):
         if job.suite is None and getattr(job, name) is not None:
             raise ReftError(
                 "it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.", setting=name
             )
+    read = job.reading  # checked where it is made
+    if job.long_rows not in (known := get_args(LongRows)):
+        raise ReftError(
+            f"expected {', '.join(known)}, got {job.long_rows!r}.{did_you_mean(job.long_rows, known)}",
+            setting="long_rows",
+        )
     if job.suite is not None:
         check_suite(job.suite, "train")
+        if replace(read, limit=None) != Reading() or job.long_rows != "refuse":
+            raise ReftError(f"the suite {job.suite} has its own data, which is read in its own way.", setting="suite")
         for name in ("data", "format", *(() if job.suite == GLUE else ("task",))):
             if getattr(job, name) is not None:
                 raise ReftError(

@@ -64,7 +64,7 @@ class Reach:
             raise ReftError(
                 "reach: expected a ReftModel, or a PEFT model for a task. Give task_type='CAUSAL_LM' to the ReftConfig."
             )
-        self.model = model
+        self.model, self.memory, self.directory = model, memory, directory
         self.store = Store(read_budget(memory), directory)
         self.why_not: str | None = None
         self._tuner = tuner
@@ -88,6 +88,10 @@ class Reach:
         """
         with in_part.by(self._tuner, lambda ordinary, call: self._forward(ordinary, call, losses)):
             yield
+
+    def anew(self, model: Any) -> "Reach":
+        """Another one with the same settings for a model that takes the place of this one's."""
+        return Reach(model, memory=self.memory, directory=self.directory)
 
     def log_probs(self, **batch: Any) -> Tensor:
         """The log-probability of each label of a batch, `[batch, tokens - 1]`, zero where there is none.

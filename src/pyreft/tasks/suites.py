@@ -101,7 +101,7 @@ class Suite:
     def _example(self, row: Row) -> Example:
         prompt = self.prompt(text_of(row, "instruction"), _input(row))
         turns = ({"role": "user", "content": prompt}, {"role": "assistant", "content": self.completion(row)})
-        return Example(row.where, self.form, turns)
+        return Example(row.where, "text", turns)  # as it stands
 
     def _question(self, row: Row) -> Question:
         instruction, given = text_of(row, "instruction"), _input(row)

@@ -4,36 +4,48 @@ import errno
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..errors import ReftError
 from ..files.checkpoints import DATA_FILE, problem_of, read_facts
-from .trainer import ReftTrainerForCausalLM, ReftTrainerForSequenceClassification
+from .trainer import ReftTrainer, ReftTrainerForCausalLM, ReftTrainerForSequenceClassification
 
 
-def check_same_rows(checkpoint: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Refuse to go on from a checkpoint that was trained on other rows; one that does not say it is taken.
+def check_same_training(checkpoint: str, rows: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> None:
+    """Refuse to go on from a checkpoint of other rows or settings; one that does not say it is taken.
+
+    Args:
+        rows: of the training.
+        settings: by name, those that a training cannot change on its way.
 
     Raises:
-        ReftError: with the numbers of rows.
+        ReftError: with the numbers of rows, or the first setting that differs.
     """
     path = Path(checkpoint) / DATA_FILE
     if not path.is_file():
         return
-    before, now = read_facts(Path(checkpoint)), _facts(rows)
-    if before != now:
+    before = read_facts(Path(checkpoint))
+    now = _facts(rows)
+    if before["rows"] != now["rows"] or before["sha256"] != now["sha256"]:
         raise ReftError(
             f"{checkpoint} was trained on other data ({before['rows']:,} rows, now {now['rows']:,}); resume "
             "with the same data, or train to another output.",
             setting="resume",
         )
+    earlier = before.get("settings", {})
+    for name, value in settings.items():
+        if name in earlier and earlier[name] != value:
+            raise ReftError(
+                f"{checkpoint} was made with {name} = {earlier[name]!r}, now it is {value!r}; a training goes on with "
+                "the settings it began with: give the same, or train to another output.",
+                setting="resume",
+            )
 
 
 def _facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -43,15 +55,18 @@ def _facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
-class Checkpointing(Trainer):
+class Checkpointing(ReftTrainer):
     """A trainer that takes back a checkpoint it could not complete, and says in each what it was trained on."""
+
+    settings: Mapping[str, Any] = {}  # of the training, see `check_same_training`
 
     @cached_property
     def _data(self) -> str:
         rows: Any = self.train_dataset
-        return json.dumps(_facts(rows))
+        return json.dumps({**_facts(rows), "settings": dict(self.settings)})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_parameters()  # before an earlier one of this step is removed
         target = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             with disk_full_as_os_error():

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
@@ -52,16 +53,37 @@ class ReftTrainer(Trainer):
             kwargs.setdefault("processing_class", tokenizer)
         super().__init__(*args, **kwargs)
         self.label_names = self.args.label_names or ["labels"]  # Trainer cannot infer them for a PEFT model
+        self._asked_reach: Reach | bool = reach
+        self._reach_callbacks: list[TrainerCallback] = []
         self.reach: Reach | None = None
-        if isinstance(reach, Reach):
-            self.reach = reach
-        elif reach and tuner_of(self.model) is not None and self._why_whole() is None:
-            self.reach = Reach(self.model)
+        self._serve(reach if isinstance(reach, Reach) else None)
+
+    def _serve(self, given: Reach | None) -> None:
+        """Compute the steps of the model in part, where that can be, and tell of it; anew for another model.
+
+        Args:
+            given: a `Reach` for the model.
+        """
+        while self._reach_callbacks:
+            self.remove_callback(self._reach_callbacks.pop())
+        self.reach, asked, adapted = given, self._asked_reach, tuner_of(self.model) is not None
+        if given is None and asked and adapted and self._why_whole() is None:
+            self.reach = asked.anew(self.model) if isinstance(asked, Reach) else Reach(self.model)
         if self.reach is not None:
-            self.add_callback(EpochTeller(self.reach))
-            self.add_callback(ReachPrinter(self.reach.describe))
-        elif reach and tuner_of(self.model) is not None:
-            self.add_callback(ReachPrinter(lambda: f"Whole rows are computed in each step: {self._why_whole()}."))
+            self._reach_callbacks = [EpochTeller(self.reach), ReachPrinter(self.reach.describe)]
+        elif asked and adapted:
+            why = f"Whole rows are computed in each step: {self._why_whole()}."
+            self._reach_callbacks = [ReachPrinter(lambda: why)]
+        for callback in self._reach_callbacks:
+            self.add_callback(callback)
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """As `Trainer` does it; what computes steps in part then goes over to the new model."""
+        model = super().call_model_init(trial)
+        if hasattr(self, "_asked_reach"):  # not while the trainer is made
+            self.model = model
+            self._serve(None)
+        return model
 
     def _why_whole(self) -> str | None:
         """Why the parts of the model cannot be called apart, if they cannot."""
@@ -86,7 +108,44 @@ class ReftTrainer(Trainer):
         """As `Trainer` does it; true goes on from the newest checkpoint of which nothing is cut off or damaged."""
         if resume_from_checkpoint is True and isinstance(self.model, PeftModel):
             resume_from_checkpoint = last_complete(Path(self.args.output_dir), needed=()) or True
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._check_parameters()
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As `Trainer` does it.
+
+        Raises:
+            ReftError: the loss is no finite number any more.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not bool(torch.isfinite(loss).all()):
+            raise self._diverged(f"the loss of step {self.state.global_step + 1} is {loss.mean().item()}")
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._check_parameters()
+        super()._save_checkpoint(model, trial)
+
+    def _check_parameters(self) -> None:
+        """Refuse to go on with, or to keep, an adapter of numbers that are none.
+
+        Raises:
+            ReftError: naming the step and the first of its parameters.
+        """
+        for name, parameter in self.model.named_parameters():
+            own: Any = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # where it is sharded
+            if parameter.requires_grad and not parameter.is_meta and not bool(torch.isfinite(own).all()):
+                raise self._diverged(f"after step {self.state.global_step}, {name} has numbers that are not finite")
+
+    def _diverged(self, what: str) -> ReftError:
+        last = last_complete(Path(self.args.output_dir), needed=())
+        kept = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
+        return ReftError(
+            f"The training diverges: {what}. Nothing of it is saved. {kept} Try a smaller `lr` (now "
+            f"{self.args.learning_rate:g}), some steps of warm-up, or float32.",
+            also=["lr"],
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         """As `Trainer` makes it.
@@ -203,7 +262,7 @@ class ReftTrainerForSequenceClassification(ReftTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if isinstance(self.model, ReftModel) and self._why_whole() is None:
+        if isinstance(self.model, ReftModel) and self._why_whole() is None and self.model_init is None:
             self.add_callback(_UnreachedWarner(self.model))
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -258,11 +258,14 @@ def _length(cache: Any) -> int | None:
 
 
 def _inputs(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
-    """The token ids or embeddings of a call, none for a model that is given pictures or sound instead."""
+    """The token ids or embeddings of a call, none for a model that is given pictures or sound instead.
+
+    States without tokens, `[batch, d]`, as a plain network takes them, are one token for each row: `[batch, 1, d]`.
+    """
     first = args[0] if args and getattr(module, "main_input_name", "input_ids") == "input_ids" else None
     for value in (kwargs.get("input_ids"), first, kwargs.get("inputs_embeds")):
         if isinstance(value, Tensor):
-            return value
+            return value[:, None] if value.dim() == 2 and value.is_floating_point() else value
     return None
 
 

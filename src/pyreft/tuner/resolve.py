@@ -12,6 +12,7 @@ from ..errors import ReftError
 from ..positions import Positions, prompt_tokens
 from .call import LENGTHS, LOCATIONS, SUBSPACES, Call, Reading
 from .edits import Edits
+from .labels import tell_of_labels
 from .located import Key, Located, group_rows, mask_of, subspace_masks
 from .packed import Packed
 
@@ -50,6 +51,8 @@ def resolve(
         rules = {(name, index): edits.rules[name][index] or otherwise for name, index in keys}
         lengths = call.given.get(LENGTHS) if stack != "decoder" else None
         _add_by_rule(located, rules, tokens, labels, input_ids, packed, lengths)
+        if call.trains and labels is not None and lengths is None and not edits.told_of_labels:
+            edits.told_of_labels = tell_of_labels(rules.values(), tokens, labels, packed)
     if SUBSPACES in call.given:
         layers = [layer for layer in edits.layers if layer.stack == stack]
         ranks = {key: layer.rank(key) for layer in layers for key in keys if key[1] in layer.indices.get(key[0], ())}
@@ -68,12 +71,17 @@ def locate(
         given: what the call gives, by the names in `GIVEN`.
     """
     edits.check_given(given)
-    return resolve(edits, edits.begin(given), "", tokens, labels, input_ids)
+    call = edits.begin(given)
+    call.trains = edits.model.training
+    return resolve(edits, call, "", tokens, labels, input_ids)
 
 
 def read_states(call: Call, stack: str, h: Tensor) -> Reading:
-    """What a forward reads that takes pictures or sound: each state `[batch, tokens, d]` is a token of the prompt."""
-    rows, tokens = h.shape[:2]
+    """What a forward reads that takes pictures or sound: each state `[batch, tokens, d]` is a token of the prompt.
+
+    States `[batch, d]` are one token for each row.
+    """
+    rows, tokens = h.shape[:2] if h.dim() > 2 else (len(h), 1)
     located = resolve(call.edits, call, stack, torch.ones(rows, tokens, dtype=torch.bool, device=h.device))
     return call.read(stack, located, rows, tokens, 0)
 

@@ -1,0 +1,53 @@
+"""Where a prompt ends and its answer begins, in tokens: the prompt's as `generate` sees them, then those of the answer.
+
+A text of both may be tokenized in another way at the border, where one token can reach from one into the other.
+Knows tokenizers and texts, nothing of formats.
+"""
+
+from transformers import PreTrainedTokenizerBase
+
+_BEFORE = ("\n", ":", "a")  # texts that an answer may be tokenized behind, so that no space is put before it
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Tokenize a text; one that begins with the BOS token, as chat templates write it, gets no second one."""
+    return tokenizer(text, add_special_tokens=not _has_bos(tokenizer, text))["input_ids"]
+
+
+def pair_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, *, doubled: bool = False
+) -> tuple[list[int], list[int]]:
+    """Return the tokens of a prompt, and those of the answer behind it, which spell it.
+
+    Args:
+        doubled: let the tokenizer add a BOS token to a prompt that begins with one, as the tokenizer does by itself.
+    """
+    specials = doubled or not _has_bos(tokenizer, prompt)
+    before = tokenizer(prompt, add_special_tokens=specials)["input_ids"]
+    both = tokenizer(prompt + answer, add_special_tokens=specials)["input_ids"]
+    if both[: len(before)] == before and len(both) > len(before):
+        return before, both[len(before) :]
+    return before, _behind(tokenizer, before, answer)
+
+
+def _behind(tokenizer: PreTrainedTokenizerBase, before: list[int], answer: str) -> list[int]:
+    """The tokens of an answer alone, such that what stands before them and they are decoded to prompt and answer."""
+    alone = _plain(tokenizer, answer)
+    spelled = _decoded(tokenizer, before)
+    for text in ("", *_BEFORE):
+        ahead, ids = _plain(tokenizer, text) if text else [], _plain(tokenizer, text + answer)
+        if ids[: len(ahead)] == ahead and _decoded(tokenizer, before + ids[len(ahead) :]) == spelled + answer:
+            return ids[len(ahead) :]
+    return alone
+
+
+def _plain(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _has_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)

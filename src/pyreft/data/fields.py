@@ -1,0 +1,230 @@
+"""From the fields of a row to the examples in it: which forms of rows there are, and what each field means.
+
+Knows nothing of files, tokenizers or templates.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import ReftError, did_you_mean
+from ..files.text import parse_json
+from .turns import Turn, check_answers, read_turns
+
+Format = Literal["text", "chat", "alpaca"]
+Turns = Literal["each", "last"]
+FORMATS: tuple[Format, ...] = ("text", "chat", "alpaca")
+_FORMS = {
+    "prompt and completion": ("prompt", "completion"),
+    "instruction, input and output": ("instruction", "output"),
+    "messages or conversations": ("messages",),
+}
+_CHATS = ("messages", "conversations", "conversation")
+_EXTRAS = ("system", "history", "tools", "functions", "documents", "chat_template_kwargs")  # given to the template
+_DECIDED = {  # what a row may not say to the tokenizer
+    *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "messages"),
+}
+_OTHERS = ("images", "image", "videos", "video", "audio", "audios")
+KNOWN = (*("prompt", "completion", "instruction", "input", "output"), *_CHATS, *_EXTRAS)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One answer to learn, and what comes before it.
+
+    Args:
+        where: the file and line, for messages.
+        format: how the prompt is meant: literal text, a chat, or an instruction for Alpaca's template.
+        messages: the turns of a chat, the answer last; else one user turn and the answer.
+        given: the further input of an instruction.
+        extras: what the chat template gets beside the turns, such as `tools`.
+        row: where the chat stands that it is an answer of, if the chat has several.
+    """
+
+    where: str
+    format: Format
+    messages: tuple[Turn, ...]
+    given: str = ""
+    extras: dict[str, Any] = field(default_factory=dict)
+    row: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The last turn before the answer; in the template of the Alpaca data set where it is meant for it."""
+        asked = self.messages[-2]["content"]
+        return alpaca_prompt(asked, self.given) if self.format == "alpaca" else asked
+
+    @property
+    def completion(self) -> str:
+        """The answer."""
+        return self.messages[-1]["content"]
+
+
+def alpaca_prompt(instruction: str, given: str = "") -> str:
+    """An instruction, and what it is about if anything, in the template of the Alpaca data set."""
+    about = "that describes a task"
+    if given:
+        about += ", paired with an input that provides further context"
+    asked = f"### Instruction:\n{instruction}\n\n"
+    if given:
+        asked += f"### Input:\n{given}\n\n"
+    return (
+        f"Below is an instruction {about}. Write a response that appropriately completes the request.\n\n"
+        f"{asked}### Response:\n"
+    )
+
+
+def plain_names(row: dict[str, Any], kept: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A row whose known fields have their names in small letters, whatever a spreadsheet made of them."""
+    named = {}
+    for name, value in row.items():
+        small = str(name).strip().lower()
+        renamed = small in KNOWN and small not in row and name not in kept
+        named[small if renamed else str(name)] = value
+    return named
+
+
+def read_fields(
+    row: dict[str, Any], where: str, *, turns: Turns = "each", fields: tuple[str, str] | None = None
+) -> tuple[str, list[Example], list[str]]:
+    """Return the form of a row, its examples, and the names of fields that mean nothing here.
+
+    Args:
+        row: with fields of one of the forms.
+        where: the row, for messages.
+        turns: learn each answer of a chat, or the last alone.
+        fields: the names of the prompt and the completion, if they have other ones.
+
+    Raises:
+        ReftError: a field that is missing, of another type, or that could not be learned from.
+    """
+    row = {name: value for name, value in plain_names(row, fields or ()).items() if value is not None}
+    form, used = _form(row, where, fields)
+    for name in _OTHERS:
+        if row.get(name):
+            raise ReftError(f"{where}: the field {name!r} cannot be learned from; only text is read.")
+    extras = {name: row[name] for name in _EXTRAS if row.get(name)}
+    if form == "messages":
+        messages, learned = read_turns(row[used[0]], where)
+        examples = _chat(messages, learned, extras, where, turns)
+    elif form == "prompt" and not (isinstance(row[used[0]], str) and isinstance(row[used[1]], str)):
+        messages, learned = _prompt_turns(row, used, where)
+        examples = _chat(messages, learned, extras, where, turns)
+    else:
+        examples = [_pair(row, form, used, extras, where)]
+    return form, examples, [name for name in row if name not in used and name not in _EXTRAS]
+
+
+def _form(row: dict[str, Any], where: str, fields: tuple[str, str] | None) -> tuple[str, tuple[str, ...]]:
+    """Which form a row has, and the fields that it is made of."""
+    if fields is not None:
+        form, used = "prompt", fields
+    elif chat := next((name for name in _CHATS if name in row), None):
+        return "messages", (chat,)
+    elif "prompt" in row:
+        form, used = "prompt", ("prompt", "completion")
+    elif "instruction" in row:
+        form, used = "instruction", ("instruction", "output")
+    else:
+        names = ", ".join(map(str, row)) or "none"
+        pairs = " They are pairs of a better and a worse answer, for TRL's DPOTrainer." if "chosen" in row else ""
+        raise ReftError(
+            f"{where}: expected the fields {'; or '.join(_FORMS)}, got {names}.{pairs} Two of other names are given "
+            "by `prompt_field` and `completion_field`.",
+            also=["prompt_field", "completion_field"],
+        )
+    for name in used:
+        if name not in row:
+            hint = did_you_mean(name, row.keys() - {*used})
+            raise ReftError(f"{where}: the field {name!r} is missing.{hint}")
+    return form, (*used, "input") if form == "instruction" else used
+
+
+def _pair(row: dict[str, Any], form: str, used: tuple[str, ...], extras: dict[str, Any], where: str) -> Example:
+    prompt, answer = _string(row, used[0], where), _string(row, used[1], where)
+    given = _string(row, "input", where) if form == "instruction" and row.get("input") else ""
+    if not answer.strip():
+        raise ReftError(f"{where}: the answer is empty, there is nothing to learn.")
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    if not extras:
+        return Example(where, "alpaca" if form == "instruction" else "text", tuple(turns), given)
+    before, options = _extras(extras, where)
+    return Example(where, "chat", (*before, *turns), given, options)
+
+
+def _chat(messages: list[Turn], learned: list[bool], extras: dict[str, Any], where: str, turns: Turns) -> list[Example]:
+    """An example for each answer, whose prompt is what comes before it."""
+    if "history" in extras:
+        raise ReftError(f"{where}: the field 'history' cannot stand beside a chat; put its turns into the chat.")
+    if "system" in extras and messages[0]["role"] == "system":
+        raise ReftError(f"{where}: the field 'system' cannot stand beside a turn of the role 'system'; give one.")
+    learned = check_answers(messages, learned, where)
+    before, options = _extras(extras, where)
+    numbers = [number for number, learn in enumerate(learned) if learn]
+    if turns == "last":
+        numbers = numbers[-1:]
+    several = len(numbers) > 1
+    return [
+        Example(
+            f"{where}, turn {number + 1}" if several else where,
+            "chat",
+            (*before, *messages[: number + 1]),
+            extras=options,
+            row=where,
+        )
+        for number in numbers
+    ]
+
+
+def _prompt_turns(row: dict[str, Any], used: tuple[str, ...], where: str) -> tuple[list[Turn], list[bool]]:
+    """TRL's prompt and completion, of which one or both are lists of turns; those of the completion are learned."""
+    sides = []
+    for name, role in zip(used, ("user", "assistant"), strict=False):
+        if isinstance(row[name], str):
+            sides.append(([{"role": role, "content": row[name]}], [role == "assistant"]))
+        elif isinstance(row[name], list):
+            sides.append(read_turns(row[name], f"{where}: {name}"))
+        else:
+            _string(row, name, where)
+    (asked, _), (answered, learned) = sides
+    return asked + answered, [False] * len(asked) + learned
+
+
+def _extras(extras: dict[str, Any], where: str) -> tuple[list[Turn], dict[str, Any]]:
+    """The turns that come before a row's own, and what the template gets beside them."""
+    before: list[Turn] = []
+    if "system" in extras:
+        before.append({"role": "system", "content": _string(extras, "system", where)})
+    for number, pair in enumerate(_listed(extras, "history", where), 1):
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise ReftError(f"{where}: history: expected pairs of a question and its answer, got {pair!r} ({number}).")
+        before += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    options: dict[str, Any] = {}
+    tools = _listed(extras, "tools", where)
+    tools += [{"type": "function", "function": function} for function in _listed(extras, "functions", where)]
+    if tools:
+        options["tools"] = tools
+    if documents := _listed(extras, "documents", where):
+        options["documents"] = documents
+    if "chat_template_kwargs" in extras:
+        more = extras["chat_template_kwargs"]
+        if not isinstance(more, dict) or _DECIDED & more.keys():
+            raise ReftError(f"{where}: chat_template_kwargs: expected names of the template's own and their values.")
+        options |= more
+    return before, options
+
+
+def _listed(row: dict[str, Any], name: str, where: str) -> list[Any]:
+    value = row.get(name, [])
+    if isinstance(value, str):
+        value = parse_json(value, f"{where}: {name}")
+    if not isinstance(value, list):
+        raise ReftError(f"{where}: the field {name!r} should be a list, got {type(value).__name__}.")
+    return value
+
+
+def _string(row: dict[str, Any], name: str, where: str) -> str:
+    if not isinstance(row[name], str):
+        raise ReftError(f"{where}: the field {name!r} should be text, got {type(row[name]).__name__}.")
+    return row[name]

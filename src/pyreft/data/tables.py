@@ -1,0 +1,181 @@
+"""Rows of fields out of files: JSON Lines, JSON, CSV, parquet, or a data set of the hub, each row with its place.
+
+Knows nothing of what the fields mean.
+"""
+
+import csv
+import re
+from collections.abc import Collection, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReftError
+from ..files.text import parse_json, too_deep
+from .encodings import check_file, open_text
+
+ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+_SEPARATORS = (",", ";", "\t", "|")
+_HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:]*))?(:(?P<split>.+))?")
+
+Row = tuple[str, dict[str, Any] | ReftError]  # where it stands, and its fields or what is wrong with it
+
+
+def read_rows(source: str | Path, encoding: str | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a file with its place; what fields it has is not looked at.
+
+    Raises:
+        ReftError: as `try_rows`, and for the first row that is wrong.
+    """
+    for where, row in try_rows(source, encoding):
+        if isinstance(row, ReftError):
+            raise row
+        yield where, row
+
+
+def try_rows(source: str | Path, encoding: str | None = None, known: Collection[str] = ()) -> Iterator[Row]:
+    """Each row of a file with its place, or what is wrong with it; files of lines are read as they are asked for.
+
+    Args:
+        source: a file, or a data set of the hub as `name`, `name:configuration` or `name:configuration:split`, read
+            from there row by row.
+        encoding: of a text file, if it does not say it itself.
+        known: names of fields, by which the separator of a CSV is told.
+
+    Raises:
+        ReftError: a file that is missing or of another kind, or whose rows cannot be told apart.
+    """
+    path = Path(source)
+    kind = path.suffix.lower()
+    if path.is_dir():
+        raise ReftError(f"{path}: this is a directory; expected a file in it, ending in {', '.join(ENDINGS)}.")
+    if kind not in ENDINGS:
+        if not path.exists() and (named := _HUB.fullmatch(str(source))):
+            return _hub(named["name"], named["config"] or None, named["split"] or "train")
+        raise ReftError(
+            f"{path}: expected a file ending in {', '.join(ENDINGS)}, or a data set of the hub as owner/name, got "
+            f"{path.suffix or 'no ending'!r}."
+        )
+    if kind == ".parquet":
+        return _parquet(path)
+    if kind in (".csv", ".tsv"):
+        return _csv(path, encoding, known)
+    return _json(path, encoding) if kind == ".json" else _json_lines(path, encoding)
+
+
+def _json_lines(path: Path, encoding: str | None) -> Iterator[Row]:
+    with open_text(path, encoding) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{path}, line {number}"
+                yield where, _object(line, where)
+
+
+def _object(line: str, where: str) -> dict[str, Any] | ReftError:
+    try:
+        return _fields(parse_json(line, where), where)
+    except ReftError as error:
+        return error
+
+
+def _fields(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ReftError(f"{where}: expected an object with fields, got {type(value).__name__}.")
+    if too_deep(value):
+        raise ReftError(f"{where}: the values are nested too deeply.")
+    return value
+
+
+def _json(path: Path, encoding: str | None) -> Iterator[Row]:
+    """A list of objects; or the one list of them that an object holds; or, as often, JSON Lines by another name."""
+    with open_text(path, encoding) as file:
+        text = file.read()
+    if not text.strip():
+        return
+    try:
+        value = parse_json(text, str(path), lines=True)
+    except ReftError:
+        first = text.lstrip().split("\n", 1)[0]
+        if not isinstance(_object(first, str(path)), dict):
+            raise
+        yield from _json_lines(path, encoding)
+        return
+    if isinstance(value, dict):
+        lists = [held for held in value.values() if isinstance(held, list) and held and isinstance(held[0], dict)]
+        chat = "messages" in value or "conversations" in value
+        value = lists[0] if len(lists) == 1 and not chat else [value]
+    if not isinstance(value, list):
+        raise ReftError(f"{path}: expected a list of objects, got {type(value).__name__}.")
+    for number, row in enumerate(value, 1):
+        where = f"{path}, row {number}"
+        try:
+            yield where, _fields(row, where)
+        except ReftError as error:
+            yield where, error
+
+
+def _csv(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[Row]:
+    with open_text(path, encoding) as file:
+        skipped, header = 0, file.readline()
+        while header and not header.strip():
+            skipped, header = skipped + 1, file.readline()
+        reader = csv.DictReader(chain((header,), file), restkey=None, delimiter=_separator(header, known))
+        try:
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            for row in reader:
+                where = f"{path}, line {skipped + reader.line_num}"
+                if None in row or None in row.values():
+                    columns = len(reader.fieldnames or [])
+                    yield where, ReftError(f"{where}: expected {columns} columns as in the first line.")
+                else:
+                    yield where, row
+        except csv.Error as error:
+            raise ReftError(f"{path}, line {skipped + reader.line_num}: this is not valid CSV ({error}).") from None
+
+
+def _separator(header: str, known: Collection[str]) -> str:
+    """That which finds the most known fields in the first line, and else the most columns."""
+
+    def found(separator: str) -> tuple[int, int]:
+        names = next(csv.reader([header], delimiter=separator), [])
+        return len({name.strip().lower() for name in names} & set(known)), len(names)
+
+    return max(_SEPARATORS, key=found)
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    check_file(path)
+    try:
+        number = 0
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", without_nulls(row)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ReftError(f"{path}: this is not a readable parquet file ({error}).") from None
+
+
+def _hub(name: str, config: str | None, split: str) -> Iterator[Row]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, config, split=split, streaming=True)
+        for number, row in enumerate(rows, 1):
+            yield f"{name}, row {number}", without_nulls(row)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        if isinstance(error, ReftError):
+            raise
+        raise ReftError(
+            f"{name}: there is no such file, and no data set of this name could be read from the hub ({error})."
+        ) from None
+
+
+def without_nulls(value: Any) -> Any:
+    """A value of a table without the nulls that its columns put where a row has no such field."""
+    if isinstance(value, dict):
+        return {name: without_nulls(held) for name, held in value.items() if held is not None}
+    return [without_nulls(held) for held in value] if isinstance(value, list) else value

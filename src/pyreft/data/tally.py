@@ -1,0 +1,59 @@
+"""What became of the rows of a file: how many there were, and those that are wrong, all told at once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..errors import ReftError
+
+OnError = Literal["stop", "skip"]
+_SHOWN = 10
+
+
+@dataclass
+class Tally:
+    """The count of a file's rows, filled while it is read.
+
+    Args:
+        on_error: whether wrong rows stop what is done with the others in the end, or are left out.
+    """
+
+    on_error: OnError = "stop"
+    rows: int = 0
+    errors: list[ReftError] = field(default_factory=list)
+    unread: dict[str, int] = field(default_factory=dict)  # fields that mean nothing here, with how many rows have them
+    cut: int = 0  # rows that were too long
+    skipped: int = 0  # rows that were too long
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Note an error of a row instead of raising it."""
+        try:
+            yield
+        except ReftError as error:
+            self.errors.append(error)
+
+    def check(self) -> None:
+        """Tell of the wrong rows.
+
+        Raises:
+            ReftError: of one row, its own; of several, the first ten of them; none, if they are to be left out.
+        """
+        if not self.errors or self.on_error == "skip":
+            return
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        also = {name for error in self.errors for name in error.also}
+        raise ReftError(
+            f"{len(self.errors):,} of {self.rows:,} rows are wrong; mend them, or leave them out with `on_error` skip:"
+            f"\n{self.listed()}",
+            also=[*also, "on_error"],
+        )
+
+    def listed(self) -> str:
+        """The first ten wrong rows, a line for each."""
+        lines = [f"  {error}" for error in self.errors[:_SHOWN]]
+        if len(self.errors) > _SHOWN:
+            lines.append(f"  ... and {len(self.errors) - _SHOWN:,} more")
+        return "\n".join(lines)

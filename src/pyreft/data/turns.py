@@ -1,0 +1,178 @@
+"""The turns of a chat as people write them: OpenAI's, ShareGPT's and TRL's, in one shape.
+
+A turn is a dict with `role` and `content`, a text, and what else the chat template is to have, such as `tool_calls`.
+Knows nothing of templates or tokenizers.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ..errors import ReftError, check_type, did_you_mean
+from ..files.text import parse_json
+
+Turn = dict[str, Any]
+_SHAREGPT = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model", "function_call"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function", "function_response"), "tool"),
+    "system": "system",
+}
+_LEARN = ("weight", "train", "training")  # by which names a turn says whether it is learned
+_TEXTS = ("text", "input_text", "output_text")  # the kinds of a content's parts that are read
+_PICTURES = ("images", "image", "videos", "video", "audio", "audios", "image_url")
+
+
+def read_turns(value: Any, where: str) -> tuple[list[Turn], list[bool]]:
+    """Return the turns of a chat, and which of them are to be learned: the assistant's, unless they say otherwise.
+
+    Args:
+        value: a list of `{"role", "content"}` or `{"from", "value"}`, or a JSON text of one.
+        where: the row, for messages.
+
+    Raises:
+        ReftError: naming the turn, and what is wrong in it.
+    """
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parse_json(value, where)
+    if not isinstance(value, list) or not value:
+        came = "an empty list" if value == [] else type(value).__name__
+        raise ReftError(f'{where}: expected messages as [{{"role": "user", "content": "..."}}, ...], got {came}.')
+    turns, learned = [], []
+    for number, turn in enumerate(value, 1):
+        place = f"{where}, turn {number}"
+        if not isinstance(turn, dict):
+            raise ReftError(f"{place}: expected fields such as role and content, got {type(turn).__name__}.")
+        read, learn = _turn({name: held for name, held in turn.items() if held is not None}, place)
+        turns.append(read)
+        learned.append(learn)
+    return turns, learned
+
+
+def check_answers(turns: Sequence[Turn], learned: Sequence[bool], where: str) -> list[bool]:
+    """Which turns are learned, checked: the last one is an answer, each has something before it and is not empty.
+
+    Raises:
+        ReftError: naming the turn.
+    """
+    if turns[-1]["role"] != "assistant":
+        raise ReftError(
+            f"{where}, turn {len(turns)} ({turns[-1]['role']}): expected messages as "
+            '[{"role": "user", "content": "..."}, ...] that end with an answer of the role \'assistant\'.'
+        )
+    for number, (turn, learn) in enumerate(zip(turns, learned, strict=True), 1):
+        if not learn:
+            continue
+        place = f"{where}, turn {number} (assistant)"
+        if not turn["content"].strip() and not turn.get("tool_calls"):
+            raise ReftError(f"{place}: the answer is empty, there is nothing to learn.")
+        if number == 1:
+            raise ReftError(f'{place}: nothing comes before this answer; leave it out, or give it "train": false.')
+    if not any(learned):
+        raise ReftError(f"{where}: no turn is to be learned; all answers have a weight of 0 or train false.")
+    return list(learned)
+
+
+def _turn(turn: Turn, where: str) -> tuple[Turn, bool]:
+    role = _role(turn, where)
+    where = f"{where} ({role})"
+    for name in _PICTURES:
+        if turn.get(name):
+            raise ReftError(f"{where}: {name!r} cannot be learned from; only text is read.")
+    read = {name: held for name, held in turn.items() if name not in ("from", "value", *_LEARN)}
+    read["role"] = role
+    content = turn.get("content", turn.get("value"))
+    if turn.get("from") == "function_call":
+        read["tool_calls"] = [_parsed(content, where)] if not isinstance(content, list) else content
+        content = ""
+    if "function_call" in turn:
+        read["tool_calls"] = [read.pop("function_call")]
+    if read.get("tool_calls"):
+        read["tool_calls"] = [_call(call, where) for call in _calls(read["tool_calls"], where)]
+    else:
+        read.pop("tool_calls", None)
+    for name in ("reasoning", "thinking"):
+        if name in read:
+            read.setdefault("reasoning_content", read.pop(name))
+    if "reasoning_content" in read:
+        check_type(f"{where}: reasoning_content", read["reasoning_content"], str)
+    read["content"] = _content(content, where, bool(read.get("tool_calls")))
+    return read, _learn(turn, role, where)
+
+
+def _role(turn: Turn, where: str) -> str:
+    if "role" in turn:
+        check_type(f"{where}: role", turn["role"], str)
+        return turn["role"]
+    if "from" not in turn:
+        raise ReftError(f"{where}: the field 'role' is missing.{did_you_mean('role', turn)}")
+    name = turn["from"]
+    if not isinstance(name, str) or name not in _SHAREGPT:
+        raise ReftError(f"{where}: from: expected {', '.join(_SHAREGPT)}, got {name!r}.{did_you_mean(name, _SHAREGPT)}")
+    return _SHAREGPT[name]
+
+
+def _content(content: Any, where: str, called: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and called:
+        return ""
+    if not isinstance(content, list):
+        came = "none" if content is None else type(content).__name__
+        raise ReftError(f"{where}: the content should be text or a list of parts, got {came}.")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if isinstance(part, dict) else part
+        if not isinstance(text, str) or (kind not in _TEXTS and not isinstance(part, str)):
+            raise ReftError(
+                f"{where}: only parts of text are read, got one of the type {kind or type(part).__name__!r}."
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(value: Any, where: str) -> list[Any]:
+    value = _parsed(value, where) if isinstance(value, str) else value
+    if not isinstance(value, list):
+        raise ReftError(f"{where}: tool_calls: expected a list, got {type(value).__name__}.")
+    return value
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """A call of a tool as templates take it: the arguments as fields, where OpenAI has them as a JSON text."""
+    call = _parsed(call, where) if isinstance(call, str) else call
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise ReftError(f"{where}: tool_calls: expected the name and the arguments of a function, got {call!r}.")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments) if _is_json(arguments) else arguments
+    rest = {name: held for name, held in call.items() if name == "id"}
+    return {"type": "function", **rest, "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parsed(value: Any, where: str) -> Any:
+    return parse_json(value, f"{where}: tool_calls") if isinstance(value, str) else value
+
+
+def _learn(turn: Turn, role: str, where: str) -> bool:
+    learn = role == "assistant"
+    for name in _LEARN:
+        if name not in turn:
+            continue
+        value = turn[name]
+        if value not in (0, 1):
+            expected = "0 or 1" if name == "weight" else "true or false"
+            raise ReftError(f"{where}: {name}: expected {expected}, got {value!r}.")
+        if value and role != "assistant" and name != "weight":
+            raise ReftError(f"{where}: {name}: only answers of the role 'assistant' are learned.")
+        learn = learn and bool(value)
+    return learn

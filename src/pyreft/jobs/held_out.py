@@ -1,0 +1,90 @@
+"""An adapter on a file of examples that it was not trained on: its loss, and its answers beside those expected."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorForSeq2Seq
+
+from ..data.encode import context_length, default_format, encode_all
+from ..data.files import Reading, Tally, read_examples
+from ..errors import ReftError
+from ..files.record import read_format
+from ..generation import answer_ids
+from ..loading import load_adapted
+from ..positions import IGNORED
+
+
+def evaluate_file(
+    adapter: str | Path,
+    data: str | Path,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    reading: Reading | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 64,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Answer the prompts of a file and compare.
+
+    Args:
+        adapter: the adapter's directory.
+        data, reading: see `data.files.read_examples`.
+        model: the base model, if not the one that the adapter remembers.
+        dtype: of the base model, see `loading.load_base`.
+        max_new_tokens: the most tokens of an answer.
+        progress: called with how many are answered and how many there are.
+
+    Returns:
+        `count`, `loss` (of a token of the expected answers, on average), `exact` (the share of answers that equal the
+        expected one but for spaces around it), and `answers`, each with `where`, `prompt`, `expected`, `answer` and
+        `right`.
+
+    Raises:
+        ReftError: an adapter or a file that cannot be read, or rows that are too long.
+    """
+    reading = reading or Reading()
+    tally = Tally(reading.on_error)
+    examples = read_examples(data, reading, tally)
+    adapted, tokenizer = load_adapted(adapter, model, dtype or "auto")
+    form: Any = read_format(adapter) or default_format(tokenizer, examples)
+    limit = context_length(adapted.get_base_model(), tokenizer)
+    examples, rows = encode_all(tokenizer, examples, form, limit, tally=tally)
+    lengths = [row["labels"].count(IGNORED) for row in rows]
+    prompts = [row["input_ids"][:length] for row, length in zip(rows, lengths, strict=True)]
+    expected = [row["input_ids"][length:] for row, length in zip(rows, lengths, strict=True)]
+    answers: list[dict[str, Any]] = []
+    found = answer_ids(adapted, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    for number, answer in enumerate(found):
+        wanted, given = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (expected[number], answer))
+        answers.append(
+            {
+                "where": examples[number].where,
+                "prompt": examples[number].messages[-2]["content"],
+                "expected": wanted,
+                "answer": given,
+                "right": wanted == given,
+            }
+        )
+        if progress:
+            progress(len(answers), len(rows))
+    right = sum(answer["right"] for answer in answers)
+    loss = _loss(adapted, tokenizer, rows, batch_size)
+    return {"count": len(rows), "loss": loss, "exact": right / len(rows), "answers": answers}
+
+
+def _loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch_size: int) -> float:
+    """The loss of a labelled token, on average over all rows."""
+    total, count = 0.0, 0
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    with torch.no_grad():
+        for start in range(0, len(rows), batch_size):
+            batch = pad(rows[start : start + batch_size]).to(model.device)
+            labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += float(model(**batch).loss) * labelled
+            count += labelled
+    if not count:
+        raise ReftError("expected answers with tokens behind a prompt.")
+    return total / count

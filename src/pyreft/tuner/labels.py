@@ -1,0 +1,52 @@
+"""Labels that do not say where a prompt ends as a rule needs it: told once for a model, while it is trained."""
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..positions import Positions
+from .packed import IGNORED, Packed
+
+_WAYS = (
+    "with TRL, completion_only_loss=True and columns prompt and completion, or assistant_only_loss=True and one answer "
+    'in each row; or edit every token, positions="all".'
+)
+
+
+def tell_of_labels(
+    rules: Iterable[Positions | None], tokens: Tensor, labels: Tensor, packed: Packed | None = None
+) -> bool:
+    """Warn where the labels of a row leave no prompt, or have answers after the first; say whether one was given.
+
+    Args:
+        rules: by which tokens are located; every token's needs no prompt.
+        tokens: `[batch, tokens]`, false for padding.
+        labels: `[batch, tokens]`, -100 where there is no loss.
+        packed: the examples of the rows, if they have several.
+    """
+    if torch.compiler.is_compiling() or all(rule is None or rule.whole == "all" for rule in rules):
+        return False
+    if packed is not None:
+        tokens, labels = packed.apart(tokens, False), packed.labels_apart(labels)
+    learned = (labels != IGNORED) & tokens.to(labels.device)
+    first = tokens.to(labels.device) & (tokens.to(labels.device).long().cumsum(-1) == 1)
+    if bool((learned & first).any()):
+        warnings.warn(
+            "The labels put a loss on every token of a text, so no prompt is found in it: the edits are at the end of "
+            "the whole text, behind the answer, and nothing is learned there that generate would do. Put the loss on "
+            f"the answers alone: {_WAYS}",
+            stacklevel=2,
+        )
+        return True
+    begins = learned[:, 1:] & ~learned[:, :-1]
+    if bool((begins.sum(-1) > 1).any()):
+        warnings.warn(
+            "The labels of a row have several answers. Only the prompt before the first is edited, so the later ones "
+            "are learned without edits of their own, as generate would make them. Give each answer a row of its own, "
+            'with what comes before it as the prompt (pyreft train does); or edit every token, positions="all".',
+            stacklevel=2,
+        )
+        return True
+    return False

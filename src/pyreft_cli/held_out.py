@@ -1,0 +1,43 @@
+"""`pyreft eval --data`: an adapter's loss on held-out examples, and its answers beside those expected."""
+
+from typing import Any
+
+from pyreft_cli.console import console, counted, hush, print_json, progress_bar
+from pyreft_cli.early import check_data
+
+_SHOWN = 10
+
+
+def score(
+    adapter: str,
+    data: str,
+    *,
+    limit: int | None,
+    max_new_tokens: int | None,
+    quiet: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Score, and print the figures and the first answers."""
+    check_data({"data": data, "limit": limit})
+    hush()
+    from pyreft.data.files import Reading
+    from pyreft.jobs.held_out import evaluate_file
+
+    with progress_bar("Answering", shown=not (quiet or as_json), unit="prompts") as move:
+        how = {"reading": Reading(limit=limit), "max_new_tokens": max_new_tokens or 64, "progress": move}
+        result = evaluate_file(adapter, data, **how, **settings)
+    if as_json:
+        print_json(result)
+        return
+    for answer in result["answers"][:_SHOWN]:
+        console.print(f"{'right' if answer['right'] else 'wrong'}  {answer['where']}", style="bold", markup=False)
+        console.print(f"  prompt:   {answer['prompt']}", markup=False)
+        console.print(f"  expected: {answer['expected']}", markup=False)
+        console.print(f"  answer:   {answer['answer']}", markup=False)
+    if len(result["answers"]) > _SHOWN:
+        console.print(f"... and {len(result['answers']) - _SHOWN:,} more; --json has all of them.")
+    console.print(
+        f"{counted(result['count'], 'answer')}: {100 * result['exact']:.1f} % are exactly as expected, loss "
+        f"{result['loss']:.4f}."
+    )

@@ -1,0 +1,103 @@
+"""`pyreft data`, and how the commands tell what is wrong with a file."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from commands import run
+from pyreft import pocket
+
+TURNS = [{"role": "user", "content": "A cat?"}, {"role": "assistant", "content": "C"}]
+CHATS = [{"id": number, "messages": TURNS * 2} for number in range(3)]
+
+
+@pytest.fixture
+def chats(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in CHATS) + '{"messages": []}\n')
+    return path
+
+
+def test_what_a_training_would_see(chats):
+    found = json.loads(run("data", chats, "--positions", "l2", "--json").stdout)
+    assert (found["rows"], found["examples"], found["format"], found["errors"]) == (4, 6, "chat", 1)
+    assert found["unread"] == {"id": 3}
+    assert "line 4: expected messages as" in found["wrong"]
+    where, tokens = found["shown"][0]
+    assert where.endswith("chats.jsonl, line 1, turn 2")
+    learned = "".join(token["text"] for token in tokens if token["learned"])
+    assert learned == "C" + pocket.load()[1].eos_token
+    first = next(at for at, token in enumerate(tokens) if token["learned"])
+    assert [at for at, token in enumerate(tokens) if token["edited"]] == [first - 2, first - 1]
+    assert found["prompts"][0] == first
+    assert found["lengths"][0] == len(tokens)
+
+
+def test_it_reads_well(chats):
+    printed = run("data", chats, "--max-length", 20).stdout
+    for words in ("4 rows, 6 answers to learn from, written as chat.", "Not read: id (3).", "Wrong: 1 row",
+                  "Longer than the 20 tokens that fit", "#", "the tokens that are edited"):  # fmt: skip
+        assert words in printed
+    assert "line 4: expected messages as" in printed
+
+
+@pytest.mark.parametrize("command", ["train", "plan", "data"])
+def test_a_wrong_field_is_told_before_anything_is_loaded(tmp_path, command):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completon": "b"}\n')
+    given = ["a.jsonl"] if command == "data" else ["--data", "a.jsonl"]
+    code = f"""
+import sys
+from pyreft_cli.app import main
+sys.argv = ["pyreft", {command!r}, *{given!r}]
+try:
+    main()
+finally:
+    assert not {{"torch", "transformers", "peft", "datasets"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    if command == "data":
+        assert "the file has no examples that are right" in done.stderr
+    else:
+        assert "pyreft: a.jsonl, line 1: the field 'completion' is missing. Did you mean 'completon'?" in done.stderr
+
+
+def test_options_of_a_file_in_a_training(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes("Frage;Antwort\nWarum? ;Für\nWo?;\n".encode("cp1252"))
+    result = run(
+        *("train", "--data", path, "--encoding", "cp1252", "--prompt-field", "Frage", "--completion-field", "Antwort"),
+        *("--on-error", "skip", "--epochs", 1, "--output", tmp_path / "out", "--layers", 3, "--positions", "l1"),
+    )
+    assert "Left out, as wrong: 1 row." in result.stdout
+    assert "line 3: the answer is empty" in result.stdout
+    assert "1 example, 0 to validate on" in result.stdout
+
+
+def test_an_adapter_on_held_out_examples(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pocket.emoji_pairs()[:4]), encoding="utf-8")
+    run("train", "--data", path, "--output", tmp_path / "out", "--epochs", 1, "--layers", 3, "--positions", "l1", "-q")
+    found = json.loads(run("eval", tmp_path / "out", "--data", path, "--json", "--max-new-tokens", 4).stdout)
+    assert found["count"] == 4
+    assert found["exact"] == sum(a["answer"] == a["expected"] for a in found["answers"]) / 4
+    assert [a["expected"] for a in found["answers"]] == [pair["completion"] for pair in pocket.emoji_pairs()[:4]]
+    from pyreft.data.encode import encode
+    from pyreft.data.files import read_examples
+    from pyreft.loading import load_adapted
+
+    model, tokenizer = load_adapted(tmp_path / "out")
+    losses = []
+    for example in read_examples(path):
+        row = {name: torch.tensor([values]) for name, values in encode(tokenizer, example, "chat", 512).items()}
+        count = int((row["labels"] != -100).sum())
+        losses += [model(**row).loss.item()] * count
+    assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    printed = run("eval", tmp_path / "out", "--data", path, "--max-new-tokens", 4).stdout
+    assert f"expected: {pocket.emoji_pairs()[0]['completion']}" in printed
+    assert "% are exactly as expected, loss" in printed
+    assert "--data has no such option" in run("eval", "a", "--data", path, "--greedy", status=2).stderr
+    assert "expected one of the three" in run("eval", "a", status=2).stderr

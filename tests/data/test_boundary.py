@@ -1,0 +1,68 @@
+"""Where a prompt ends in tokens: as `generate` sees it, whatever the answer begins with."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import pyreft
+from pyreft import make_multiple_position_supervised_data_module, pocket
+from pyreft.data.boundary import pair_ids
+from pyreft.data.spans import make_span_supervised_data_module
+from pyreft.jobs.job import PreparedJob
+from pyreft.jobs.settings import TrainingJob
+
+CASES = [("Question: Is the sky blue? Answer: ", "yes"), ("Is it? ", "no"), ("a", "b"), ("x\n", "\ny"), ("Hi:", " yes")]
+
+
+def spaced():
+    """A tokenizer that puts a space before a text, as Llama's does: a word alone is one behind a space."""
+    pieces = ["<unk>", "</s>", "▁", "▁yes", "yes", "▁no", "no", "▁Answer", ":", "s", "y", "e", "▁a", "a", "b", "▁b"]
+    inner = Tokenizer(models.Unigram([(piece, -float(n)) for n, piece in enumerate(pieces)], unk_id=0))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    inner.decoder = decoders.Metaspace(prepend_scheme="first")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(("prompt", "answer"), CASES)
+def test_the_prompt_is_what_generate_sees_and_the_labels_spell_the_answer(prompt, answer):
+    tokenizer = pocket.load()[1]
+    before, learned = pair_ids(tokenizer, prompt, answer)
+    assert before == tokenizer(prompt)["input_ids"]
+    assert tokenizer.decode(learned) == answer
+
+
+@pytest.mark.parametrize(("prompt", "answer"), [("Answer: ", "yes"), ("Answer:", " yes"), ("a ", "b"), ("a", "b")])
+def test_no_space_is_put_before_an_answer(prompt, answer):
+    tokenizer = spaced()
+    before, learned = pair_ids(tokenizer, prompt, answer)
+    assert before == tokenizer(prompt)["input_ids"]
+    assert tokenizer.decode(before + learned) == prompt + answer
+
+
+def test_every_data_module(tmp_path):
+    tokenizer = pocket.load()[1]
+    prompt, answer = CASES[0]
+    seen = tokenizer(prompt)["input_ids"]
+    spans = make_span_supervised_data_module(tokenizer, None, [prompt.replace("sky", "[[sky]]")], [answer])
+    rows = [
+        pyreft.make_last_position_supervised_data_module(tokenizer, None, [prompt], [answer])["train_dataset"][0],
+        make_multiple_position_supervised_data_module(tokenizer, None, [prompt], [answer], "l1")["train_dataset"][0],
+        spans["train_dataset"][0],
+        pyreft.ReftRawDataset(
+            "a", None, tokenizer, dataset=[{"instruction": prompt, "output": answer}], position="l1",
+            num_interventions=1, pad_mode="none",
+        )[0],
+        pyreft.ReftGenerationDataset(
+            "a", None, tokenizer, dataset=[{"prompt": prompt, "completion": answer}], position="l1",
+            num_interventions=1, pad_mode="none",
+        )[0],
+    ]  # fmt: skip
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": prompt, "completion": answer}))
+    rows += PreparedJob(TrainingJob(data=str(path), format="text", layers="2", reach=False)).rows
+    for row in rows:
+        ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
+        assert ids[: labels.count(-100)] == seen
+        assert tokenizer.decode(labels[labels.count(-100) :]) == f"{answer}{tokenizer.eos_token}"

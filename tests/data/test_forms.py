@@ -1,0 +1,300 @@
+"""The forms of rows that people have: each gives the same turns, and nothing that a row says is dropped in silence."""
+
+import json
+
+import pytest
+
+from pyreft import pocket
+from pyreft.data.encode import default_format, encode, encode_all
+from pyreft.data.fields import alpaca_prompt
+from pyreft.data.files import Reading, read_examples
+from pyreft.data.tally import Tally
+from pyreft.errors import ReftError
+
+TEMPLATE = (
+    "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
+    "{{ '<|' + m['role'] + '|>' + m['content'] + ((m['tool_calls'] | tojson) if m['tool_calls'] else '') + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+USER, ANSWER = {"role": "user", "content": "A cat?"}, {"role": "assistant", "content": "C"}
+MORE = [USER, ANSWER, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+CALLED = [
+    {"role": "user", "content": "Weather?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "name": "weather", "content": "rain"},
+    {"role": "assistant", "content": "It rains."},
+]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+def tokenizer_with(template):
+    tokenizer = pocket.load()[1]
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tokenizer_with(TEMPLATE)
+
+
+def examples(tmp_path, *rows, **reading):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return read_examples(path, Reading(**reading))
+
+
+def parts(tokenizer, example, form="chat"):
+    """The prompt and the answer that training sees, as text."""
+    row = encode(tokenizer, example, form, 512)
+    begin = next(at for at, label in enumerate(row["labels"]) if label != -100)
+    assert row["labels"][begin:] == row["input_ids"][begin:]
+    prompt, answer = row["input_ids"][:begin], row["labels"][begin:]
+    return tokenizer.decode(prompt).removeprefix("<s>"), tokenizer.decode(answer).removesuffix("</s>")
+
+
+# -- several turns ------------------------------------------------------------------------------------------------
+
+
+def test_each_answer_of_a_chat_is_learned_behind_what_comes_before_it(tmp_path, tokenizer):
+    assert [parts(tokenizer, example) for example in examples(tmp_path, {"messages": MORE})] == [
+        ("<|user|>A cat?</s><|assistant|>", "C"),
+        ("<|user|>A cat?</s><|assistant|>C</s><|user|>Why?</s><|assistant|>", "So."),
+    ]
+    (last,) = examples(tmp_path, {"messages": MORE}, turns="last")
+    assert parts(tokenizer, last)[1] == "So."
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"training": False}])
+def test_an_answer_may_be_left_out_of_what_is_learned(tmp_path, tokenizer, mark):
+    (found,) = examples(tmp_path, {"messages": [USER, ANSWER | mark, *MORE[2:]]})
+    assert parts(tokenizer, found) == ("<|user|>A cat?</s><|assistant|>C</s><|user|>Why?</s><|assistant|>", "So.")
+    (found,) = examples(tmp_path, {"messages": [*MORE[:3], MORE[3] | mark]})
+    assert parts(tokenizer, found)[1] == "C"
+
+
+# -- forms --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "A cat?"}, {"from": "gpt", "value": "C"}]},
+        {"conversations": [USER, ANSWER]},
+        {"messages": [{"from": "human", "value": "A cat?"}, {"from": "gpt", "value": "C"}]},
+        {"Messages": [USER, ANSWER], "id": 3},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"prompt": [USER], "completion": "C"},
+        {"prompt": "A cat?", "completion": [ANSWER]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "A "}, {"type": "text", "text": "cat?"}]},
+                      ANSWER]},
+        {"messages": json.dumps([USER, ANSWER])},
+        {"prompt": "ignored", "messages": [USER, ANSWER]},
+    ],
+)  # fmt: skip
+def test_chats(tmp_path, tokenizer, row):
+    (found,) = examples(tmp_path, row)
+    assert found.format == "chat"
+    assert parts(tokenizer, found) == ("<|user|>A cat?</s><|assistant|>", "C")
+
+
+def test_the_turns_of_a_prompt_are_not_learned(tmp_path, tokenizer):
+    (found,) = examples(tmp_path, {"prompt": MORE[:3], "completion": MORE[3:]})
+    assert parts(tokenizer, found)[1] == "So."
+
+
+def test_an_instruction_with_a_system_text_and_a_history(tmp_path, tokenizer):
+    row = {"instruction": "Say", "input": "it", "output": "C", "system": "Be brief.", "history": [["A?", "B"]]}
+    plain = {"instruction": "A cat?", "output": "C", "system": "", "history": []}
+    found = examples(tmp_path, row, plain)
+    assert [example.format for example in found] == ["chat", "chat"]
+    assert parts(tokenizer, found[0]) == (
+        "<|system|>Be brief.</s><|user|>A?</s><|assistant|>B</s><|user|>Say\n\nit</s><|assistant|>",
+        "C",
+    )
+    assert parts(tokenizer, found[1]) == ("<|user|>A cat?</s><|assistant|>", "C")
+    with pytest.raises(ReftError, match=r"line 1: a chat with 5 turns cannot be written as 'alpaca'"):
+        encode(tokenizer, found[0], "alpaca", 512)
+
+
+def test_two_columns_of_any_names(tmp_path, tokenizer):
+    (found,) = examples(tmp_path, {"Q": "a ", "A": "b"}, prompt_field="Q", completion_field="A")
+    assert parts(tokenizer, found, "text") == ("a ", "b")
+    with pytest.raises(ReftError, match="line 1: the field 'B' is missing"):
+        examples(tmp_path, {"Q": "a ", "A": "b"}, prompt_field="Q", completion_field="B")
+
+
+@pytest.mark.parametrize("form", ["text", "chat", "alpaca"])
+def test_an_instruction_is_trained_as_it_is_asked_in_each_format(tmp_path, form):
+    tokenizer = pocket.load()[1]
+    (found,) = examples(tmp_path, {"instruction": "a", "input": "b", "output": "c"})
+    from pyreft.data.encode import prompt_text, token_ids
+
+    row = encode(tokenizer, found, form, 512)
+    asked = token_ids(tokenizer, prompt_text(tokenizer, "a", form, "b"))
+    assert row["input_ids"][: row["labels"].count(-100)] == asked
+    assert found.prompt == alpaca_prompt("a", "b")
+
+
+# -- what a row says beside its turns -----------------------------------------------------------------------------
+
+
+def test_calls_of_tools_are_given_to_the_template(tmp_path, tokenizer):
+    first, second = examples(tmp_path, {"messages": CALLED, "tools": TOOLS})
+    prompt, answer = parts(tokenizer, first)
+    assert prompt.startswith('[{"type": "function", "function": {"name": "weather", "parameters": {}}}]<|user|>')
+    assert json.loads(answer) == [CALL]
+    assert parts(tokenizer, second)[1] == "It rains."
+    as_text = [
+        CALLED[0],
+        CALLED[1] | {"tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}]},
+    ]
+    (found,) = examples(tmp_path, {"messages": as_text})
+    assert json.loads(parts(tokenizer, found)[1]) == [CALL]
+    sharegpt = [
+        {"from": "human", "value": "Weather?"},
+        {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
+    ]
+    (found,) = examples(tmp_path, {"conversations": sharegpt, "system": "Be brief.", "tools": json.dumps(TOOLS)})
+    prompt, answer = parts(tokenizer, found)
+    assert "<|system|>Be brief." in prompt
+    assert json.loads(answer) == [CALL]
+
+
+SILENT = TEMPLATE.replace("{% if tools %}{{ tools | tojson }}{% endif %}", "").replace(
+    "((m['tool_calls'] | tojson) if m['tool_calls'] else '')", "''"
+)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER, ANSWER], "tools": TOOLS}, "line 1: the chat template leaves out the field 'tools'"),
+        ({"messages": CALLED[:2]}, r"line 1: turn 2 \(assistant\): the chat template leaves out tool_calls"),
+        ({"messages": [USER, ANSWER | {"reasoning_content": "Hm."}]}, "turn 2 .assistant.: .* leaves out reas"),
+        ({"messages": [USER, ANSWER], "documents": [{"text": "Cats"}]}, "leaves out the field 'documents'"),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_out_is_refused_by_name(tmp_path, row, message):
+    with pytest.raises(ReftError, match=message):
+        encode(tokenizer_with(SILENT), examples(tmp_path, row)[0], "chat", 512)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER, ANSWER], "history": [["a", "b"]]}, "the field 'history' cannot stand beside a chat"),
+        ({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"}, "the field 'system' cannot"),
+        ({"messages": [USER, ANSWER], "images": ["a.png"]}, "the field 'images' cannot be learned from"),
+        ({"messages": [USER | {"content": [{"type": "image_url"}]}, ANSWER]}, r"turn 1 \(user\): only parts of text"),
+        ({"messages": [USER, ANSWER | {"weight": 0.5}]}, "turn 2 .assistant.: weight: expected 0 or 1, got 0.5"),
+        ({"messages": [USER, ANSWER | {"train": False}]}, "line 1: no turn is to be learned"),
+        ({"messages": [USER | {"train": True}, ANSWER]}, "turn 1 .user.: train: only answers"),
+        ({"messages": [ANSWER, USER, ANSWER]}, r"turn 1 \(assistant\): nothing comes before this answer"),
+        ({"messages": [USER, ANSWER | {"content": None}]}, "turn 2 .assistant.: the content should be text or a list"),
+        ({"conversations": [{"from": "humn", "value": "a"}]}, "turn 1: from: expected human, .* Did you mean 'human'"),
+        ({"messages": [USER, "C"]}, "line 1, turn 2: expected fields such as role and content, got str"),
+        ({"messages": "A cat?"}, "line 1: expected messages as .*, got str"),
+        ({"chosen": "a", "rejected": "b"}, "TRL's DPOTrainer"),
+        ({"instruction": "a", "output": "b", "history": ["a"]}, "line 1: history: expected pairs"),
+        ({"prompt": "Say hi \ud83d", "completion": "b"}, "line 1: prompt: half a character, .*ud83d', as of an emoji"),
+        ({"messages": [USER, ANSWER | {"content": "\udc00"}]}, "line 1: messages: content: half a character"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_learned_is_refused_by_name(tmp_path, row, message):
+    with pytest.raises(ReftError, match=message):
+        examples(tmp_path, row)
+
+
+# -- templates that do not take every chat ------------------------------------------------------------------------
+
+STRICT = TEMPLATE.replace(
+    "{{ bos_token }}",
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}",
+    1,
+)  # fmt: skip
+
+
+def test_the_words_of_a_template_come_with_the_place_and_the_way_out(tmp_path):
+    row = {"messages": [{"role": "system", "content": "a"}, USER, ANSWER]}
+    with pytest.raises(ReftError) as caught:
+        encode(tokenizer_with(STRICT), examples(tmp_path, row)[0], "chat", 512)
+    told = str(caught.value)
+    assert "a.jsonl, line 1: the chat template refuses the turns: System role not supported" in told
+    assert "Put the system text before the first question" in told
+
+
+THINKING = TEMPLATE.replace("{{ '<|assistant|>' }}{% endif %}", "{{ '<|assistant|><think>\\n' }}{% endif %}")
+R1 = THINKING.replace("m['content']", "m['content'].split('</think>')[-1]")
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "learned"),
+    [
+        (THINKING, {"content": "C"}, "C"),  # a template that says nothing of how a thought ends
+        (R1, {"content": "C"}, "\n</think>\n\nC"),
+        (R1, {"content": "<think>\nHm.\n</think>\n\nC"}, "Hm.\n</think>\n\nC"),
+        (R1, {"content": "C", "reasoning_content": "Hm."}, "Hm.\n</think>\n\nC"),
+    ],
+)
+def test_a_thought_that_the_prompt_opens(tmp_path, template, answer, learned):
+    (found,) = examples(tmp_path, {"messages": [USER, ANSWER | answer]})
+    assert parts(tokenizer_with(template), found) == ("<|user|>A cat?</s><|assistant|><think>\n", learned)
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):
+    rewriting = TEMPLATE + "{% if not add_generation_prompt %}!{% endif %}"
+    other = rewriting.replace("{{ bos_token }}", "{{ bos_token }}{{ messages | length }}")
+    with pytest.raises(ReftError, match=r"line 1: the chat template writes the prompt in another way .* `format` text"):
+        encode(tokenizer_with(other), examples(tmp_path, {"messages": [USER, ANSWER]})[0], "chat", 512)
+
+
+# -- rows that are wrong or too long ------------------------------------------------------------------------------
+
+
+def test_all_wrong_rows_are_told_at_once_or_left_out(tmp_path):
+    rows = [{"prompt": "a", "completion": "b"}, *({"prompt": "a", "completion": n} for n in range(12))]
+    with pytest.raises(ReftError) as caught:
+        examples(tmp_path, *rows)
+    told = str(caught.value).split("\n")
+    assert told[0].startswith("12 of 13 rows are wrong")
+    assert "line 2: the field 'completion' should be text, got int" in told[1]
+    assert told[10:] == [f"  {tmp_path / 'a.jsonl'}, line 11: the field 'completion' should be text, got int.",
+                         "  ... and 2 more"]  # fmt: skip
+    tally = Tally("skip")
+    assert len(read_examples(tmp_path / "a.jsonl", Reading(on_error="skip"), tally)) == 1
+    assert (tally.rows, len(tally.errors)) == (13, 12)
+
+
+@pytest.mark.parametrize(("how", "counts"), [("cut", (2, 2, 0)), ("skip", (1, 0, 1))])
+def test_long_rows_are_cut_from_the_left_or_left_out(tmp_path, how, counts):
+    tokenizer = pocket.load()[1]
+    found = examples(
+        tmp_path, {"prompt": "one two three four five", "completion": "C"}, {"prompt": "a", "completion": "b"}
+    )
+    if how == "cut":
+        found = [found[0], found[0]]
+    whole = encode(tokenizer, found[0], "text", 512)
+    limit = len(whole["input_ids"]) - 2
+    tally = Tally(rows=2)
+    _, rows = encode_all(tokenizer, found, "text", limit, long_rows=how, tally=tally)
+    assert (len(rows), tally.cut, tally.skipped) == counts
+    if how == "cut":  # the first token, then the end of the prompt, then the whole answer
+        assert rows[0]["input_ids"] == whole["input_ids"][:1] + whole["input_ids"][3:]
+        assert rows[0]["labels"] == [-100] + whole["labels"][3:]
+
+
+def test_what_long_rows_are_refused_with(tmp_path):
+    found = examples(tmp_path, *[{"prompt": "cat " * 30, "completion": "b"}] * 2)
+    with pytest.raises(
+        ReftError, match=r"2 of 2 rows are wrong.*\n.*line 1: the prompt has \d+ tokens, the context 20"
+    ):
+        encode_all(pocket.load()[1], found, "text", 20)
+    with pytest.raises(ReftError, match="no row is left of 2"):
+        encode_all(pocket.load()[1], found, "text", 20, long_rows="skip")
+
+
+def test_the_format_of_chats(tmp_path):
+    assert default_format(pocket.load()[1], examples(tmp_path, {"messages": MORE})) == "chat"

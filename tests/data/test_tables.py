@@ -1,0 +1,103 @@
+"""Files of every kind: the same rows out of each, whatever wrote them."""
+
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from pyreft.data.files import Reading, read_examples, read_prompts
+from pyreft.data.tables import read_rows
+from pyreft.errors import ReftError
+
+ROWS = [{"prompt": "Ü 5–6", "completion": "ja"}, {"prompt": "b", "completion": "c; d"}]
+COMMA = 'Prompt, Completion\r\nÜ 5–6,ja\r\nb,"c; d"\r\n'
+SEMICOLON = 'prompt;completion\nÜ 5–6;ja\nb;"c; d"\n'
+LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "encoding"),
+    [
+        ("a.csv", COMMA, "utf-8"),
+        ("a.csv", COMMA, "utf-8-sig"),
+        ("a.csv", SEMICOLON, "utf-16"),
+        ("a.csv", "\n" + SEMICOLON.upper().replace("JA", "ja").replace("B;", "b;").replace("C; D", "c; d"), "utf-8"),
+        ("a.tsv", SEMICOLON.replace("n\nÜ", "n\nÜ").replace(";", "\t").replace("c\t d", "c; d"), "utf-8"),
+        ("a.jsonl", LINES, "utf-16-le"),
+        ("a.jsonl", LINES, "utf-16-be"),
+        ("a.ndjson", LINES.replace("\n", "\r\n"), "utf-8"),
+        ("a.json", LINES, "utf-8"),
+        ("a.json", json.dumps({"version": 1, "data": ROWS}), "utf-32"),
+        ("a.json", json.dumps(ROWS), "utf-8-sig"),
+    ],
+)
+def test_what_programs_write(tmp_path, name, text, encoding):
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert [(e.prompt, e.completion) for e in read_examples(tmp_path / name)] == [("Ü 5–6", "ja"), ("b", "c; d")]
+
+
+def test_parquet(tmp_path):
+    turns = [{"role": "user", "content": "a", "weight": None}, {"role": "assistant", "content": "b", "weight": 1}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": turns, "tools": None}]), tmp_path / "a.parquet")
+    (example,) = read_examples(tmp_path / "a.parquet")
+    assert example.messages == ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ReftError, match=r"b\.parquet: this is not a readable parquet file"):
+        read_examples(tmp_path / "b.parquet")
+
+
+def test_a_data_set_by_its_name(tmp_path, monkeypatch):
+    """As `datasets` finds one: here in a directory of that name, else on the hub."""
+    (tmp_path / "mine" / "pairs").mkdir(parents=True)
+    (tmp_path / "mine" / "pairs" / "test.jsonl").write_text(LINES, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ReftError, match="this is a directory"):
+        read_examples("mine/pairs")
+    from pyreft.data.tables import _hub
+
+    assert [row for _, row in _hub("mine/pairs", None, "test")] == ROWS
+    with pytest.raises(ReftError, match="nobody/nothing: there is no such file, and no data set of this name"):
+        read_examples("nobody/nothing")
+
+
+def test_an_encoding_that_cannot_be_told_is_asked_for(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(SEMICOLON.encode("cp1252"))
+    with pytest.raises(ReftError) as caught:
+        read_examples(path)
+    assert "a.csv, line 2: the file is not UTF-8 text. As cp1252" in str(caught.value)
+    assert "Ü 5–6" in str(caught.value)
+    assert caught.value.told({"encoding": "--encoding"}).count("give --encoding cp1252") == 1
+    assert read_examples(path, Reading(encoding="cp1252"))[0].prompt == "Ü 5–6"
+    with pytest.raises(ReftError, match="encoding: expected an encoding such as utf-8, utf-16 or cp1252, got 'cp1'"):
+        read_examples(path, Reading(encoding="cp1"))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ReftError, match="the file is not UTF-16 text"):
+        read_examples(path)
+    path.write_bytes(b"prompt,completion\na,\x81\n")
+    with pytest.raises(ReftError, match="line 2: the file is not UTF-8 text; save it as UTF-8"):
+        read_examples(path)
+
+
+def test_prompts_have_encodings_and_separators_too(tmp_path):
+    (tmp_path / "a.csv").write_bytes(SEMICOLON.encode("utf-16"))
+    assert read_prompts(tmp_path / "a.csv")[0] == ("Ü 5–6", "")
+    (tmp_path / "a.txt").write_bytes("Ü\r\n\r\nb".encode("utf-8-sig"))
+    assert read_prompts(tmp_path / "a.txt") == [("Ü", ""), ("b", "")]
+
+
+def test_the_first_rows_are_read_and_no_more(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(LINES + "no JSON\n", encoding="utf-8")
+    assert len(read_examples(path, Reading(limit=2))) == 2
+    with pytest.raises(ReftError, match="line 3: this is not valid JSON"):
+        list(read_rows(path))
+
+
+@pytest.mark.parametrize("deep", [70, 900, 100_000])
+def test_values_that_are_nested_too_deeply(tmp_path, deep):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b", "x": ' + "[" * deep + "]" * deep + "}")
+    with pytest.raises(ReftError, match=r"line 1: .*nested too deeply"):
+        read_examples(path)
