@@ -12,7 +12,8 @@ import torch
 import pyreft
 from architectures import ARCHITECTURES, CHECKS, table
 from conftest import pad, shaken
-from pyreft.places.components import COMPONENTS, find_blocks, find_site, number_of_layers
+from pyreft.places.components import COMPONENTS, find_site, number_of_layers
+from pyreft.places.structure import find_blocks
 from pyreft.tuner import reft_layers
 from pyreft.tuner.layer import ReftLayer
 

@@ -11,15 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import pyreft
 from architectures import ARCHITECTURES
 from conftest import tiny_llama
-from pyreft.places.components import (
-    COMPONENTS,
-    Site,
-    find_blocks,
-    find_site,
-    hidden_width,
-    number_of_layers,
-    stack_module,
-)
+from pyreft.places.components import COMPONENTS, Site, find_site, number_of_layers
+from pyreft.places.structure import find_blocks, hidden_width, stack_module
 
 MAKE = {one.name: one.make for one in ARCHITECTURES}
 
