@@ -217,7 +217,7 @@ def test_any_training(data):
     count = len(config["layers"]) * len(sides)
     if config["intervention"] == "lora":  # anywhere, and several in a layer
         known = functools.partial(linear_components, architecture.make())
-        first = architecture.name in RECURRENT  # of which only whole layers are left out: one lies below the edits
+        first = int(architecture.name in RECURRENT)  # of which only whole layers are left out: one lies below the edits
         places = [
             {"layer": layer, "component": component, "side": side}
             for layer in sorted({max(layer, first) for layer in config.pop("layers")})
