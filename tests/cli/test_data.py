@@ -37,9 +37,9 @@ def test_what_a_training_would_see(chats):
 
 
 def test_it_reads_well(chats):
-    printed = run("data", chats, "--max-length", 20).stdout
+    printed = run("data", chats, "--max-length", 5).stdout
     for words in ("4 rows, 6 answers to learn from, written as chat.", "Not read: id (3).", "Wrong: 1 row",
-                  "Longer than the 20 tokens that fit", "#", "the tokens that are edited"):  # fmt: skip
+                  "Longer than the 5 tokens that fit", "#", "the tokens that are edited"):  # fmt: skip
         assert words in printed
     assert "line 4: expected messages as" in printed
 
