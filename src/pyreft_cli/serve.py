@@ -56,7 +56,7 @@ def serve(
     settings = Settings(
         adapters=str(adapters.resolve()),
         slots=slots,
-        rank=rank or launch.rank_for(adapters),
+        rank=rank or Catalog(adapters).rank(),
         store=str((store or default_store()).absolute()),
     )
     more = ["--host", host, "--port", str(port), "--served-model-name", name or model or "pocket", *context.args]

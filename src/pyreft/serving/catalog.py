@@ -135,6 +135,16 @@ class Catalog:
         """All names, of adapters that can be served and of those that are refused when they are asked for."""
         return sorted(self._paths())
 
+    def rank(self) -> int:
+        """The rank that all adapters here fit in, at least 8; those that cannot be served do not count."""
+        ranks = [8]
+        for path in self._paths().values():
+            try:
+                ranks.append(read_adapter(path, digest="").rank)
+            except ReftError:
+                continue
+        return max(ranks)
+
     def resolve(self, name: str) -> Adapter:
         """Return the adapter that a name stands for now.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import ReftError, did_you_mean
 from ..catalog import default_store
-from ..served import Adapter
+from ..served import Adapter, check_fits
 
 KEY = "reft"  # of `additional_config`, and of a request's `extra_args`
 STRENGTH = "reft_strength"
@@ -123,16 +123,7 @@ def check_adapter(adapter: Adapter, settings: Settings, shape: dict[str, Any]) -
     Raises:
         ReftError: one of another base model, or of a rank above the slots'.
     """
-    other = [f"{name} {shape[name]!r}" for name in shape if adapter.shape.get(name) != shape[name]]
-    if other:
-        asked = ", ".join(f"{name} {adapter.shape.get(name)!r}" for name in shape)
-        raise ReftError(f"The adapter is for another base model, with {asked}; the engine's has {', '.join(other)}.")
-    if adapter.rank > settings.rank:
-        raise ReftError(
-            f"the adapter needs a rank of {adapter.rank}, the engine's slots have "
-            f"{settings.rank}; start it with --rank {adapter.rank}.",
-            setting="low_rank_dimension",
-        )
+    check_fits(adapter, settings.rank, shape)
 
 
 def digest_of(extra_args: dict[str, Any] | None) -> tuple[str, float] | None:
