@@ -6,11 +6,11 @@ from ...data.encode import context_length
 from ...errors import ReftError
 from ...tuner.injection import base_model_shape
 from ..served import Adapter, check_fits
-from .batch import check_batches
-from .edits import Edits
 from .requests import Request
 from .sampling import Sampling
-from .scheduler import Scheduler
+from .scheduling import Scheduler
+from .side_by_side import check_batches
+from .slotted import Edits
 
 
 class Engine:

@@ -4,7 +4,6 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from ..served import Adapter
 from .sampling import Choice, Sampling
@@ -12,12 +11,13 @@ from .sampling import Choice, Sampling
 _numbers = itertools.count()
 
 
-class Piece(NamedTuple):
+@dataclass(frozen=True)
+class Piece:
     """What has become known of one answer."""
 
     index: int  # of the answer, among those of its request
     text: str  # that is new and certain
-    choice: Choice | None  # the token that was chosen, none at an end without one
+    choice: Choice | None = None  # the token that was chosen; none at an end without one
     finish: str | None = None  # "stop" or "length" at the end, "timeout" or "error" where there is none
     problem: str = ""  # what went wrong, then
 

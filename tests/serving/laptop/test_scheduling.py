@@ -10,7 +10,7 @@ from pyreft.serving.catalog import Catalog, Store
 from pyreft.serving.laptop.engine import Engine
 from pyreft.serving.laptop.requests import Request
 from pyreft.serving.laptop.sampling import Sampling
-from pyreft.serving.laptop.scheduler import QueueFull
+from pyreft.serving.laptop.scheduling import QueueFull
 from served import RULES, save, save_all
 
 QUESTIONS = ["What is a whale?", "Name three animals that live on a farm, please.", "Why?", "What color is the sky?"]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from ...errors import ReftError
-from .batch import Batch
-from .edits import Edits
 from .requests import Piece, Request
 from .sampling import Sampler, told
+from .side_by_side import Batch
+from .slotted import Edits
 from .writing import Writer
 
 _log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ class Scheduler:
                 self._waiting.popleft()
             try:
                 adapter = request.adapter
-                row = adapter and self.edits.take(adapter, len(request.prompt), request.strength)
+                row = None if adapter is None else self.edits.take(adapter, len(request.prompt), request.strength)
             except Exception as error:  # of this request alone, such as a copy that was deleted
                 _fail(request, "error", _said(error))
                 continue

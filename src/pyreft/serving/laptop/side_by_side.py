@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from ...errors import ReftError
 from ..tokens import Row, plan
-from .edits import Edits
+from .slotted import Edits
 
 
 class Batch:
