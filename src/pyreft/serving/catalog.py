@@ -123,7 +123,7 @@ class Catalog:
         if self.directory is not None and not self.directory.is_dir():
             raise ReftError(f"{self.directory}: expected a directory with a folder for each adapter.")
         self.store = Store() if store is None else store
-        self._check = check or (lambda adapter: None)
+        self.check = check or (lambda adapter: None)
         self._seconds = seconds
         self._listed: tuple[float, dict[str, Path]] = (float("-inf"), {})
         self._resolved: dict[str, tuple[Stamp, Adapter | ReftError]] = {}
@@ -223,7 +223,7 @@ class Catalog:
     def _read(self, path: Path) -> Adapter | ReftError:
         try:
             adapter = self.store.add(path)
-            self._check(adapter)
+            self.check(adapter)
             return adapter
         except ReftError as error:
             return error

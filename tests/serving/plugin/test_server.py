@@ -41,7 +41,7 @@ ENGINE = [
 
 
 def command(*words):
-    return [sys.executable, "-m", "pyreft_cli", "serve", *map(str, words)]
+    return [sys.executable, "-m", "pyreft_cli", "serve", "--engine", "vllm", *map(str, words)]
 
 
 @pytest.fixture(scope="module")
