@@ -1,9 +1,11 @@
-"""Tokens a second through vLLM: one batch with many adapters against the base model, in one process.
+"""Tokens a second: one batch with many adapters against the base model, in one process.
 
 A random Llama, requests of equal length, no prefix shared. Every figure is the median ratio of pairs of runs, each of
-the adapters' and the base's in turn, in seconds of the processor. Needs vLLM (see `.ci/vllm`); versions are recorded.
+the adapters' and the base's in turn, in seconds of the processor. Through vLLM (see `.ci/vllm`), or through the engine
+on transformers, which is compared with a batch of `generate`, too; versions are recorded.
 
 python benchmarks/serving.py [--requests 64] [--prompt 112] [--new 32] [--runs 5] [--adapters 1 16 64] [--rules l16 all]
+python benchmarks/serving.py --engine transformers [--requests 16] [--adapters 1 16]
 """
 
 import argparse
@@ -23,6 +25,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pyreft
 from _common import ratio, report
+from pyreft import pocket
 from pyreft.serving.catalog import Catalog
 
 SIZES = {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1408, "num_attention_heads": 8}
@@ -64,13 +67,17 @@ def requests(catalog: Catalog, count: int, prompt: int, new: int, names: list[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("requests", 64), ("prompt", 112), ("new", 32), ("runs", 5)):
+    parser.add_argument("--engine", default="vllm", choices=("vllm", "transformers"))
+    for name, default in (("requests", None), ("prompt", 112), ("new", 32), ("runs", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--adapters", type=int, nargs="+", default=[1, 16, 64])
+    parser.add_argument("--adapters", type=int, nargs="+")
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
     options = parser.parse_args()
+    here = options.engine == "transformers"
+    options.requests = options.requests or (16 if here else 64)
+    options.adapters = options.adapters or ([1, 16] if here else [1, 16, 64])
     with tempfile.TemporaryDirectory() as folder:
-        measure(Path(folder), options)
+        (measure_here if here else measure)(Path(folder), options)
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
@@ -119,6 +126,74 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
                 }
             )
     report("serving", rows)
+
+
+def measure_here(folder: Path, options: argparse.Namespace) -> None:
+    """The engine on transformers; its answers are those of `generate`, which is asked for the base's."""
+    from pyreft.serving.catalog import Store
+    from pyreft.serving.laptop.engine import Engine
+    from pyreft.serving.laptop.requests import Request
+
+    base, root = folder / "base", folder / "adapters"
+    make_base(base)
+    make_adapters(base, root, max(options.adapters))
+    catalog = Catalog(root, Store(folder / "store"))
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    model.generation_config.eos_token_id = None
+    tokenizer = pocket.load()[1]
+    engine = Engine(model, tokenizer, rows=options.requests, rank=8)
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, VOCABULARY, (options.requests, options.prompt), generator=generator)
+    answers: dict[int, list[int]] = {}
+
+    def run(names: list[str | None]) -> float:
+        answers.clear()
+        start = time.process_time()
+        for number, prompt in enumerate(prompts.tolist()):
+            name = names[number % len(names)]
+            adapter = None if name is None else catalog.resolve(name)
+            own = answers[number] = []
+            request = Request(prompt, lambda piece, own=own: own.append(piece.choice.token), adapter, most=options.new)
+            engine.submit(request)
+        while any(engine.scheduler.counts.values()):
+            engine.scheduler.turn()
+        return time.process_time() - start
+
+    def generate() -> tuple[float, list[list[int]]]:
+        start = time.process_time()
+        with torch.no_grad():
+            tokens = model.generate(
+                input_ids=prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=options.new,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return time.process_time() - start, tokens[:, options.prompt :].tolist()
+
+    rows = []
+    for rule in options.rules:
+        for count in options.adapters:
+            names: list[str | None] = [f"{rule.replace('+', '')}-{number}" for number in range(count)]
+            times: tuple[list[float], ...] = ([], [], [])
+            for turn in range(options.runs + 1):
+                found = run(names), run([None])
+                plain, expected = generate()
+                equal = sum(answers[number] == row for number, row in enumerate(expected))
+                if turn:  # the first loads and warms up
+                    for kept, value in zip(times, (*found, plain), strict=True):
+                        kept.append(value)
+            rows.append(
+                {
+                    "rule": rule,
+                    "adapters": count,
+                    "of the base's speed": 1 / ratio(times[:2]),
+                    "of generate's speed": 1 / ratio((times[0], times[2])),
+                    "base's answers equal to generate's": f"{equal} of {options.requests}",
+                    "transformers": version("transformers"),
+                }
+            )
+    report("serving-here", rows)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Adapters of the embedded model with large random edits, for the tests of serving."""
 
+import time
+
 import torch
 
 import pyreft
@@ -32,37 +34,19 @@ class Running:
     """A server in a thread of this process, at a free port, on the embedded model."""
 
     def __init__(self, adapters, store, **options):
-        import socket
-        import threading
-        import time
+        from pyreft.serving.api.listening import Options, make_server, serving
 
-        from pyreft.serving.api.listening import make_server
-
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        defaults = {"model": None, "name": "pocket", "dtype": "auto", "slots": 8, "rank": None, "rows": 16, "queue": 64}
-        defaults |= {"cache": 1.0, "max_prompt": None, "max_tokens": None, "max_body": 1.0, "timeout": 60.0}
-        defaults |= {"api_key": [], "allow_loading": True, "host": "127.0.0.1", "port": port}
-        self.server = make_server({**defaults, "adapters": adapters, "store": store, **options})
-        self.url = f"http://127.0.0.1:{port}"
+        defaults = {"port": 0, "slots": 8, "cache": 1.0, "max_body": 1.0, "timeout": 60.0, "allow_loading": True}
+        self.server = make_server(Options(adapters=adapters, store=store, **defaults | options))
         self.service, self.scheduler = self.server.service, self.server.service.engine.scheduler
-        self.thread = threading.Thread(target=self.server.run)
-        self.thread.start()
-        end = time.monotonic() + 60
-        while not self.server.started and time.monotonic() < end:
-            time.sleep(0.02)
-        assert self.server.started
+        self._within = serving(self.server)
+        self.url = self._within.__enter__()
 
     def stop(self):
-        self.server.should_exit = True
-        self.thread.join(60)
-        assert not self.thread.is_alive()
+        self._within.__exit__(None, None, None)
 
     def idle(self, seconds=20.0):
         """Wait until nothing runs; whether that was so in time."""
-        import time
-
         end = time.monotonic() + seconds
         while any(self.scheduler.counts.values()) and time.monotonic() < end:
             time.sleep(0.01)

@@ -3,6 +3,7 @@
 import os
 import shlex
 import socket
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,22 +81,18 @@ def serve(
 
 def serve_here(options: dict[str, Any], more: list[str]) -> None:
     """Serve from this process, on transformers."""
-    from pyreft import pocket
     from pyreft.errors import ReftError
-    from pyreft.loading import EMBEDDED
 
     if more or options["show"]:
         raise ReftError(f"{more[0] if more else '--print'!r} is for --engine vllm.", setting="engine")
-    if options["adapters"] is None:
-        if options["model"] not in (None, EMBEDDED):
-            raise ReftError("expected a directory whose folders are the adapters.", setting="adapters")
-        options["adapters"] = pocket.adapters()
     check_port(options["host"], options["port"])
     try:
-        from pyreft.serving.api.listening import make_server
+        from pyreft.serving.api.listening import Options, make_server
     except ModuleNotFoundError as error:
         raise ReftError(f"{error.name} is not installed; pip install 'pyreft[serve]' brings it.") from None
-    server = make_server(options)
+    names = [field.name for field in fields(Options)]
+    given = {name: options[name] for name in names} | {"api_key": options["api_key"] or ()}
+    server = make_server(Options(**given))
     tell(options, server.service.catalog.names())
     server.run()
 
@@ -140,9 +137,9 @@ def tell(options: dict[str, Any], names: list[str]) -> None:
         return
     host, port = options["host"], options["port"]
     count = f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
-    console.print(f"Serving {options['name']} and {count} of {options['adapters']} at http://{host}:{port}/v1")
+    console.print(f"Serving {options['name']} and {count} at http://{host}:{port}/v1", markup=False)
     if options["engine"] != "vllm":
-        console.print(f"A page to chat with them: http://{host}:{port}/")
+        console.print(f"A page to chat with them: http://{host}:{port}/", markup=False)
         if host not in ("127.0.0.1", "::1", "localhost") and not options["api_key"]:
             console.print("Whoever reaches this address may ask: there is no --api-key.")
 

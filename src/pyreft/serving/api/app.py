@@ -43,6 +43,7 @@ def make_app(service: Service, keys: Keys, *, body: int = 8 * 2**20, loading: bo
     app.add_exception_handler(ReftError, _tell)
     app.add_exception_handler(RequestValidationError, _tell)
     app.add_exception_handler(HTTPException, _tell)
+    app.add_exception_handler(UnicodeEncodeError, _tell)
     app.add_exception_handler(Exception, _tell)
     app.post("/v1/chat/completions")(chat)
     app.post("/v1/completions")(complete)
@@ -66,6 +67,8 @@ async def _tell(_: Request, error: Exception) -> Response:
         error = _field_fault(error)
     elif isinstance(error, ReftError):
         error = Fault(400, str(error), error.setting)
+    elif isinstance(error, UnicodeEncodeError):
+        error = Fault(400, "A text has half of a character in it (a lone surrogate), which no text may.")
     elif isinstance(error, HTTPException):
         error = Fault(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     elif not isinstance(error, Fault):
@@ -75,7 +78,8 @@ async def _tell(_: Request, error: Exception) -> Response:
 
 def _field_fault(error: RequestValidationError) -> Fault:
     found = error.errors()
-    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
+    telling = [one for kind in ("extra_forbidden", "literal_error") for one in found if one["type"] == kind]
+    first = [*telling, *found][0]
     if first["type"] == "json_invalid":
         return Fault(400, "The body is no valid JSON.")
     path = [str(part)[:80] for part in first["loc"][1:] if isinstance(part, int) or not part[:1].isupper()]
