@@ -40,15 +40,18 @@ def visit(browser, served, **options):
     page.get_by_label("API key").wait_for()
     page.get_by_label("API key").fill("secret")
     page.get_by_label("API key").press("Enter")
-    page.wait_for_function("document.getElementById('left').options.length > 1")
+    page.locator("#left option").nth(1).wait_for(state="attached")
     return page
 
 
-def ask(page, text):
+def ask(page, text, answers=1):
+    """Send a message, and wait for the so-manieth answer of each side."""
     page.get_by_label("Message").fill(text)
     page.keyboard.press("Enter")
-    page.wait_for_function("document.getElementById('send').hidden")
-    page.wait_for_function("!document.getElementById('send').hidden", timeout=30_000)
+    for side in ("left", "right"):
+        told = page.locator(f"#{side}-turns .figures:not(:empty)")
+        playwright.expect(told).to_have_count(answers, timeout=30_000)
+    playwright.expect(page.locator("#send")).to_be_visible(timeout=30_000)
 
 
 def test_an_adapter_answers_beside_the_base(browser, served):
@@ -85,7 +88,7 @@ def test_on_a_phone_in_the_dark_by_keyboard(browser, served):
         page.keyboard.press("Tab")
     assert {"left", "right", "strength", "temperature", "tokens", "key", "clear", "message", "send"} <= set(names)
     ask(page, "What is a cat?")
-    ask(page, "And a dog?")
+    ask(page, "And a dog?", 2)
     assert page.locator("#left-turns .turn").count() == 4
     page.close()
 
