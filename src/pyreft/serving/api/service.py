@@ -107,6 +107,7 @@ class Service:
             Fault: one above the limit.
         """
         if isinstance(prompt, str):
+            prompt.encode()  # half of a character raises here by its name, in a tokenizer otherwise
             with self._encoding:
                 prompt = token_ids(self.engine.tokenizer, prompt)
         self.engine.check_prompt(prompt)
