@@ -31,7 +31,7 @@ ENGINE = [
 
 
 def command(*words):
-    return [sys.executable, "-m", "pyreft_cli", "serve", *map(str, words)]
+    return [sys.executable, "-m", "pyreft_cli", "serve", "--engine", "vllm", *map(str, words)]
 
 
 def free_port():

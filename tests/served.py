@@ -1,5 +1,6 @@
 """Adapters of the embedded model with large random edits, for the tests of serving."""
 
+import time
 from types import SimpleNamespace
 
 import torch
@@ -51,3 +52,26 @@ def engine(settings, *, graphs=False):
         instance_id=object(),
         use_v2_model_runner=False,
     )
+
+
+class Running:
+    """A server in a thread of this process, at a free port, on the embedded model."""
+
+    def __init__(self, adapters, store, **options):
+        from pyreft.serving.api.listening import Options, make_server, serving
+
+        defaults = {"port": 0, "slots": 8, "cache": 1.0, "max_body": 1.0, "timeout": 60.0, "allow_loading": True}
+        self.server = make_server(Options(adapters=adapters, store=store, **defaults | options))
+        self.service, self.scheduler = self.server.service, self.server.service.engine.scheduler
+        self._within = serving(self.server)
+        self.url = self._within.__enter__()
+
+    def stop(self):
+        self._within.__exit__(None, None, None)
+
+    def idle(self, seconds=20.0):
+        """Wait until nothing runs; whether that was so in time."""
+        end = time.monotonic() + seconds
+        while any(self.scheduler.counts.values()) and time.monotonic() < end:
+            time.sleep(0.01)
+        return not any(self.scheduler.counts.values())

@@ -60,13 +60,17 @@ def test_what_is_imported_is_a_dependency_or_comes_with_one(everything):
             for each in names:
                 imported.setdefault(each.split(".")[0], set()).add(file.name)
     foreign = imported.keys() - known - sys.stdlib_module_names
-    assert foreign == {"matplotlib", "lm_eval", "vllm", "fastapi"}
+    assert foreign == {"matplotlib", "lm_eval", "vllm", "fastapi", "uvicorn", "starlette", "prometheus_client"}
     assert imported["matplotlib"] == {"loss_curve.py", "plots.py"}  # losses and inspections come as numbers, too
     assert imported["lm_eval"] == {"harness.py"}
-    serving = {file.name for file in (ROOT / "src" / "pyreft" / "serving" / "vllm").glob("*.py")}
-    assert imported["vllm"] | imported["fastapi"] <= serving  # FastAPI comes with vLLM
-    for extra, package in {"plot": "matplotlib", "eval": "lm-eval", "vllm": "vllm"}.items():
-        assert [name(each) for each in PROJECT["project"]["optional-dependencies"][extra]] == [package]
+    serving = ROOT / "src" / "pyreft" / "serving"
+    rooms = {room: {file.name for file in (serving / room).glob("*.py")} for room in ("vllm", "api")}
+    assert imported["vllm"] <= rooms["vllm"]
+    assert imported["fastapi"] <= rooms["vllm"] | rooms["api"]  # it comes with vLLM, and brings starlette
+    assert imported["uvicorn"] | imported["starlette"] | imported["prometheus_client"] <= rooms["api"]
+    extras = {"plot": ["matplotlib"], "eval": ["lm-eval"], "vllm": ["vllm"]}
+    for extra, packages in {**extras, "serve": ["fastapi", "uvicorn", "prometheus-client"]}.items():
+        assert [name(each) for each in PROJECT["project"]["optional-dependencies"][extra]] == packages
 
 
 @pytest.mark.parametrize(

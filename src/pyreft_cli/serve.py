@@ -3,8 +3,9 @@
 import os
 import shlex
 import socket
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,18 +13,30 @@ from pyreft_cli.console import console, hush
 from pyreft_cli.options import Quiet
 
 Option = typer.Option
+ENGINES = ("transformers", "vllm")
+# what an engine takes that the other does not, with the defaults by which it is seen that nobody asked for it
+OF_TRANSFORMERS = {
+    "dtype": "auto",
+    "api_key": None,
+    "rows": 16,
+    "queue": 64,
+    "cache": 4.0,
+    "max_prompt": None,
+    "max_tokens": None,
+    "max_body": 8.0,
+    "timeout": 600.0,
+}
 
 
 def serve(
     context: typer.Context,
     adapters: Annotated[
-        Path, Option(help="A directory whose folders are the adapters; each is served under its folder's name.")
-    ],
-    model: Annotated[
-        str | None, Option(help="Base model: a hub id or a directory; by default the embedded one.")
+        Path | None,
+        Option(help="A directory whose folders are the adapters, by their names.  [default: the embedded ones]"),
     ] = None,
+    model: Annotated[str | None, Option(help="Base model: a hub id or directory.  [default: the embedded one]")] = None,
     name: Annotated[str | None, Option(help="What clients call the base model.  [default: as in --model]")] = None,
-    engine: Annotated[str, Option(help="What computes: vllm.")] = "vllm",
+    engine: Annotated[str, Option(help="What computes: transformers or vllm.")] = "transformers",
     host: Annotated[str, Option(help="The address to listen at.")] = "127.0.0.1",
     port: Annotated[int, Option(help="The port to listen at.", min=1, max=65535)] = 8000,
     slots: Annotated[int, Option(help="Adapters on the device at once; more wait their turn.", min=1)] = 64,
@@ -37,52 +50,108 @@ def serve(
         bool, Option("--allow-loading", help="Let clients load and unload adapters by path: for trusted clients alone.")
     ] = False,
     show: Annotated[bool, Option("--print", help="Print the command of vLLM instead of running it.")] = False,
+    dtype: Annotated[str, Option(help="float32, bfloat16, float16; auto is float32 on a CPU.")] = "auto",
+    api_key: Annotated[
+        list[str] | None,
+        Option(help="KEY for all models or KEY=NAME,NAME for these; may be repeated.", envvar="PYREFT_API_KEY"),
+    ] = None,
+    rows: Annotated[int, Option(help="Answers that grow at once.", min=1)] = 16,
+    queue: Annotated[int, Option(help="Requests that may wait.", min=1)] = 64,
+    cache: Annotated[float, Option(help="Memory for keys and values, in GiB.", min=0.001)] = 4.0,
+    max_prompt: Annotated[int | None, Option(help="The most tokens of a prompt.", min=1)] = None,
+    max_tokens: Annotated[int | None, Option(help="The most tokens of an answer.", min=1)] = None,
+    max_body: Annotated[float, Option(help="The most of a request's body, in MiB.", min=0.001)] = 8.0,
+    timeout: Annotated[float, Option(help="Seconds that a request may take.", min=0.1)] = 600.0,
     quiet: Quiet = False,
 ) -> None:
-    """Serve a base model and its adapters over the OpenAI API: "model" in a request names the adapter.
+    """Serve a base model and its adapters over the OpenAI API, and a page: "model" in a request names the adapter.
 
-    What stands after -- goes to vLLM's server, as in: pyreft serve --adapters DIR -- --max-model-len 4096.
+    With --engine vllm, what stands after -- goes to vLLM's server, as in: -- --max-model-len 4096.
     """
+    from pyreft.errors import ReftError, did_you_mean
+
+    options: dict[str, Any] = dict(context.params)
+    if engine not in ENGINES:
+        expected = " or ".join(ENGINES)
+        raise ReftError(f"expected {expected}, got {engine!r}.{did_you_mean(engine, ENGINES)}", setting="engine")
     hush()
+    options["name"] = name or model or "pocket"
+    (serve_with_vllm if engine == "vllm" else serve_here)(options, context.args)
+
+
+def serve_here(options: dict[str, Any], more: list[str]) -> None:
+    """Serve from this process, on transformers."""
+    from pyreft.errors import ReftError
+
+    if more or options["show"]:
+        raise ReftError(f"{more[0] if more else '--print'!r} is for --engine vllm.", setting="engine")
+    check_port(options["host"], options["port"])
+    try:
+        from pyreft.serving.api.listening import Options, make_server
+    except ModuleNotFoundError as error:
+        raise ReftError(f"{error.name} is not installed; pip install 'pyreft[serve]' brings it.") from None
+    names = [field.name for field in fields(Options)]
+    given = {name: options[name] for name in names} | {"api_key": options["api_key"] or ()}
+    server = make_server(Options(**given))
+    tell(options, server.service.catalog.names())
+    server.run()
+
+
+def serve_with_vllm(options: dict[str, Any], more: list[str]) -> None:
+    """Become vLLM's server."""
     from pyreft.errors import ReftError
     from pyreft.serving.catalog import Catalog, default_store
     from pyreft.serving.vllm import launch
     from pyreft.serving.vllm.flags import Settings
 
-    if engine != "vllm":
-        raise ReftError(f"expected vllm, got {engine!r}.", setting="engine")
+    asked = [option for option, default in OF_TRANSFORMERS.items() if options[option] != default]
+    if asked:
+        raise ReftError("is for --engine transformers; vLLM has options of its own, behind --.", setting=asked[0])
+    adapters, model = options["adapters"], options["model"]
+    if adapters is None:
+        raise ReftError("expected a directory whose folders are the adapters.", setting="adapters")
     launch.check_installed()
-    found = Catalog(adapters).names()
+    catalog = Catalog(adapters)
     settings = Settings(
         adapters=str(adapters.resolve()),
-        slots=slots,
-        rank=rank or launch.rank_for(adapters),
-        store=str((store or default_store()).absolute()),
+        slots=options["slots"],
+        rank=options["rank"] or catalog.rank(),
+        store=str((options["store"] or default_store()).absolute()),
     )
-    more = ["--host", host, "--port", str(port), "--served-model-name", name or model or "pocket", *context.args]
-    command = [launch.base_path(model), *launch.vllm_arguments(settings, launch.architecture_of(model), more)]
-    variables = launch.environment(settings) | ({"PYREFT_ALLOW_LOADING": "1"} if allow_loading else {})
-    if show:
+    words = ["--host", options["host"], "--port", str(options["port"]), "--served-model-name", options["name"], *more]
+    command = [launch.base_path(model), *launch.vllm_arguments(settings, launch.architecture_of(model), words)]
+    variables = launch.environment(settings) | ({"PYREFT_ALLOW_LOADING": "1"} if options["allow_loading"] else {})
+    if options["show"]:
         words = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
         print(" ".join([*words, "vllm serve", *map(shlex.quote, command)]))
         return
-    check_port(host, port)
-    if not quiet:
-        count = f"{len(found)} adapter{'' if len(found) == 1 else 's'}"
-        console.print(f"Serving {name or model or 'pocket'} and {count} of {adapters} at http://{host}:{port}/v1")
+    check_port(options["host"], options["port"])
+    tell(options, catalog.names())
     program = launch.server_command()
     os.execve(program[0], [*program, *command], {**os.environ, **variables})
+
+
+def tell(options: dict[str, Any], names: list[str]) -> None:
+    """Say what is served where."""
+    if options["quiet"]:
+        return
+    host, port = options["host"], options["port"]
+    count = f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
+    console.print(f"Serving {options['name']} and {count} at http://{host}:{port}/v1", markup=False)
+    if options["engine"] != "vllm":
+        console.print(f"A page to chat with them: http://{host}:{port}/", markup=False)
+        if host not in ("127.0.0.1", "::1", "localhost") and not options["api_key"]:
+            console.print("Whoever reaches this address may ask: there is no --api-key.")
 
 
 def check_port(host: str, port: int) -> None:
     """Refuse a port at which another program listens, before a model is loaded."""
     from pyreft.errors import ReftError
 
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-        except OSError as error:
-            raise ReftError(
-                f"cannot listen at {host}:{port} ({error.strerror}); choose another.", setting="port"
-            ) from None
+    except OSError as error:
+        raise ReftError(f"cannot listen at {host}:{port} ({error.strerror}); choose another.", setting="port") from None

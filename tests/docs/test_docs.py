@@ -32,6 +32,12 @@ def check_concepts(names):
     assert shown == f"{names['located'].int()}\n"
 
 
+def check_server(names):
+    assert names["models"] == ["pocket", "emoji"]
+    assert pocket.emojis_only(names["adapted"])
+    assert not pocket.emojis_only(names["base"])
+
+
 def check_ecosystem(names):
     assert len(names["outputs"]) == len(names["prompts"])
     assert names["lm"].batch_size == 8
@@ -42,6 +48,7 @@ CHECKS = {
     "concepts.md": check_concepts,
     "ecosystem.md": check_ecosystem,
     "from-pyreft.md": check_migration,
+    "server.md": check_server,
     "steering.md": check_steering,
 }
 
@@ -54,6 +61,7 @@ def test_snippets_run_in_order(page, tmp_path, monkeypatch):
     if page.name == "serving.md":
         pytest.importorskip("vllm", reason="the page serves with vLLM, which is not installed here")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYREFT_STORE", str(tmp_path / "store"))
     CHECKS.get(page.name, lambda names: None)(run_snippets(page))
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["PROMPT_TEMPLATE", "emoji_pairs", "emoji_questions", "emojis_only", "has_emojis", "load", "path"]
+__all__ = ["PROMPT_TEMPLATE", "adapters", "emoji_pairs", "emoji_questions", "emojis_only", "has_emojis", "load", "path"]
 
 _HERE = Path(__file__).parent
 
@@ -28,6 +28,11 @@ PROMPT_TEMPLATE = "<|user|>%s</s><|assistant|>"
 def path() -> str:
     """The directory of the model and its tokenizer, for ``from_pretrained``."""
     return str(_HERE / "model")
+
+
+def adapters() -> Path:
+    """The directory of adapters that were trained on it: `emoji` is what `pyreft demo` trains."""
+    return _HERE / "adapters"
 
 
 def load(*, dtype: "torch.dtype | None" = None) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -48,6 +48,10 @@ class Slots:
         if self._users[adapter] <= 0:
             del self._users[adapter]
 
+    def has_room(self, adapter: Hashable) -> bool:
+        """Whether `take` finds a slot for one more request with this adapter."""
+        return adapter in self.of or len(self._users) < self.count
+
     def in_use(self, adapter: Hashable) -> bool:
         """Whether a request has this adapter."""
         return adapter in self._users

@@ -142,7 +142,7 @@ class Catalog:
         if self.directory is not None and not self.directory.is_dir():
             raise ReftError(f"{self.directory}: expected a directory with a folder for each adapter.")
         self.store = Store() if store is None else store
-        self._check = check or (lambda adapter: None)
+        self.check = check or (lambda adapter: None)
         self._seconds = seconds
         self._listed: tuple[float, dict[str, Path]] = (float("-inf"), {})
         self._resolved: dict[str, tuple[Stamp, Adapter | ReftError]] = {}
@@ -153,6 +153,16 @@ class Catalog:
     def names(self) -> list[str]:
         """All names, of adapters that can be served and of those that are refused when they are asked for."""
         return sorted(self._paths())
+
+    def rank(self) -> int:
+        """The rank that all adapters here fit in, at least 8; those that cannot be served do not count."""
+        ranks = [8]
+        for path in self._paths().values():
+            try:
+                ranks.append(read_adapter(path, digest="").rank)
+            except ReftError:
+                continue
+        return max(ranks)
 
     def resolve(self, name: str) -> Adapter:
         """Return the adapter that a name stands for now.
@@ -234,7 +244,7 @@ class Catalog:
     def _read(self, path: Path) -> Adapter | ReftError:
         try:
             adapter = self.store.add(path)
-            self._check(adapter)
+            self.check(adapter)
             return adapter
         except ReftError as error:
             return error

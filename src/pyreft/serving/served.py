@@ -147,6 +147,28 @@ def read_adapter(directory: str | os.PathLike, digest: str | None = None) -> Ada
     return Adapter(digest, path, tuple(rules), same(pattern), max(part.rank for part in parts), shape, tuple(parts))
 
 
+def check_fits(adapter: Adapter, rank: int, shape: dict[str, Any]) -> None:
+    """Refuse an adapter that does not fit an engine.
+
+    Args:
+        rank: of the engine's slots.
+        shape: type and sizes of its base model.
+
+    Raises:
+        ReftError: one of another base model, or of a rank above the slots'.
+    """
+    other = [f"{name} {shape[name]!r}" for name in shape if adapter.shape.get(name) != shape[name]]
+    if other:
+        asked = ", ".join(f"{name} {adapter.shape.get(name)!r}" for name in shape)
+        raise ReftError(f"The adapter is for another base model, with {asked}; the engine's has {', '.join(other)}.")
+    if adapter.rank > rank:
+        raise ReftError(
+            f"the adapter needs a rank of {adapter.rank}, the engine's slots have "
+            f"{rank}; start it with --rank {adapter.rank}.",
+            setting="low_rank_dimension",
+        )
+
+
 def _check_entry(path: Path, entry: Any, layers: int) -> tuple[int, Positions]:
     """The layer and the rule of a representation, if it can be served."""
     if entry.reads_input:

@@ -6,7 +6,7 @@ from typing import Any
 
 from ...errors import ReftError, did_you_mean
 from ..catalog import default_store
-from ..served import Adapter
+from ..served import Adapter, check_fits
 
 KEY = "reft"  # of `additional_config`, and of a request's `extra_args`
 STRENGTH = "reft_strength"
@@ -128,17 +128,7 @@ def check_adapter(adapter: Adapter, vllm_config: Any) -> None:
     Raises:
         ReftError: one of another base model, of a rank above the slots', or one that a CUDA graph cannot replay.
     """
-    shape, rank = shape_of(vllm_config), Settings.of(vllm_config).rank
-    other = [f"{name} {shape[name]!r}" for name in shape if adapter.shape.get(name) != shape[name]]
-    if other:
-        asked = ", ".join(f"{name} {adapter.shape.get(name)!r}" for name in shape)
-        raise ReftError(f"The adapter is for another base model, with {asked}; the engine's has {', '.join(other)}.")
-    if adapter.rank > rank:
-        raise ReftError(
-            f"the adapter needs a rank of {adapter.rank}, the engine's slots have {rank}; start it with "
-            f"--rank {adapter.rank}.",
-            setting="low_rank_dimension",
-        )
+    check_fits(adapter, Settings.of(vllm_config).rank, shape_of(vllm_config))
     if replays(vllm_config) and adapter.beyond_low_rank:
         raise ReftError(
             f"{adapter.beyond_low_rank} cannot be replayed in CUDA graphs; start the engine with "

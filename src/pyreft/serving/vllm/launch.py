@@ -5,15 +5,12 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from ... import pocket
 from ...errors import ReftError
 from ...loading import EMBEDDED, check_language_model, read_model_config
-from ..catalog import Catalog
-from ..served import read_adapter
 from .flags import Settings, flags
 from .private import OLDEST, TOO_NEW, check_vllm
 
@@ -87,14 +84,3 @@ def architecture_of(name: str | None) -> str:
 
     names = getattr(read_model_config(name), "architectures", None) or [""]
     return names[0] if names[0] in ModelRegistry.models else "TransformersForCausalLM"
-
-
-def rank_for(directory: Path) -> int:
-    """The rank that all adapters of a directory fit in, at least 8; those that cannot be served do not count."""
-    ranks = [8]
-    for path in Catalog(directory).names():
-        try:
-            ranks.append(read_adapter(directory / path, digest="").rank)
-        except ReftError:
-            continue
-    return max(ranks)

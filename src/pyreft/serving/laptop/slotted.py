@@ -1,0 +1,103 @@
+"""The adapters that are in slots of a model, and the edit of its states behind each block.
+
+Which tokens a step edits comes with the step, which the thread that computes it holds; nothing of it is kept on the
+model. Knows nothing of names, batches or requests.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ...places.structure import find_blocks, hidden_width
+from ..bank import Bank, Slots
+from ..served import Adapter
+from ..tokens import Place, Row, Step
+
+_running: ContextVar[tuple[Any, Step | None]] = ContextVar("running", default=(None, None))
+
+
+class Edits:
+    """Slots for adapters, and hooks on the blocks of a model that edit the tokens of the step that runs.
+
+    Args:
+        model: a causal language model; its blocks get hooks, and stay as they are.
+        slots: how many adapters are in memory at once.
+        rank: the greatest number of coordinates of an adapter's edit, see `affine.rank_of`.
+    """
+
+    def __init__(self, model: nn.Module, *, slots: int, rank: int) -> None:
+        self.slots = Slots(slots)
+        self.device = next(model.parameters()).device
+        self.bank = Bank(slots=slots, rank=rank, width=hidden_width(model), device=self.device)
+        self.loads = 0  # how often an adapter was put into a slot
+        self._here: dict[int, list[Place]] = {}  # the edited places behind each block
+        blocks = find_blocks(model)[1]
+        blocks[0].register_forward_pre_hook(self._edit_input, with_kwargs=True)
+        for number, block in enumerate(blocks):
+            block.register_forward_hook(partial(self._edit_output, number))
+
+    def take(self, adapter: Adapter, prompt: int, strength: float) -> Row:
+        """Return the row of one more request with an adapter, which is in a slot until `release`.
+
+        Args:
+            prompt: how many tokens the request's prompt has.
+
+        Raises:
+            ReftError: no slot is free (see `Slots.has_room`), or the adapter does not fit.
+        """
+        slot = self.slots.take(adapter.digest, partial(self._load, adapter))
+        return adapter.row(slot, prompt, strength)
+
+    def release(self, adapter: Adapter) -> None:
+        """A request with this adapter has left."""
+        self.slots.release(adapter.digest)
+
+    @contextmanager
+    def during(self, step: Step | None) -> Iterator[None]:
+        """Edit what this thread computes within it."""
+        token = _running.set((self, step))
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+    def _step(self) -> Step | None:
+        edits, step = _running.get()
+        return step if edits is self else None
+
+    def _load(self, adapter: Adapter, slot: int) -> None:
+        self.bank.write(slot, adapter.edits())
+        self.loads += 1
+        self._here = {}
+        for place in self.bank.places:
+            self._here.setdefault(place.layer, []).append(place)
+
+    def _edit_output(self, layer: int, block: nn.Module, args: tuple, output: Any) -> Any:
+        if (step := self._step()) is None:
+            return None
+        if isinstance(output, Tensor):
+            return self._edit(layer, step, output)
+        return type(output)((self._edit(layer, step, output[0]), *output[1:]))
+
+    def _edit_input(self, block: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if (step := self._step()) is None:
+            return None
+        if args:
+            return (self._edit(-1, step, args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": self._edit(-1, step, kwargs["hidden_states"])}
+
+    def _edit(self, layer: int, step: Step, states: Tensor) -> Tensor:
+        """Return the states `[rows, tokens, d]` behind a block with the step's tokens edited."""
+        h = states.flatten(0, 1)
+        for place in self._here.get(layer, ()):
+            for tile in step.tiles(place, h.device):
+                old = h[tile.at]
+                new, at = (old.float() + self.bank.delta(place, tile, old)).to(h.dtype), tile.at
+                if tile.valid is not None:
+                    new, at = new[tile.valid], at[tile.valid]
+                h = h.index_copy(0, at.flatten(), new.flatten(0, -2))
+        return h.view_as(states)

@@ -1,0 +1,82 @@
+"""`pyreft serve`: what it refuses at the start, and how it ends."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+from typer.testing import CliRunner
+
+from pyreft.errors import ReftError
+from pyreft_cli.app import app
+
+
+def refused(*words):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = CliRunner().invoke(app, ["serve", "--port", str(port), *map(str, words)])
+    assert isinstance(done.exception, ReftError), done.output
+    return str(done.exception)
+
+
+def test_what_cannot_work_is_told_at_once(tmp_path):
+    pytest.importorskip("fastapi")
+    assert refused("--engine", "tgi").startswith("engine: expected transformers or vllm, got 'tgi'.")
+    assert refused("--adapters", tmp_path / "none").endswith(
+        "none: expected a directory with a folder for each adapter."
+    )
+    assert refused("--model", "some/model") == "adapters: expected a directory whose folders are the adapters."
+    assert refused("--", "--max-model-len", "9") == "engine: '--max-model-len' is for --engine vllm."
+    assert refused("--engine", "vllm", "--rows", "3").startswith("rows: is for --engine transformers")
+    assert refused("--api-key", "a=").startswith("api_key: a key names no model")
+    assert refused("--dtype", "float8").startswith("dtype: expected ")
+    assert refused("--host", "192.0.2.1").startswith("port: cannot listen at 192.0.2.1:")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert refused("--port", port).startswith(f"port: cannot listen at 127.0.0.1:{port} (Address already in use)")
+
+
+def test_an_adapter_may_not_have_the_base_s_name(tmp_path):
+    pytest.importorskip("fastapi")
+    from served import save
+
+    save(tmp_path / "pocket")
+    message = refused("--adapters", tmp_path, "--store", tmp_path / "store")
+    assert message == "name: an adapter has the base model's name 'pocket'; give another --name."
+
+
+@pytest.mark.slow
+def test_it_ends_when_what_runs_has_ended(tmp_path):
+    pytest.importorskip("fastapi")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    words = [sys.executable, "-m", "pyreft_cli", "serve", "--port", str(port), "--store", str(tmp_path)]
+    process = subprocess.Popen(words, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    end = time.monotonic() + 120
+    while time.monotonic() < end:
+        try:
+            urllib.request.urlopen(f"{url}/health", timeout=5)
+            break
+        except OSError:
+            assert process.poll() is None
+            time.sleep(0.3)
+    body = {"model": "emoji", "prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    asked = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        answer.readline()
+        process.send_signal(signal.SIGTERM)
+        assert answer.read().decode().rstrip().endswith("data: [DONE]")
+    assert process.wait(30) in (0, -signal.SIGTERM)
+    assert process.stdout.read().startswith(f"Serving pocket and 1 adapter at {url}/v1\n")
