@@ -104,7 +104,7 @@ def serve_with_vllm(options: dict[str, Any], more: list[str]) -> None:
     from pyreft.serving.vllm import launch
     from pyreft.serving.vllm.flags import Settings
 
-    asked = [option for option, default in OF_TRANSFORMERS.items() if options[option] != default]
+    asked = [option for option, default in OF_TRANSFORMERS.items() if (options[option] or None) != default]
     if asked:
         raise ReftError("is for --engine transformers; vLLM has options of its own, behind --.", setting=asked[0])
     adapters, model = options["adapters"], options["model"]

@@ -58,7 +58,7 @@ def served(tmp_path_factory):
     optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
     for _ in range(150):
         loss = sum(adapted(input_ids=ids, labels=labels).loss for ids, labels in rows)
-        if float(loss) < 0.02:
+        if float(loss.detach()) < 0.02:
             break
         optimizer.zero_grad()
         loss.backward()
