@@ -77,8 +77,8 @@ def over(directory):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"component": 5}, "component: expected text, got 5"),
-        ({"component": None}, "component: expected text, got None"),
+        ({"component": 5}, "component: expected text or a list or tuple, got 5"),
+        ({"component": [5]}, "component: expected a name, a list of names, or text"),
         ({"dropout": "x"}, "dropout: expected a number, got 'x'"),
         ({"dropout": [0]}, r"dropout: expected a number, got \[0\]"),
         ({"dropout": 1.5}, "dropout: expected a share from 0 to 1, got 1.5"),
