@@ -55,8 +55,7 @@ class Rollouts:
         check_adapter(adapter, self._config)
         old, self._digest = self._digest, adapter.digest
         if old not in (None, adapter.digest):
-            self.engine.collective_rpc("reft_drop", args=(old,))
-            self._store.discard(str(old))
+            self._store.discard(str(old))  # its slot goes to whoever needs one
         return adapter.digest
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from pyreft.errors import ReftError
 from pyreft.serving.catalog import Store
 from pyreft.serving.rollouts import Rollouts
 from pyreft.serving.vllm.flags import Settings, flags
-from pyreft.serving.vllm.state import ReftState
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -101,13 +100,11 @@ def test_samples_are_the_policys(engine, tmp_path, temperature):
                     parameter.add_(0.2 * torch.randn_like(parameter))
         made = rollouts(PROMPTS[:6] * 2, trainer)
         assert made["prompt_ids"] == trainer.processing_class(text=PROMPTS[:6] * 2)["input_ids"]
-        assert made["completion_ids"][:6] != made["completion_ids"][6:]  # samples
         for prompt, answer, found in zip(*made.values(), strict=True):
             expected = logprobs_of(model, prompt, answer, temperature)
             torch.testing.assert_close(torch.tensor(found), expected, atol=1e-3, rtol=0)
     # the copy of the weights before is gone
     assert len(list(Store(Settings.of(engine.llm_engine.vllm_config).store).root.iterdir())) == 1
-    assert len(ReftState.of(engine.llm_engine.vllm_config).slots.of) == 1
 
 
 def test_rewards_rise(engine, tmp_path):

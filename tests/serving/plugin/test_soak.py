@@ -139,7 +139,7 @@ class Load:
 
     def unknown(self, http, chance):
         _, _, body = self.body(chance)
-        body["model"] = chance.choice(["../tenant-0", "/etc/passwd", "TENANT-0", "鲸", "tenant-0/", "", "a" * 5000])
+        body["model"] = chance.choice(["../tenant-0", "/etc/passwd", "TENANT-0", "鲸", "tenant-0/", "a" * 5000])
         assert http.post("/v1/chat/completions", json=body).status_code == 404
 
 

