@@ -27,7 +27,7 @@ from .places.structure import without_adapters
 from .positions import Positions
 from .tuner.call import Surroundings, within
 from .tuner.config import ReftConfig
-from .tuner.edits import Edits
+from .tuner.edits import Edits, check_strength
 from .tuner.injection import detach
 from .tuner.tuner import tuner_of
 
@@ -111,7 +111,7 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         not saved.
         """
         self._edits.check_names([adapter_name], "adapter_name", base=False)
-        self._edits.strengths[adapter_name] = float(strength)
+        self._edits.strengths[adapter_name] = check_strength(strength)
 
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Save the adapters in PEFT's layout, all of them or none; see `pyreft.files`.

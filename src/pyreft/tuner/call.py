@@ -66,12 +66,16 @@ class Call:
         self.active = list(dict.fromkeys(name for names in enabled for name in names))  # as they are summed
         self._strengths = strengths
         self.entered: list[int] = []  # the entries whose forward runs, from the outermost
+        self.left: list[tuple[int, str | None]] = []  # those whose forward ran within the one that runs
+        self.gone = edits.count_gone()  # how many adapters had been deleted when it began
         self.readings: dict[str, Reading | None] = {}  # by stack; none: only the states say how many tokens there are
         self.rotations: dict[Any, Tensor] = {}  # R of the layers that need it, `[r, d]`
         self.rotated: set[Key] = set()  # the representations for which R has been computed
         self.stacked: dict[tuple, Any] = {}  # interventions that rows with adapters of their own share
         self.located: Located | None = None  # of the whole prompt, in a generation; of every forward, while `serving`
         self.serving = self.generating = False
+        # whether the inputs of its steps are prepared, so that a step is told from another call; and those of the next
+        self.prepares = self.prepared = False
         self.prompt: Tensor | None = None  # of a generation: its ids or embeddings
         self.cache: Any = None  # of its last step
         self.steps = self.passed = 0  # of a generation: how many steps it has made, over how many tokens
@@ -126,9 +130,13 @@ def innermost(edits: Any) -> Surroundings | Call | None:
 @contextmanager
 def within(*frames: Surroundings | Call) -> Iterator[None]:
     """Run something in a call, or in what surrounds calls; whatever it leaves running is gone in the end."""
-    count = len(running.frames)
-    running.frames.extend(frames)
+    stack = running.frames
+    count = len(stack)
+    stack.extend(frames)
     try:
         yield
     finally:
-        del running.frames[count:]
+        if stack[count : count + len(frames)] == list(frames):
+            stack[count:] = [one for one in stack[count + len(frames) :] if isinstance(one, Surroundings)]
+        else:  # one that began before has ended before, as asyncio's tasks may
+            stack[:] = [one for one in stack if one not in frames]

@@ -5,6 +5,7 @@ active at that moment, so that a change of adapters or strengths applies to call
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,21 @@ from .threads import Steps
 _keys = itertools.count()
 
 BASE = "__base__"  # the name of no adapter, as in PEFT
+
+
+def check_strength(strength: Any) -> float:
+    """Return a strength as a number.
+
+    Raises:
+        ReftError: it is none, or not finite.
+    """
+    try:
+        number = float(strength)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ReftError(f"expected a finite number, got {strength!r}.", setting=STRENGTH)
+    return number
 
 
 class Edits:
@@ -41,6 +57,7 @@ class Edits:
         self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
         self.causal = hasattr(model, "can_generate") and model.can_generate()
         self.removed = False
+        self._gone: list[str] = []  # the names of adapters that were deleted
         self.wrapped = False  # whether a PEFT model holds the edits; if not, the model itself does
         self.steps = Steps()
         self.key = next(_keys)  # by which caches know this one's tokens
@@ -63,15 +80,23 @@ class Edits:
                 )
 
     def check_given(self, given: dict[str, Any]) -> None:
-        """Refuse a strength for an adapter that the model does not have."""
-        if isinstance(given.get(STRENGTH), dict):
-            self.check_names(given[STRENGTH], STRENGTH)
+        """Refuse a strength that is no finite number, or for an adapter that the model does not have."""
+        strength = given.get(STRENGTH)
+        if isinstance(strength, dict):
+            self.check_names(strength, STRENGTH)
+        for one in strength.values() if isinstance(strength, dict) else [] if strength is None else [strength]:
+            check_strength(one)
 
     def forget(self, name: str, others: Iterable[str], heads: Sequence[AuxiliaryTrainingWrapper]) -> list[str]:
         """Let go of an adapter; return those that are active then (see `delete_edits`)."""
+        self._gone.append(name)
         for known in (self.rules, self.places, self.kinds, self.strengths):
             known.pop(name, None)
         return delete_edits(name, others, self.layers, heads)
+
+    def count_gone(self) -> int:
+        """How many adapters have been deleted."""
+        return len(self._gone)
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
@@ -92,6 +117,17 @@ class Edits:
             names = [name for name in dict.fromkeys(row_adapters) if name != BASE] if on else []
             enabled = [names for _ in self.layers]
         return Call(self, given, enabled, row_adapters, dict(self.strengths))
+
+    def check_running(self, call: Call) -> None:
+        """Refuse to go on with a call whose adapters have been taken away since it began.
+
+        Raises:
+            ReftError: one of them was deleted, or all edits were taken off the model.
+        """
+        gone = [name for name in self._gone[call.gone :] if name in call.active]
+        if gone or (self.removed and call.active):
+            what = f"The adapter {gone[0]!r} was deleted" if gone else "The edits were taken off the model"
+            raise ReftError(f"{what} while a call with it ran, which cannot be ended as it began. Wait for its end.")
 
     @contextmanager
     def serving(self, located: Located, given: dict[str, Any] | None = None) -> Iterator[None]:

@@ -4,6 +4,7 @@ A forward is a call by itself, or a step of the generation that runs. At the mod
 the located tokens are found, and of these the ones that lie in what the forward computes.
 """
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from .call import GIVEN, LENGTHS, LOCATIONS, STRENGTH, Call, Reading, innermost,
 from .continuous import Batches
 from .edits import Edits
 from .located import Located
-from .packed import find_packed, tell_of_cache
+from .packed import find_packed, tell_of_cache, tokens_of
 from .recompute import bind, recomputes, unbind
 from .resolve import resolve
 
@@ -80,21 +81,22 @@ class Entry:
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Enter a call: the one that runs, if this forward is a part of it, or a new one."""
         given, frame = take_given(kwargs), self._frame()
-        if isinstance(frame, Call) and self._is_part(frame, module, args, kwargs):
+        named = _named(module, args, kwargs) if len(args) > 1 else kwargs
+        if isinstance(frame, Call) and self._is_part(frame, module, args, named):
             call = frame
             call.given |= given
         else:
-            if kwargs.get("labels") is not None:
-                given["labels"] = kwargs["labels"]
-            call = self.batches.begin() if _serves_requests(kwargs) else self.edits.begin(given)
+            if named.get("labels") is not None:
+                given["labels"] = named["labels"]
+            call = self.batches.begin() if _serves_requests(named) else self.edits.begin(given)
             call.height, call.is_forward = len(running.frames), True
             running.frames.append(call)
         outermost = not call.entered
         call.entered.append(self.depth)  # from here on `after` leaves again, whatever happens
         if outermost:
-            self._begin_forward(call, module, kwargs)
+            self._begin_forward(call, module, named)
         if call.active and self.stack is not None and (outermost or self.stack):
-            self._read(call, self.stack, module, args, kwargs)
+            self._read(call, self.stack, module, args, named)
         return args, kwargs
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
@@ -103,16 +105,20 @@ class Entry:
         if not isinstance(call, Call) or not call.entered or call.entered[-1] != self.depth:
             return
         call.entered.pop()
+        call.left.append((self.depth, self.stack))
         if self.stack is not None and (reading := call.readings.get(self.stack)) is not None:
             self._remember(call, reading, output)
         if call.entered:
             return
+        call.left.clear()
         if call.is_forward:
             del running.frames[call.height :]
             if call.trains:
                 self.edits.steps.watch(output)
         else:
             call.readings.clear()
+        if output is not None:  # as where it raised
+            self.edits.check_running(call)
 
     def _frame(self) -> Any:
         """What runs of the model in this thread: mostly the last that began, without asking further."""
@@ -121,14 +127,16 @@ class Entry:
 
     def _is_part(self, call: Call, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         """Whether a forward belongs to the call that runs: as a part of its forward, or as its next step."""
-        if call.entered:
-            return self.depth > call.entered[-1]
+        if call.entered:  # a backbone that a hook asks once more is none
+            return self.depth > call.entered[-1] and (self.depth, self.stack) not in call.left
         if call.serving:
             return True
         if not call.generating:
             return False
         if not call.steps:
             return True
+        if call.prepares:
+            return call.prepared
         cache = _cache(kwargs)
         if cache is None and call.cache is None:  # each step computes all tokens again
             return self.stack != "encoder" and _prolongs(_inputs(module, args, kwargs), call.prompt)
@@ -137,9 +145,11 @@ class Entry:
     def _begin_forward(self, call: Call, module: nn.Module, kwargs: dict) -> None:
         if STRENGTH in call.given:
             self.edits.check_given(call.given)
+        self.edits.check_running(call)
         if call.generating:
             if self.stack != "encoder":
                 call.steps += 1
+                call.prepared = False
             call.cache = _cache(kwargs)
         elif call.active and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             replica = getattr(module, "_is_replica", False)  # of DataParallel, whose gradients are added up on purpose
@@ -175,9 +185,8 @@ class Entry:
         if past and known and known.located and (call.generating or not call.given.keys() & {LOCATIONS, LENGTHS}):
             return known.located
         rows, end = inputs.shape[0], past + inputs.shape[1]
-        mask, labels = kwargs.get("attention_mask"), call.given.get("labels")
-        if not (isinstance(mask, Tensor) and mask.shape == (rows, end)):
-            mask = inputs.new_ones((rows, end), dtype=torch.bool)
+        labels = call.given.get("labels")
+        mask = tokens_of(kwargs.get("attention_mask"), inputs, rows, end)
         takes_labels = self.edits.causal and stack != "encoder"
         if not (takes_labels and isinstance(labels, Tensor) and labels.shape == (rows, end)):
             labels = None  # none, or not those of a language model
@@ -187,7 +196,7 @@ class Entry:
         packed = None if past or call.generating else find_packed(inputs, kwargs)
         if packed is not None:
             tell_of_cache(kwargs, getattr(self.edits.model, "config", None))
-        return resolve(self.edits, call, stack, mask.bool(), labels, ids, packed)
+        return resolve(self.edits, call, stack, mask, labels, ids, packed)
 
     def _past(self, call: Call, cache: Any) -> int:
         """How many tokens have passed before a forward."""
@@ -267,6 +276,12 @@ def _inputs(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
         if isinstance(value, Tensor):
             return value[:, None] if value.dim() == 2 and value.is_floating_point() else value
     return None
+
+
+def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call by their names, those that were given by their places, too."""
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def _prolongs(inputs: Tensor | None, prompt: Tensor | None) -> bool:

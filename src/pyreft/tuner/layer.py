@@ -154,6 +154,8 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
 
     def _edited(self, h: Tensor, x: Tensor | None, name: str, call: Call, reading: Reading) -> Tensor:
         """Apply the interventions of an adapter, or those of the adapters of a group of rows, one after the other."""
+        if name not in self:
+            call.edits.check_running(call)
         adapters = reading.adapters[name]
         strength: float | Tensor = reading.strengths[name][0]
         if len(set(reading.strengths[name])) > 1:

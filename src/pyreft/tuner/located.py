@@ -87,6 +87,8 @@ class Located:
         Rows that beams or several answers to a prompt have multiplied share the locations of their prompt.
         """
         found: dict[Key, Tokens] = {}
+        if not rows:
+            return found
         seen: dict[tuple[int, bool], Tokens | None] = {}
         for key, mask in self.masks.items():
             endless, only = key in self.endless, self._rows.get(key[0])

@@ -1,5 +1,6 @@
-"""What an adapted model does itself in place of transformers' methods of these names: `generate`, and two more."""
+"""What an adapted model does itself in place of transformers' methods of these names: `generate`, and three more."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from .hooks import take_given
 from .located import take
 from .resolve import resolve
 
-METHODS = ("generate", "delete_adapter", "init_continuous_batching")
+METHODS = ("generate", "prepare_inputs_for_generation", "delete_adapter", "init_continuous_batching")
 
 
 class Methods:
@@ -26,6 +27,7 @@ class Methods:
 
     def __init__(self, edits: Edits, batches: Batches) -> None:
         self.edits, self.model, self.batches = edits, edits.model, batches
+        self.prepare_inputs_for_generation = Preparing(edits)
 
     def attach(self) -> None:
         """Put them in the place of those of its class, if it has them."""
@@ -66,7 +68,19 @@ class Methods:
             if call.active and self.edits.stacks == ("",):
                 args, kwargs = self._locate(call, args, kwargs)
         with within(call):
-            return type(self.model).generate(self.model, *args, **kwargs)
+            answers = type(self.model).generate(self.model, *args, **kwargs)
+        self.edits.check_running(call)
+        return answers
+
+    def _infer_mask(self, inputs: Tensor, kwargs: dict) -> Tensor | None:
+        """The mask that `generate` infers from padding in the prompts where it is given none; none if it cannot."""
+        config = kwargs.get("generation_config") or self.model.generation_config
+        pad, eos = (kwargs.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        ends = torch.as_tensor([] if eos is None else eos, device=inputs.device).flatten().tolist()
+        if pad is None or inputs.dim() != 2 or inputs.is_floating_point() or pad in ends:
+            return None
+        mask = inputs.ne(pad)
+        return None if bool(mask.all()) else mask.long()
 
     def _locate(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Find the located tokens of the prompts; return the arguments with the prompts aligned to the right."""
@@ -75,7 +89,10 @@ class Methods:
             name, args, kwargs = "inputs", args[1:], {"inputs": args[0], **kwargs}
         if name is None:
             return args, kwargs
-        mask, inputs = kwargs.get("attention_mask"), kwargs[name]
+        inputs = kwargs[name]
+        if kwargs.get("attention_mask") is None and (inferred := self._infer_mask(inputs, kwargs)) is not None:
+            kwargs = {**kwargs, "attention_mask": inferred}
+        mask = kwargs.get("attention_mask")
         tokens = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         ids = inputs if inputs.dim() == 2 and inputs.shape == tokens.shape else None
         located = resolve(self.edits, call, "", tokens, None, ids)
@@ -86,6 +103,28 @@ class Methods:
             located.reorder(order)
         call.located, call.prompt = located, kwargs[name]
         return args, kwargs
+
+
+class Preparing:
+    """The model's `prepare_inputs_for_generation`, which `generate` calls before each step, and nobody else does.
+
+    So a step is told from a call that a logits processor, say, makes between two of them.
+    """
+
+    def __init__(self, edits: Edits) -> None:
+        self.edits = edits
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # `generate` reads there what the model takes
+        signature = inspect.signature(type(self.edits.model).prepare_inputs_for_generation)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = innermost(self.edits)
+        if isinstance(call, Call):
+            call.prepares = call.prepared = True
+        model = self.edits.model
+        return type(model).prepare_inputs_for_generation(model, *args, **kwargs)
 
 
 def _is_by_token(value: Any, mask: Tensor) -> bool:

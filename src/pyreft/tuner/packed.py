@@ -80,6 +80,28 @@ def find_packed(inputs: Tensor, kwargs: dict[str, Any]) -> Packed | None:
     return Packed(starts) if bool(starts[:, 1:].any()) else None
 
 
+def tokens_of(mask: Any, inputs: Tensor, rows: int, end: int) -> Tensor:
+    """Which of the columns up to `end` are tokens, not padding, `[rows, end]`.
+
+    As transformers has it: a mask of two dimensions that is too short goes on with padding, and of one that is too long
+    the beginning counts. By one of four dimensions a token is what any token sees, at the beginning of a sequence; a
+    dict has one for each kind of layer.
+
+    Args:
+        mask: that of a call.
+        inputs: of the forward, `[rows, tokens, ...]`.
+    """
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    if isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) == rows:
+        mask = mask.bool()[:, :end]
+        return mask if mask.shape[1] == end else nn.functional.pad(mask, (0, end - mask.shape[1]))
+    sees = _allowed(mask, inputs) if mask is not None and end == inputs.shape[1] else None
+    if sees is not None and len(sees) in (1, rows):
+        return sees.any(1).expand(rows, end).to(inputs.device)
+    return inputs.new_ones((rows, end), dtype=torch.bool)
+
+
 def tell_of_cache(kwargs: dict[str, Any], config: Any) -> None:
     """Warn where transformers lets the examples of a row see each other although their positions begin anew."""
     apart = any(kwargs.get(name) is not None for name in ("attention_mask", "cu_seq_lens_q"))

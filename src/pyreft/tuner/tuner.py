@@ -203,6 +203,8 @@ class ReftTuner(BaseTuner):
         self.check_attached()
         names, around = kwargs.get("adapter_names"), []
         if names is not None:
+            if isinstance(names, str):
+                raise ReftError(f"expected a list with one name for each row, got {names!r}.", setting="adapter_names")
             if not names:
                 raise ReftError("expected one name for each row, got none.", setting="adapter_names")
             self.edits.check_names(names, "adapter_names")
