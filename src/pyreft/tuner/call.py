@@ -67,7 +67,7 @@ class Call:
         self._strengths = strengths
         self.entered: list[int] = []  # the entries whose forward runs, from the outermost
         self.left: list[tuple[int, str | None]] = []  # those whose forward ran within the one that runs
-        self.gone = edits.count_gone()  # how many adapters had been deleted when it began
+        self.gone = 0  # how many adapters had been deleted when it began
         self.readings: dict[str, Reading | None] = {}  # by stack; none: only the states say how many tokens there are
         self.rotations: dict[Any, Tensor] = {}  # R of the layers that need it, `[r, d]`
         self.rotated: set[Key] = set()  # the representations for which R has been computed
@@ -106,6 +106,7 @@ class Call:
         """Another call with the same edits at the same tokens, in which nothing has run yet."""
         other = Call(self.edits, dict(self.given), self.enabled, self.row_adapters, self._strengths)
         other.generating, other.located, other.prompt = self.generating, self.located, self.prompt
+        other.gone = self.gone
         return other
 
 

@@ -57,7 +57,7 @@ class Edits:
         self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
         self.causal = hasattr(model, "can_generate") and model.can_generate()
         self.removed = False
-        self._gone: list[str] = []  # the names of adapters that were deleted
+        self.gone: list[str] = []  # the names of adapters that were deleted
         self.wrapped = False  # whether a PEFT model holds the edits; if not, the model itself does
         self.steps = Steps()
         self.key = next(_keys)  # by which caches know this one's tokens
@@ -89,14 +89,10 @@ class Edits:
 
     def forget(self, name: str, others: Iterable[str], heads: Sequence[AuxiliaryTrainingWrapper]) -> list[str]:
         """Let go of an adapter; return those that are active then (see `delete_edits`)."""
-        self._gone.append(name)
+        self.gone.append(name)
         for known in (self.rules, self.places, self.kinds, self.strengths):
             known.pop(name, None)
         return delete_edits(name, others, self.layers, heads)
-
-    def count_gone(self) -> int:
-        """How many adapters have been deleted."""
-        return len(self._gone)
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
@@ -116,7 +112,9 @@ class Edits:
             on = not any(layer.disable_adapters for layer in self.layers)
             names = [name for name in dict.fromkeys(row_adapters) if name != BASE] if on else []
             enabled = [names for _ in self.layers]
-        return Call(self, given, enabled, row_adapters, dict(self.strengths))
+        call = Call(self, given, enabled, row_adapters, dict(self.strengths))
+        call.gone = len(self.gone)
+        return call
 
     def check_running(self, call: Call) -> None:
         """Refuse to go on with a call whose adapters have been taken away since it began.
@@ -124,7 +122,7 @@ class Edits:
         Raises:
             ReftError: one of them was deleted, or all edits were taken off the model.
         """
-        gone = [name for name in self._gone[call.gone :] if name in call.active]
+        gone = [name for name in self.gone[call.gone :] if name in call.active]
         if gone or (self.removed and call.active):
             what = f"The adapter {gone[0]!r} was deleted" if gone else "The edits were taken off the model"
             raise ReftError(f"{what} while a call with it ran, which cannot be ended as it began. Wait for its end.")

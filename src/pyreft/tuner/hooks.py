@@ -118,12 +118,16 @@ class Entry:
         else:
             call.readings.clear()
         if output is not None:  # as where it raised
-            self.edits.check_running(call)
+            self._check_running(call)
 
     def _frame(self) -> Any:
         """What runs of the model in this thread: mostly the last that began, without asking further."""
         frames = running.frames
         return frames[-1] if frames and frames[-1].edits is self.edits else innermost(self.edits) if frames else None
+
+    def _check_running(self, call: Call) -> None:
+        if self.edits.removed or len(self.edits.gone) > call.gone:
+            self.edits.check_running(call)
 
     def _is_part(self, call: Call, module: nn.Module, args: tuple, kwargs: dict) -> bool:
         """Whether a forward belongs to the call that runs: as a part of its forward, or as its next step."""
@@ -145,8 +149,8 @@ class Entry:
     def _begin_forward(self, call: Call, module: nn.Module, kwargs: dict) -> None:
         if STRENGTH in call.given:
             self.edits.check_given(call.given)
-        self.edits.check_running(call)
         if call.generating:
+            self._check_running(call)
             if self.stack != "encoder":
                 call.steps += 1
                 call.prepared = False
@@ -223,6 +227,28 @@ class Entry:
         if cache is not None:
             located = None if call.located else reading.located
             cache.reft_past = Past(self.edits.key, located, reading.past + reading.tokens)
+
+
+class Preparing:
+    """The model's `prepare_inputs_for_generation`, which `generate` calls before each step, and nobody else does.
+
+    So a step is told from a call that a logits processor, say, makes between two of them.
+    """
+
+    def __init__(self, edits: Edits) -> None:
+        self.edits = edits
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # `generate` reads there what the model takes
+        signature = inspect.signature(type(self.edits.model).prepare_inputs_for_generation)
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = running.frames[-1] if running.frames else None
+        if isinstance(call, Call) and call.edits is self.edits:
+            call.prepares = call.prepared = True
+        model = self.edits.model
+        return type(model).prepare_inputs_for_generation(model, *args, **kwargs)
 
 
 class Past(NamedTuple):

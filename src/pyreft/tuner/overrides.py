@@ -1,6 +1,5 @@
 """What an adapted model does itself in place of transformers' methods of these names: `generate`, and three more."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from .call import Call, innermost, within
 from .continuous import Batches
 from .edits import Edits
-from .hooks import take_given
+from .hooks import Preparing, take_given
 from .located import take
 from .resolve import resolve
 
@@ -69,7 +68,8 @@ class Methods:
                 args, kwargs = self._locate(call, args, kwargs)
         with within(call):
             answers = type(self.model).generate(self.model, *args, **kwargs)
-        self.edits.check_running(call)
+        if self.edits.removed or len(self.edits.gone) > call.gone:
+            self.edits.check_running(call)
         return answers
 
     def _infer_mask(self, inputs: Tensor, kwargs: dict) -> Tensor | None:
@@ -103,28 +103,6 @@ class Methods:
             located.reorder(order)
         call.located, call.prompt = located, kwargs[name]
         return args, kwargs
-
-
-class Preparing:
-    """The model's `prepare_inputs_for_generation`, which `generate` calls before each step, and nobody else does.
-
-    So a step is told from a call that a logits processor, say, makes between two of them.
-    """
-
-    def __init__(self, edits: Edits) -> None:
-        self.edits = edits
-
-    @property
-    def __signature__(self) -> inspect.Signature:  # `generate` reads there what the model takes
-        signature = inspect.signature(type(self.edits.model).prepare_inputs_for_generation)
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = innermost(self.edits)
-        if isinstance(call, Call):
-            call.prepares = call.prepared = True
-        model = self.edits.model
-        return type(model).prepare_inputs_for_generation(model, *args, **kwargs)
 
 
 def _is_by_token(value: Any, mask: Tensor) -> bool:
