@@ -89,3 +89,23 @@ def shaken(adapted):
             if "reft_" in name:
                 parameter.add_(torch.randn_like(parameter))
     return adapted.eval()
+
+
+@pytest.fixture(scope="session")
+def running(tmp_path_factory):
+    """A server of the API on the embedded model, with an adapter of each kind."""
+    pytest.importorskip("fastapi", reason="the API is not installed: pip install 'pyreft[serve]'")
+    from served import Running, save_all
+
+    root = save_all(tmp_path_factory.mktemp("served"))
+    keys = ["secret", "mine=l4,pocket"]
+    made = Running(root, tmp_path_factory.mktemp("store"), api_key=keys, max_prompt=200)
+    made.root = root
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def client(running):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"{running.url}/v1", api_key="secret", max_retries=0)
