@@ -62,7 +62,9 @@ def test_what_is_imported_is_a_dependency_or_comes_with_one(everything):
             for each in names:
                 imported.setdefault(each.split(".")[0], set()).add(file.name)
     foreign = imported.keys() - known - sys.stdlib_module_names
-    assert foreign == {"matplotlib", "lm_eval", "vllm", "fastapi", "uvicorn", "starlette", "prometheus_client"}
+    served = {"vllm", "triton", "fastapi", "uvicorn", "starlette", "prometheus_client"}
+    assert foreign == served | {"matplotlib", "lm_eval"}
+    assert imported["triton"] == {"kernel.py"}  # it comes with a torch for GPUs
     assert imported["matplotlib"] == {"loss_curve.py", "plots.py"}  # losses and inspections come as numbers, too
     assert imported["lm_eval"] == {"harness.py"}
     serving = ROOT / "src" / "pyreft" / "serving"

@@ -149,7 +149,7 @@ def test_the_pages_show_what_users_import_and_nothing_of_the_inside():
     shown = listed()
     assert len(set(shown)) == len(shown)
     assert not [name for name in shown if name.split(".")[1] in INSIDE]
-    serving = [f"pyreft.serving.{name}" for name in ("catalog", "rollouts", "vllm.flags")]
+    serving = [f"pyreft.serving.{name}" for name in ("api.listening", "catalog", "rollouts", "vllm.flags")]
     every = ["pyreft", "pyreft.config", *serving, *modules()]
     for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
         for module in re.findall(r"^ *from (pyreft[\w.]*) import", page.read_text(encoding="utf-8"), flags=re.M):

@@ -104,7 +104,7 @@ def test_packed_rows_train_what_padded_ones_do(tokenizer, tmp_path):
     """To rounding, in float32; and with rules that take the beginning and the end of each prompt."""
     losses = []
     rows = {"prompt": TRAIN, "completion": [row["completion"] for row in pocket.emoji_pairs()]}
-    for form in ({}, {"padding_free": True, "max_length": None, "bf16": False}):
+    for form in ({}, {"padding_free": True, "max_length": None}):
         torch.manual_seed(0)
         arguments = options(tmp_path, per_device_train_batch_size=5, max_steps=6, bf16=False)
         trainer = trl.SFTTrainer(

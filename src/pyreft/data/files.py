@@ -11,18 +11,14 @@ from typing import Any, get_args
 
 from ..errors import ReftError, did_you_mean
 from .encodings import open_text
-from .fields import FORMATS, KNOWN, Example, Format, Turns, alpaca_prompt, plain_names, read_fields
+from .fields import KNOWN, Example, Turns, alpaca_prompt, plain_names, read_fields
 from .tables import read_rows, try_rows
 from .tally import OnError, Tally
 
 __all__ = [
-    "FORMATS",
     "Example",
-    "Format",
-    "OnError",
     "Reading",
     "Tally",
-    "Turns",
     "alpaca_prompt",
     "read_examples",
     "read_prompts",

@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ..data.encode import default_format, encode, prompt_text, token_ids
-from ..data.files import Format, read_examples, read_prompts
+from ..data.fields import Format
+from ..data.files import read_examples, read_prompts
 from ..errors import ReftError
 from ..positions import IGNORED, Positions, prompt_tokens
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from ..data.encode import context_length
-from ..data.files import Format
+from ..data.fields import Format
 from ..errors import ReftError
 from ..files.adapter import read_config, read_shapes
 from ..loading import base_of, check_generates, check_language_model, load_adapted, load_tokenizer

@@ -8,7 +8,9 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from ..data.encode import LongRows
-from ..data.files import FORMATS, Format, OnError, Reading, Turns
+from ..data.fields import FORMATS, Format, Turns
+from ..data.files import Reading
+from ..data.tally import OnError
 from ..errors import ReftError, did_you_mean
 from ..tasks.suites import GLUE, check_suite
 from ..tuner.config import DEFAULT_POSITIONS
