@@ -130,6 +130,7 @@ def run(*arguments, status=0):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_quick_study_from_end_to_end(tmp_path):
     printed = run("--quick", "--jobs", 1, "--tasks", "emoji;middle-long", "--output", tmp_path)
     found = json.loads((tmp_path / "study.json").read_text())

@@ -82,6 +82,7 @@ def test_training_in_part_is_training(tokenizer, tmp_path, settings, capsys):
         torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow  # to compile each shape
 def test_a_compiled_training_is_training(tokenizer, tmp_path, capsys):
     trainers = [trainer_of(tokenizer, tmp_path)]
     trainers.append(trainer_of(tokenizer, tmp_path, torch_compile=True, torch_compile_backend="aot_eager"))

@@ -7,7 +7,7 @@ import torch
 import pyreft
 from conftest import shaken, tiny_llama
 from oracle_cases import ORACLE, load_case, read_case
-from pyreft.tuner.values import leave_inference
+from pyreft.tuner.injection import leave_inference
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
