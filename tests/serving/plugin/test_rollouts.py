@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),  # vLLM's own
 ]
-PROMPTS = [pocket.PROMPT_TEMPLATE % entry["prompt"] for entry in pocket.emoji_questions()]
+PROMPTS = [pocket.PROMPT_TEMPLATE % entry["prompt"] for entry in pocket.emoji_pairs()]
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,7 @@ def trainer_of(rollouts, tmp_path, **more):
         "save_strategy": "no",
         "logging_steps": 1,
         "use_cpu": True,
+        "bf16": False,
         "num_generations": 8,
         "max_completion_length": 16,
     }
