@@ -76,9 +76,7 @@ class Call:
         self.serving = self.generating = False
         # whether the inputs of its steps are prepared, so that a step is told from another call; and those of the next
         self.prepares = self.prepared = False
-        self.prompt: Tensor | None = None  # of a generation: its ids or embeddings
-        self.cache: Any = None  # of its last step
-        self.steps = self.passed = 0  # of a generation: how many steps it has made, over how many tokens
+        self.passed = 0  # of a generation: how many tokens its steps have read
         self.is_forward = self.trains = False  # whether it is one forward, and that for training
         self.height = 0  # of the stack of what runs, below a call that is one forward
 
@@ -105,7 +103,7 @@ class Call:
     def again(self) -> "Call":
         """Another call with the same edits at the same tokens, in which nothing has run yet."""
         other = Call(self.edits, dict(self.given), self.enabled, self.row_adapters, self._strengths)
-        other.generating, other.located, other.prompt = self.generating, self.located, self.prompt
+        other.generating, other.located = self.generating, self.located
         other.gone = self.gone
         return other
 

@@ -82,7 +82,7 @@ class Entry:
         """Enter a call: the one that runs, if this forward is a part of it, or a new one."""
         given, frame = take_given(kwargs), self._frame()
         named = _named(module, args, kwargs) if len(args) > 1 else kwargs
-        if isinstance(frame, Call) and self._is_part(frame, module, args, named):
+        if isinstance(frame, Call) and self._is_part(frame):
             call = frame
             call.given |= given
         else:
@@ -94,7 +94,7 @@ class Entry:
         outermost = not call.entered
         call.entered.append(self.depth)  # from here on `after` leaves again, whatever happens
         if outermost:
-            self._begin_forward(call, module, named)
+            self._begin_forward(call, module)
         if call.active and self.stack is not None and (outermost or self.stack):
             self._read(call, self.stack, module, args, named)
         return args, kwargs
@@ -115,10 +115,10 @@ class Entry:
             del running.frames[call.height :]
             if call.trains:
                 self.edits.steps.watch(output)
+            if output is not None:  # as where it raised
+                self._check_running(call)
         else:
             call.readings.clear()
-        if output is not None:  # as where it raised
-            self._check_running(call)
 
     def _frame(self) -> Any:
         """What runs of the model in this thread: mostly the last that began, without asking further."""
@@ -129,32 +129,21 @@ class Entry:
         if self.edits.removed or len(self.edits.gone) > call.gone:
             self.edits.check_running(call)
 
-    def _is_part(self, call: Call, module: nn.Module, args: tuple, kwargs: dict) -> bool:
+    def _is_part(self, call: Call) -> bool:
         """Whether a forward belongs to the call that runs: as a part of its forward, or as its next step."""
         if call.entered:  # a backbone that a hook asks once more is none
             return self.depth > call.entered[-1] and (self.depth, self.stack) not in call.left
         if call.serving:
             return True
-        if not call.generating:
-            return False
-        if not call.steps:
-            return True
-        if call.prepares:
-            return call.prepared
-        cache = _cache(kwargs)
-        if cache is None and call.cache is None:  # each step computes all tokens again
-            return self.stack != "encoder" and _prolongs(_inputs(module, args, kwargs), call.prompt)
-        return cache is not None and (cache is call.cache or _length(cache) == call.passed)
+        return call.generating and (call.prepared or not call.prepares)
 
-    def _begin_forward(self, call: Call, module: nn.Module, kwargs: dict) -> None:
+    def _begin_forward(self, call: Call, module: nn.Module) -> None:
         if STRENGTH in call.given:
             self.edits.check_given(call.given)
         if call.generating:
             self._check_running(call)
             if self.stack != "encoder":
-                call.steps += 1
                 call.prepared = False
-            call.cache = _cache(kwargs)
         elif call.active and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             replica = getattr(module, "_is_replica", False)  # of DataParallel, whose gradients are added up on purpose
             call.trains = not replica and (self.edits.model.training or "labels" in call.given)
@@ -222,8 +211,6 @@ class Entry:
     def _remember(self, call: Call, reading: Reading, output: Any) -> None:
         """Leave what was found with the cache, for forwards that go on from it."""
         cache = _cache(output) if hasattr(output, "get") else None
-        if call.generating and call.cache is None:
-            call.cache = cache
         if cache is not None:
             located = None if call.located else reading.located
             cache.reft_past = Past(self.edits.key, located, reading.past + reading.tokens)
@@ -288,10 +275,6 @@ def _counts(cache: Any) -> bool:
     return not layers or any(hasattr(layer, "get_seq_length") for layer in layers)
 
 
-def _length(cache: Any) -> int | None:
-    return int(cache.get_seq_length()) if _counts(cache) else None
-
-
 def _inputs(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
     """The token ids or embeddings of a call, none for a model that is given pictures or sound instead.
 
@@ -308,13 +291,3 @@ def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of a call by their names, those that were given by their places, too."""
     names = list(inspect.signature(module.forward).parameters)
     return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def _prolongs(inputs: Tensor | None, prompt: Tensor | None) -> bool:
-    """Whether these are the tokens of a prompt, and perhaps what was generated after them."""
-    if inputs is None or prompt is None or inputs.dim() != prompt.dim():
-        return True  # nothing tells them apart
-    if inputs.shape[1] < prompt.shape[1]:
-        return False
-    times = len(inputs) // max(len(prompt), 1)
-    return bool((inputs[:, : prompt.shape[1]] == prompt.repeat_interleave(max(times, 1), dim=0)).all())

@@ -101,7 +101,7 @@ class Methods:
             for aligned in [key for key, value in kwargs.items() if key == name or _is_by_token(value, mask)]:
                 kwargs[aligned] = take(kwargs[aligned], order)
             located.reorder(order)
-        call.located, call.prompt = located, kwargs[name]
+        call.located = located
         return args, kwargs
 
 
