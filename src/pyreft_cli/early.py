@@ -1,11 +1,10 @@
 """A look at a command's data files before the libraries load, so that what is wrong with them is told at once."""
 
-import importlib.util
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pyreft.data.files import Reading, read_examples  # without torch, transformers or PEFT
 
 _WHOLE = 64 * 2**20  # bytes of a file that is read to its end
 _ROWS = 1000  # that are read of a larger one
@@ -22,30 +21,7 @@ def check_data(settings: Mapping[str, Any]) -> None:
     given = {name: settings[name] for name in _READING if settings.get(name) is not None}
     if settings.get("suite") or not all(isinstance(value, _READING[name]) for name, value in given.items()):
         return  # a setting of another type is told with the others
-    with _without_libraries():
-        from pyreft.data.files import Reading, read_examples
-
-        for path in (Path(file) for file in files if isinstance(file, str)):
-            if path.is_file():
-                most = {} if path.stat().st_size <= _WHOLE else {"limit": min(given.get("limit") or _ROWS, _ROWS)}
-                read_examples(path, Reading(**given | most))
-
-
-@contextmanager
-def _without_libraries() -> Iterator[None]:
-    """Let modules of `pyreft` be imported before the package, which loads torch, transformers and PEFT.
-
-    The package is loaded at the end, unless an error ends the command.
-    """
-    if "pyreft" in sys.modules:
-        yield
-        return
-    spec = importlib.util.find_spec("pyreft")
-    if spec is None or spec.loader is None:
-        raise ModuleNotFoundError("pyreft")
-    package = sys.modules["pyreft"] = importlib.util.module_from_spec(spec)
-    yield
-    from pyreft_cli.console import hush
-
-    hush()
-    spec.loader.exec_module(package)
+    for path in (Path(file) for file in files if isinstance(file, str)):
+        if path.is_file():
+            most = {} if path.stat().st_size <= _WHOLE else {"limit": min(given.get("limit") or _ROWS, _ROWS)}
+            read_examples(path, Reading(**given | most))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ReftError
+from ..files.text import check_file
 
 # the longer marks first: that of UTF-32 begins with that of UTF-16
 _MARKS = (
@@ -44,20 +45,6 @@ def open_text(path: Path, encoding: str | None = None) -> Iterator[io.TextIOBase
         if error.filename is None or Path(error.filename) != path:
             raise
         raise ReftError(f"{path}: the file cannot be read ({error.strerror}).") from None
-
-
-def check_file(path: Path) -> None:
-    """Refuse what is not there, and what is no ordinary file, such as a device behind a link.
-
-    Raises:
-        ReftError: saying which.
-    """
-    if path.is_dir():
-        raise ReftError(f"{path}: expected a file, this is a directory.")
-    if not path.exists():
-        raise ReftError(f"{path}: there is no such file.")
-    if not path.is_file():
-        raise ReftError(f"{path}: expected a file, this is a device or a pipe.")
 
 
 def _checked(encoding: str) -> str:

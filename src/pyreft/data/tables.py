@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReftError
-from ..files.text import parse_json, too_deep
-from .encodings import check_file, open_text
+from ..files.text import check_file, parse_json, too_deep
+from .encodings import open_text
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SEPARATORS = (",", ";", "\t", "|")

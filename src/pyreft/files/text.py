@@ -13,6 +13,20 @@ LARGEST = 256 * 2**20  # bytes of a file that describes something; one of a user
 _DEEPEST = 64  # how deep the values of such a file may be nested; copies of them recurse
 
 
+def check_file(path: Path) -> None:
+    """Refuse what is not there, and what is no ordinary file, such as a device behind a link.
+
+    Raises:
+        ReftError: saying which.
+    """
+    if path.is_dir():
+        raise ReftError(f"{path}: expected a file, this is a directory.")
+    if not path.exists():
+        raise ReftError(f"{path}: there is no such file.")
+    if not path.is_file():
+        raise ReftError(f"{path}: expected a file, this is a device or a pipe.")
+
+
 def read_text(path: Path, largest: int | None = None) -> str:
     """The text of a UTF-8 file, without a byte order mark.
 
@@ -23,12 +37,7 @@ def read_text(path: Path, largest: int | None = None) -> str:
     Raises:
         ReftError: no such file, one that cannot be read, is too large or has another encoding.
     """
-    if path.is_dir():
-        raise ReftError(f"{path}: expected a file, this is a directory.")
-    if not path.exists():
-        raise ReftError(f"{path}: there is no such file.")
-    if not path.is_file():
-        raise ReftError(f"{path}: expected a file, this is a device or a pipe.")
+    check_file(path)
     try:
         if largest is not None and (size := path.stat().st_size) > largest:
             raise ReftError(f"{path}: expected at most {largest:,} bytes, the file has {size:,}.")

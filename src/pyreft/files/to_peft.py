@@ -51,7 +51,7 @@ def save_lora(model: Any, directory: str | PathLike, adapter_name: str) -> None:
     layers = [layer for layer in reft_layers(base) if adapter_name in layer]
     pairs = {path_of(base, layer.get_base_layer()): _pair(layer, adapter_name) for layer in layers}
     data = _config(config, pairs) | {"fan_in_fan_out": all(hasattr(one.get_base_layer(), "nf") for one in layers)}
-    if Positions.parse(rule).whole != "all":
+    if not Positions.parse(rule).endless:
         data |= {POSITIONS: rule, "init_lora_weights": _LOCATED.format(rule=rule)}
     tensors = {
         f"base_model.model.{path}.lora_{name}.weight": tensor.contiguous()

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError
 from ..generation import answer_ids
+from ..jobs.held_out import mean_loss
 from ..positions import IGNORED
 from .examples import Row, batches
 
@@ -61,16 +61,9 @@ def loss_by_strength(
     _check(strengths)
     if not rows or not all("labels" in row and max(row["labels"][1:], default=IGNORED) >= 0 for row in rows):
         raise ReftError("loss_by_strength: expected rows with answers, that is with labels; see read_rows.")
-    losses = []
-    with torch.no_grad():
-        for strength in strengths:
-            total, count = 0.0, 0
-            for batch in batches(rows, batch_size, model.device):
-                labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
-                total += float(model(**batch, strength=float(strength)).loss) * labelled
-                count += labelled
-            losses.append(total / count)
-    return StrengthCurve(answers, [float(strength) for strength in strengths], losses)
+    values = [float(strength) for strength in strengths]
+    losses = [mean_loss(model, batches(rows, batch_size, model.device), strength=value) for value in values]
+    return StrengthCurve(answers, values, losses)
 
 
 def answers_by_strength(

@@ -1,6 +1,6 @@
 """An adapter on a file of examples that it was not trained on: its loss, and its answers beside those expected."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -71,19 +71,28 @@ def evaluate_file(
         if progress:
             progress(len(answers), len(rows))
     right = sum(answer["right"] for answer in answers)
-    loss = _loss(adapted, tokenizer, rows, batch_size)
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    loss = mean_loss(adapted, (pad(rows[n : n + batch_size]) for n in range(0, len(rows), batch_size)))
     return {"count": len(rows), "loss": loss, "exact": right / len(rows), "answers": answers}
 
 
-def _loss(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch_size: int) -> float:
-    """The loss of a labelled token, on average over all rows."""
+def mean_loss(model: Any, batches: Iterable[Any], **given: Any) -> float:
+    """The loss of a labelled token, on average over all rows.
+
+    Args:
+        model: a causal language model.
+        batches: with labels.
+        given: to each call of the model.
+
+    Raises:
+        ReftError: there are no labels.
+    """
     total, count = 0.0, 0
-    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     with torch.no_grad():
-        for start in range(0, len(rows), batch_size):
-            batch = pad(rows[start : start + batch_size]).to(model.device)
+        for batch in batches:
             labelled = int((batch["labels"][:, 1:] != IGNORED).sum())
-            total += float(model(**batch).loss) * labelled
+            inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            total += float(model(**inputs, **given).loss) * labelled
             count += labelled
     if not count:
         raise ReftError("expected answers with tokens behind a prompt.")

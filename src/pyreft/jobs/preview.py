@@ -6,6 +6,7 @@ Loads a tokenizer and the config of a model, and not its weights.
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,11 +70,6 @@ class Preview:
         return [(low + n * step, low + n * step + step - 1, counts.get(n, 0)) for n in range(max(counts) + 1)]
 
 
-class _OfConfig:
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-
 def preview(job: TrainingJob, most: int = 3) -> Preview:
     """Return what a training would see of its data.
 
@@ -91,7 +87,7 @@ def preview(job: TrainingJob, most: int = 3) -> Preview:
     examples = read_examples(job.data, job.reading, tally)
     tokenizer = load_tokenizer(job.model)
     form = job.format or default_format(tokenizer, examples)
-    context = context_length(_OfConfig(read_model_config(job.model)), tokenizer, job.max_length)
+    context = context_length(SimpleNamespace(config=read_model_config(job.model)), tokenizer, job.max_length)
     kept, rows = encode_all(tokenizer, examples, form, sys.maxsize, tally=tally)
     lengths = [len(row["input_ids"]) for row in rows]
     rule = Positions.parse(job.positions)
@@ -120,10 +116,8 @@ def _spread(examples: Sequence[Example], rows: Sequence[dict[str, Any]], most: i
 
 def _tokens(tokenizer: Any, row: dict[str, Any], rule: Positions) -> list[Token]:
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
-    prompt = prompt_tokens(torch.ones_like(ids, dtype=torch.bool), labels)
-    edited = rule.locate(prompt, ids)[0]
-    if rule.whole == "all":
-        edited = torch.ones_like(edited)
+    tokens = torch.ones_like(ids, dtype=torch.bool)
+    edited = (tokens if rule.endless else rule.locate(prompt_tokens(tokens, labels), ids))[0]
     texts = [tokenizer.decode([token]) for token in row["input_ids"]]
     learned = [label != IGNORED for label in row["labels"]]
     return [Token(*one) for one in zip(texts, learned, edited.tolist(), strict=True)]

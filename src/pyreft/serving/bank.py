@@ -193,7 +193,12 @@ class Bank:
             residual: the other part, of the same shape, if there is one: their sum is the states. Where they are
                 edited, all of the state is put into it, so that the sum is rounded no further.
         """
-        for tile in () if self._step is None else self._step.tiles(place, self.device):
+        if self._step is not None:
+            self.edit_in(self._step, place, hidden, residual)
+
+    def edit_in(self, step: Step, place: Place, hidden: Tensor, residual: Tensor | None = None) -> None:
+        """The same for the tokens of a step that the bank need not remember."""
+        for tile in step.tiles(place, hidden.device):
             at = tile.at
             h = hidden[at] if residual is None else hidden[at] + residual[at]
             edited = (h.float() + self.delta(place, tile, h)).to(h.dtype)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..positions import Positions
-from .packed import IGNORED, Packed
+from ..positions import IGNORED, Positions
+from .packed import Packed
 
 _WAYS = (
     "with TRL, completion_only_loss=True and columns prompt and completion, or assistant_only_loss=True and one answer "
@@ -26,7 +26,7 @@ def tell_of_labels(
         labels: `[batch, tokens]`, -100 where there is no loss.
         packed: the examples of the rows, if they have several.
     """
-    if torch.compiler.is_compiling() or all(rule is None or rule.whole == "all" for rule in rules):
+    if torch.compiler.is_compiling() or all(rule is None or rule.endless for rule in rules):
         return False
     if packed is not None:
         tokens, labels = packed.apart(tokens, False), packed.labels_apart(labels)

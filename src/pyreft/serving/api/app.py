@@ -228,18 +228,21 @@ async def health(http: Request) -> JSONResponse:
     return JSONResponse({"status": "ok" if good else "ends"}, 200 if good else 503)
 
 
-async def metrics(http: Request) -> Response:
-    """Figures for Prometheus; for those who may ask all models."""
+def _check_for_all(http: Request) -> None:
     if http.state.allowed is not None:
         raise Fault(403, "This key is for its models alone.")
+
+
+async def metrics(http: Request) -> Response:
+    """Figures for Prometheus; for those who may ask all models."""
+    _check_for_all(http)
     return Response(http.app.state.service.gauges.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 async def load_adapter(body: LoadBody, http: Request) -> JSONResponse:
     """Give a name to an adapter's directory on the server."""
     service: Service = http.app.state.service
-    if http.state.allowed is not None:
-        raise Fault(403, "This key is for its models alone.")
+    _check_for_all(http)
     if body.adapter_name == service.name:
         raise ReftError(f"{body.adapter_name!r} is the base model's name.", setting="adapter_name")
     try:
@@ -252,8 +255,7 @@ async def load_adapter(body: LoadBody, http: Request) -> JSONResponse:
 async def unload_adapter(body: UnloadBody, http: Request) -> JSONResponse:
     """Take a name away; what runs with it goes on to its end."""
     service: Service = http.app.state.service
-    if http.state.allowed is not None:
-        raise Fault(403, "This key is for its models alone.")
+    _check_for_all(http)
     try:
         await asyncio.to_thread(service.catalog.unload, body.adapter_name)
     except KeyError:

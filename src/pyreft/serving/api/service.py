@@ -18,7 +18,6 @@ from ...errors import ReftError, did_you_mean
 from ..catalog import Catalog
 from ..laptop.engine import Engine
 from ..laptop.requests import Piece, Request
-from ..laptop.sampling import Sampling
 from ..laptop.scheduling import QueueFull
 from ..served import Adapter
 from .bodies import ChatBody, Choosing, CompletionBody, Generating, Message, ResponseBody
@@ -173,11 +172,8 @@ class Service:
             request.stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
             request.n = body.n or 1
             request.ends = frozenset() if body.ignore_eos else request.ends
-        request.sampling = self._sampling(given)
+        request.sampling = replace(self.engine.sampling, **given)
         return request
-
-    def _sampling(self, given: dict[str, Any]) -> Sampling:
-        return replace(self.engine.sampling, **given)
 
     def _bias(self, given: dict[str, float]) -> dict[int, float]:
         vocabulary = self.engine.model.config.get_text_config().vocab_size

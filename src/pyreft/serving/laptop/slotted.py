@@ -92,12 +92,10 @@ class Edits:
 
     def _edit(self, layer: int, step: Step, states: Tensor) -> Tensor:
         """Return the states `[rows, tokens, d]` behind a block with the step's tokens edited."""
-        h = states.flatten(0, 1)
-        for place in self._here.get(layer, ()):
-            for tile in step.tiles(place, h.device):
-                old = h[tile.at]
-                new, at = (old.float() + self.bank.delta(place, tile, old)).to(h.dtype), tile.at
-                if tile.valid is not None:
-                    new, at = new[tile.valid], at[tile.valid]
-                h = h.index_copy(0, at.flatten(), new.flatten(0, -2))
+        places = [place for place in self._here.get(layer, ()) if step.tiles(place, states.device)]
+        if not places:
+            return states
+        h = states.flatten(0, 1).clone()  # what is edited in place may be the input of others, too
+        for place in places:
+            self.bank.edit_in(step, place, h)
         return h.view_as(states)
