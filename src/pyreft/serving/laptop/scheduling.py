@@ -315,10 +315,10 @@ class Scheduler:
         kept = [number for number, answer in enumerate(self._answers) if answer.finish is None]
         if len(kept) == len(self._answers):
             return
-        before = {answer.request for answer in self._answers}
-        self._answers = [self._answers[number] for number in kept]
-        for request in before - {answer.request for answer in self._answers}:
+        left = [self._answers[number] for number in kept]
+        for request in {answer.request for answer in self._answers} - {answer.request for answer in left}:
             self._release(request)
+        self._answers = left
         assert self._batch is not None
         if kept:
             self._batch.select(kept)
