@@ -23,6 +23,7 @@ from .recompute import bind, recomputes, unbind
 from .resolve import resolve
 
 CACHES = ("past_key_values", "cache_params")  # by which names models take and return what they keep of passed tokens
+_GIVEN = frozenset(GIVEN)
 _INSIDE = 10  # the depth of stacks, below any other entry
 
 
@@ -154,14 +155,15 @@ class Entry:
         """Find what is edited in this forward."""
         call.readings.pop(stack, None)
         inputs, cache = _inputs(module, args, kwargs), _cache(kwargs)
+        counts = cache is not None and _counts(cache)
         if inputs is None:
             call.readings[stack] = None  # pictures or sound came in: only the states say how many tokens they are
             return
-        past = self._past(call, cache)
+        past = 0 if cache is None else self._past(call, cache, counts)
         located = call.located or self._locate(call, stack, past, inputs, kwargs)
         end = past + inputs.shape[1]
         if call.generating and past >= located.until:  # an answer after the last located token: nothing to compute
-            if cache is not None and not _counts(cache):
+            if cache is not None and not counts:
                 cache.reft_past = Past(self.edits.key, None, end)
             return
         call.passed = end
@@ -191,11 +193,9 @@ class Entry:
             tell_of_cache(kwargs, getattr(self.edits.model, "config", None))
         return resolve(self.edits, call, stack, mask, labels, ids, packed)
 
-    def _past(self, call: Call, cache: Any) -> int:
-        """How many tokens have passed before a forward."""
-        if cache is None:
-            return 0
-        if _counts(cache):
+    def _past(self, call: Call, cache: Any, counts: bool) -> int:
+        """How many tokens have passed before a forward, by its cache or by what is noted there."""
+        if counts:
             length = cache.get_seq_length()
             # a static cache has the number on its device, where to ask for it would stop each step
             return call.passed if isinstance(length, Tensor) and call.generating and call.passed else int(length)
@@ -254,6 +254,8 @@ def past_of(edits: Edits, cache: Any) -> Past | None:
 
 def take_given(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take out of a call's arguments what the edits are given."""
+    if _GIVEN.isdisjoint(kwargs):
+        return {}
     given = {name: kwargs.pop(name) for name in GIVEN if name in kwargs}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -265,14 +267,16 @@ def _serves_requests(kwargs: dict) -> bool:
 
 def _cache(values: Any) -> Any:
     """The keys and values, or the recurrent states, of the tokens that have passed."""
-    found = [values.get(name) for name in CACHES]
-    return next((cache for cache in found if cache is not None), None)
+    for name in CACHES:
+        if (cache := values.get(name)) is not None:
+            return cache
+    return None
 
 
 def _counts(cache: Any) -> bool:
     """Whether a cache knows how many tokens have passed; recurrent states alone do not."""
-    layers = getattr(cache, "layers", [])
-    return not layers or any(hasattr(layer, "get_seq_length") for layer in layers)
+    layers = getattr(cache, "layers", None)
+    return not layers or hasattr(layers[0], "get_seq_length") or any(hasattr(one, "get_seq_length") for one in layers)
 
 
 def _inputs(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
@@ -280,11 +284,13 @@ def _inputs(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
 
     States without tokens, `[batch, d]`, as a plain network takes them, are one token for each row: `[batch, 1, d]`.
     """
-    first = args[0] if args and getattr(module, "main_input_name", "input_ids") == "input_ids" else None
-    for value in (kwargs.get("input_ids"), first, kwargs.get("inputs_embeds")):
-        if isinstance(value, Tensor):
-            return value[:, None] if value.dim() == 2 and value.is_floating_point() else value
-    return None
+    value = kwargs.get("input_ids")
+    if not isinstance(value, Tensor):
+        first = args[0] if args and getattr(module, "main_input_name", "input_ids") == "input_ids" else None
+        value = first if isinstance(first, Tensor) else kwargs.get("inputs_embeds")
+    if not isinstance(value, Tensor):
+        return None
+    return value[:, None] if value.dim() == 2 and value.is_floating_point() else value
 
 
 def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -266,7 +266,7 @@ _NOTHING: Any = object()
 
 def edit_output(module: Any, args: tuple, output: Any) -> Any:
     """The hook behind an edited module."""
-    layer = module.reft_output  # of this very module: a replica of it has its own
+    layer = module._modules["reft_output"]  # of this very module: a replica of it has its own
     if (found := _reading(layer)) is None:
         return None
     if isinstance(output, Tensor):
@@ -276,7 +276,7 @@ def edit_output(module: Any, args: tuple, output: Any) -> Any:
 
 def edit_input(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """The hook before an edited module."""
-    layer = module.reft_input
+    layer = module._modules["reft_input"]
     if (found := _reading(layer)) is None:
         return None
     h = args[0] if args else kwargs["hidden_states"]
