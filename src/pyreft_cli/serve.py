@@ -108,6 +108,7 @@ def serve_fleet(options: dict[str, Any], more: list[str]) -> None:
     if options["allow_loading"]:
         raise ReftError("is for a single server: replicas share a directory or URL.", setting="allow_loading")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to others
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # none of its threads starts it again at the end
     try:
         import ray
         from ray import serve as fleet
@@ -138,7 +139,8 @@ def serve_fleet(options: dict[str, Any], more: list[str]) -> None:
         tell(options, None)
         told.wait()
     finally:
-        fleet.shutdown()  # what runs has half a minute to end
+        fleet.delete("pyreft")  # what runs has half a minute to end, which `shutdown` does not give it
+        fleet.shutdown()
         ray.shutdown()
 
 

@@ -155,10 +155,14 @@ def figures(name, most=60):
     scope = {"type": "http", "method": "GET", "path": "/metrics", "query_string": b"", "headers": headers}
     handle = serve.get_deployment_handle("Replica", "pyreft").options(stream=True)
     found = {}
-    while len(found) < 2 and (most := most - 1):
-        start, body = list(handle.answer.remote(Passed(scope, b"", "-")))[:2]
-        lines = [line.rsplit(" ", 1) for line in body["body"].decode().splitlines()]
-        found[dict(start["headers"])[b"x-reft-replica"]] = sum(float(number) for key, number in lines if key == name)
+    try:
+        while len(found) < 2 and (most := most - 1):
+            start, body = list(handle.answer.remote(Passed(scope, b"", "-")))[:2]
+            lines = [line.rsplit(" ", 1) for line in body["body"].decode().splitlines()]
+            which = dict(start["headers"])[b"x-reft-replica"]
+            found[which] = sum(float(number) for key, number in lines if key == name)
+    finally:
+        handle.shutdown()  # its thread would start Ray again at the end
     return sum(found.values())
 
 
