@@ -5,6 +5,7 @@ import shlex
 import signal
 import socket
 import threading
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -138,8 +139,11 @@ def serve_fleet(options: dict[str, Any], more: list[str]) -> None:
             signal.signal(number, lambda *_: told.set())
         tell(options, None)
         told.wait()
+    except RuntimeError as error:
+        raise ReftError(f"the replicas could not start: {error}") from None
     finally:
-        fleet.delete("pyreft")  # what runs has half a minute to end, which `shutdown` does not give it
+        with suppress(TimeoutError):
+            fleet.delete("pyreft")  # what runs has half a minute to end, which `shutdown` does not give it
         fleet.shutdown()
         ray.shutdown()
 
