@@ -2,7 +2,10 @@
 
 import os
 import shlex
+import signal
 import socket
+import threading
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,14 +28,15 @@ OF_TRANSFORMERS = {
     "max_tokens": None,
     "max_body": 8.0,
     "timeout": 600.0,
+    "replicas": 1,
 }
 
 
 def serve(
     context: typer.Context,
     adapters: Annotated[
-        Path | None,
-        Option(help="A directory whose folders are the adapters, by their names.  [default: the embedded ones]"),
+        str | None,
+        Option(help="A directory or URL whose folders are the adapters, by their names.  [default: the embedded ones]"),
     ] = None,
     model: Annotated[str | None, Option(help="Base model: a hub id or directory.  [default: the embedded one]")] = None,
     name: Annotated[str | None, Option(help="What clients call the base model.  [default: as in --model]")] = None,
@@ -62,6 +66,7 @@ def serve(
     max_tokens: Annotated[int | None, Option(help="The most tokens of an answer.", min=1)] = None,
     max_body: Annotated[float, Option(help="The most of a request's body, in MiB.", min=0.001)] = 8.0,
     timeout: Annotated[float, Option(help="Seconds that a request may take.", min=0.1)] = 600.0,
+    replicas: Annotated[int, Option(help="Servers behind one address, on Ray: pyreft[ray].", min=1)] = 1,
     quiet: Quiet = False,
 ) -> None:
     """Serve a base model and its adapters over the OpenAI API, and a page: "model" in a request names the adapter.
@@ -76,16 +81,15 @@ def serve(
         raise ReftError(f"expected {expected}, got {engine!r}.{did_you_mean(engine, ENGINES)}", setting="engine")
     hush()
     options["name"] = name or model or "pocket"
-    (serve_with_vllm if engine == "vllm" else serve_here)(options, context.args)
+    how = serve_with_vllm if engine == "vllm" else serve_here if replicas == 1 else serve_fleet
+    how(options, context.args)
 
 
 def serve_here(options: dict[str, Any], more: list[str]) -> None:
     """Serve from this process, on transformers."""
     from pyreft.errors import ReftError
 
-    if more or options["show"]:
-        raise ReftError(f"{more[0] if more else '--print'!r} is for --engine vllm.", setting="engine")
-    check_port(options["host"], options["port"])
+    check_for_transformers(options, more)
     try:
         from pyreft.serving.api.listening import Options, make_server
     except ModuleNotFoundError as error:
@@ -95,6 +99,62 @@ def serve_here(options: dict[str, Any], more: list[str]) -> None:
     server = make_server(Options(**given))
     tell(options, server.service.catalog.names())
     server.run()
+
+
+def serve_fleet(options: dict[str, Any], more: list[str]) -> None:
+    """Serve from several processes of this machine, on Ray."""
+    from pyreft.errors import ReftError
+
+    check_for_transformers(options, more)
+    if options["allow_loading"]:
+        raise ReftError("is for a single server: replicas share a directory or URL.", setting="allow_loading")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to others
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # none of its threads starts it again at the end
+    try:
+        import ray
+        from ray import serve as fleet
+
+        from pyreft.serving.fleet.application import ARGUMENTS, build
+    except ModuleNotFoundError as error:
+        raise ReftError(f"{error.name} is not installed; pip install 'pyreft[ray]' brings it.") from None
+    import torch
+
+    count, gpus = options["replicas"], torch.cuda.device_count()
+    if 0 < gpus < count:
+        raise ReftError(f"expected {gpus} at most, one on each GPU, got {count}.", setting="replicas")
+    args = {name: options[name] for name in ARGUMENTS if name in options} | {"api_key": options["api_key"] or ()}
+    application = build(args | {"min_replicas": count, "max_replicas": count, "gpus": min(gpus, 1)})
+    told = threading.Event()
+    ray.init(
+        "local",
+        num_cpus=max(count, os.cpu_count() or 1),
+        include_dashboard=False,
+        logging_level="warning",
+        log_to_driver=False,
+    )
+    fleet.start(http_options={"host": options["host"], "port": options["port"]})
+    try:
+        fleet.run(application, name="pyreft")
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: told.set())
+        tell(options, None)
+        told.wait()
+    except RuntimeError as error:
+        raise ReftError(f"the replicas could not start: {error}") from None
+    finally:
+        with suppress(TimeoutError):
+            fleet.delete("pyreft")  # what runs has half a minute to end, which `shutdown` does not give it
+        fleet.shutdown()
+        ray.shutdown()
+
+
+def check_for_transformers(options: dict[str, Any], more: list[str]) -> None:
+    """Refuse what is vLLM's alone, and a port that is taken."""
+    from pyreft.errors import ReftError
+
+    if more or options["show"]:
+        raise ReftError(f"{more[0] if more else '--print'!r} is for --engine vllm.", setting="engine")
+    check_port(options["host"], options["port"])
 
 
 def serve_with_vllm(options: dict[str, Any], more: list[str]) -> None:
@@ -110,10 +170,12 @@ def serve_with_vllm(options: dict[str, Any], more: list[str]) -> None:
     adapters, model = options["adapters"], options["model"]
     if adapters is None:
         raise ReftError("expected a directory whose folders are the adapters.", setting="adapters")
+    if "://" in adapters:
+        raise ReftError("a URL is for --engine transformers; vLLM wants a directory.", setting="adapters")
     launch.check_installed()
     catalog = Catalog(adapters)
     settings = Settings(
-        adapters=str(adapters.resolve()),
+        adapters=str(Path(adapters).resolve()),
         slots=options["slots"],
         rank=options["rank"] or catalog.rank(),
         store=str((options["store"] or default_store()).absolute()),
@@ -131,12 +193,12 @@ def serve_with_vllm(options: dict[str, Any], more: list[str]) -> None:
     os.execve(program[0], [*program, *command], {**os.environ, **variables})
 
 
-def tell(options: dict[str, Any], names: list[str]) -> None:
-    """Say what is served where."""
+def tell(options: dict[str, Any], names: list[str] | None) -> None:
+    """Say what is served where, the adapters' number if it is known."""
     if options["quiet"]:
         return
     host, port = options["host"], options["port"]
-    count = f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
+    count = "adapters" if names is None else f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
     console.print(f"Serving {options['name']} and {count} at http://{host}:{port}/v1", markup=False)
     if options["engine"] != "vllm":
         console.print(f"A page to chat with them: http://{host}:{port}/", markup=False)

@@ -54,12 +54,14 @@ def test_an_adapter_may_not_have_the_base_s_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_ends_when_what_runs_has_ended(tmp_path):
-    pytest.importorskip("fastapi")
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_it_ends_when_what_runs_has_ended(tmp_path, replicas):
+    pytest.importorskip("fastapi" if replicas == 1 else "ray")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = [sys.executable, "-m", "pyreft_cli", "serve", "--port", str(port), "--store", str(tmp_path)]
+    words += ["--replicas", str(replicas)]
     process = subprocess.Popen(words, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
     end = time.monotonic() + 120
@@ -78,5 +80,6 @@ def test_it_ends_when_what_runs_has_ended(tmp_path):
         answer.readline()
         process.send_signal(signal.SIGTERM)
         assert answer.read().decode().rstrip().endswith("data: [DONE]")
-    assert process.wait(30) in (0, -signal.SIGTERM)
-    assert process.stdout.read().startswith(f"Serving pocket and 1 adapter at {url}/v1\n")
+    assert process.wait(60) in (0, -signal.SIGTERM)
+    count = "1 adapter" if replicas == 1 else "adapters"
+    assert process.stdout.read().startswith(f"Serving pocket and {count} at {url}/v1\n")

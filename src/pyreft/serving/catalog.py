@@ -1,30 +1,27 @@
-"""From names to adapters: a directory that is watched, and a store in which what was once resolved never changes.
+"""From names to adapters: a place that is watched, and a store in which what was once resolved never changes.
 
 A name is resolved once, where a request comes in. What goes on from there is the digest of the adapter's files, by
 which every process finds the same copy of them in the store, so that an exchange of files under a name can never mix
-old and new. Only names in the directory are known; a request cannot name a path. Knows no engine.
+old and new. Only names of its folders are known; a request cannot name a path. Knows no engine.
 """
 
 import os
 import re
 import shutil
-import stat
 import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ReftError, did_you_mean
-from ..files.adapter import is_adapter
-from ..files.together import reading
 from .served import CONFIG, WEIGHTS, Adapter, digest_of, read_adapter
+from .sources import NAME, Folder, LocalFolder, Stamp, find_source
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-_NAME = re.compile(r"[\w][\w.@+:=-]*(?:/[\w][\w.@+:=-]*)?")  # one slash at most, as in the names of a hub
-Stamp = tuple[int, ...]
+SHARE = 20  # times as long as it takes to list a place, a list is good at least
 
 
 def default_store() -> Path:
@@ -43,13 +40,15 @@ class Store:
         self._known: OrderedDict[str, Adapter] = OrderedDict()
         self._lock = threading.Lock()
 
-    def add(self, directory: Path) -> Adapter:
+    def add(self, where: Folder | Path) -> Adapter:
         """Copy an adapter into the store, if it is not there, and return it.
 
         Raises:
             ReftError: no adapter, one that cannot be served, or files that change while they are read.
+            OSError: its files cannot be reached now.
         """
-        return self.put(*_read_settled(directory), called=str(directory))
+        folder = LocalFolder(where) if isinstance(where, Path) else where
+        return self.put(*folder.read(), called=str(folder))
 
     def put(self, config: bytes, weights: bytes, called: str = "the adapter") -> Adapter:
         """Copy an adapter's files into the store, and return it; errors call it as is said.
@@ -122,44 +121,53 @@ class Store:
 
 
 class Catalog:
-    """The adapters that clients may name: the folders of a directory that hold one, and those loaded by hand.
+    """The adapters that clients may name: the folders of a place that hold one, and those loaded by hand.
 
     Args:
-        directory: whose folders are the adapters; they may come, change and go while it is served.
+        place: a directory or a URL whose folders are the adapters; they may come, change and go while it is served.
         store: where copies are kept.
         check: raises `ReftError` for an adapter that does not fit the engine, such as one of another base model.
-        seconds: for how long an answer about the directory is not looked up again.
+        seconds: for how long an answer about the place is not looked up again, by default as is right for its kind.
     """
 
     def __init__(
         self,
-        directory: str | os.PathLike | None,
+        place: str | os.PathLike | None,
         store: Store | None = None,
         check: Callable[[Adapter], None] | None = None,
-        seconds: float = 0.5,
+        seconds: float | None = None,
     ) -> None:
-        self.directory = None if directory is None else Path(directory)
-        if self.directory is not None and not self.directory.is_dir():
-            raise ReftError(f"{self.directory}: expected a directory with a folder for each adapter.")
+        self.source = None if place is None else find_source(place)
         self.store = Store() if store is None else store
         self.check = check or (lambda adapter: None)
+        if seconds is None:
+            seconds = 0.0 if self.source is None else self.source.seconds
         self._seconds = seconds
-        self._listed: tuple[float, dict[str, Path]] = (float("-inf"), {})
+        self._listed: Mapping[str, Folder] = {}
+        self._next = float("-inf")  # when it is to be listed
         self._resolved: dict[str, tuple[Stamp, Adapter | ReftError]] = {}
-        self._loaded: dict[str, Path] = {}
+        self._loaded: dict[str, Folder] = {}
         self._unloaded: dict[str, Stamp] = {}  # by name, the files that were taken away
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
         """All names, of adapters that can be served and of those that are refused when they are asked for."""
-        return sorted(self._paths())
+        return sorted(name for name in {*self._list(), *self._loaded} if name in self)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._folder(name) is not None
 
     def rank(self) -> int:
-        """The rank that all adapters here fit in, at least 8; those that cannot be served do not count."""
+        """The rank that all adapters here fit in, at least 8.
+
+        Those that cannot be served do not count, nor do those at a URL, of which there may be many thousands.
+        """
         ranks = [8]
-        for path in self._paths().values():
+        for folder in map(self._folder, self.names()):
+            if not isinstance(folder, LocalFolder):
+                continue
             try:
-                ranks.append(read_adapter(path, digest="").rank)
+                ranks.append(read_adapter(folder.path, digest="").rank)
             except ReftError:
                 continue
         return max(ranks)
@@ -170,24 +178,26 @@ class Catalog:
         Raises:
             KeyError: nothing has this name.
             ReftError: what has it cannot be served.
+            OSError: its files cannot be reached now.
         """
-        with self._lock:
-            path, known = self._paths().get(name), self._resolved.get(name)
-        if path is None or not path.is_dir():  # it may have gone since it was listed
+        folder = self._folder(name)  # without the lock, as the files: requests for other adapters go on
+        if folder is None or not folder.exists():  # it may have gone since it was listed
             raise KeyError(name)
-        stamp = _stamp(path)
+        stamp = folder.stamp()
+        with self._lock:
+            known = self._resolved.get(name)
         if known is None or known[0] != stamp:
-            known = stamp, self._read(path)  # without the lock: requests for other adapters go on
+            known = stamp, self._read(folder)
             with self._lock:
                 self._resolved[name] = known
         if isinstance(known[1], ReftError):
-            if not path.is_dir():  # or gone while it was read
+            if not folder.exists():  # or gone while it was read
                 raise KeyError(name)
             raise known[1]
         try:
             self.store.touch(known[1].digest)
         except OSError:  # its copy was deleted
-            return self.store.add(path)
+            return self.store.add(folder)
         return known[1]
 
     def load(self, name: str, path: str | os.PathLike) -> Adapter:
@@ -196,20 +206,20 @@ class Catalog:
         Raises:
             ReftError: a name that is taken or none, or no adapter that can be served.
         """
-        if not _NAME.fullmatch(name) or ".." in name:
+        if not NAME.fullmatch(name) or ".." in name:
             raise ReftError(
                 f"expected letters, digits and ._-+:=@, and one slash at most, got {name!r}.", setting="name"
             )
-        where = Path(path)
+        where = LocalFolder(Path(path))
         found = self._read(where)
         if isinstance(found, ReftError):
             raise found
         with self._lock:
-            if name in self._paths() and self._loaded.get(name) != where:
+            if name in self and self._loaded.get(name) != where:
                 raise ReftError(f"{name!r} is taken; unload it first.", setting="name")
             self._unloaded.pop(name, None)
             self._loaded[name] = where
-            self._resolved[name] = _stamp(where), found
+            self._resolved[name] = where.stamp(), found
         return found
 
     def unload(self, name: str) -> None:
@@ -219,87 +229,40 @@ class Catalog:
             KeyError: nothing has this name.
         """
         with self._lock:
-            path = self._paths().get(name)
-            if path is None:
+            folder = self._folder(name)
+            if folder is None:
                 raise KeyError(name)
             if self._loaded.pop(name, None) is None:
-                self._unloaded[name] = _stamp(path)
+                self._unloaded[name] = folder.stamp()
             self._resolved.pop(name, None)
 
     def unknown(self, name: str) -> str:
         """What to say of a name that nothing has."""
         return f"The model {name!r} does not exist.{did_you_mean(name, self.names())}"
 
-    def _paths(self) -> dict[str, Path]:
-        now = time.monotonic()
-        if now - self._listed[0] >= self._seconds:
-            self._listed = now, _folders(self.directory) if self.directory is not None else {}
-        listed = {
-            name: path
-            for name, path in self._listed[1].items()
-            if name not in self._unloaded or self._unloaded[name] != _stamp(path)
-        }
-        return {**listed, **self._loaded}
+    def _list(self) -> Mapping[str, Folder]:
+        """The folders of the place, looked up again once the last answer is old; a list of many is kept for longer."""
+        began = time.monotonic()
+        if self.source is not None and began >= self._next:
+            self._listed = self.source.folders()
+            took = time.monotonic() - began
+            self._next = began + (max(self._seconds, SHARE * took) if self._seconds else 0.0)
+        return self._listed
 
-    def _read(self, path: Path) -> Adapter | ReftError:
+    def _folder(self, name: str) -> Folder | None:
+        folder = self._loaded.get(name)
+        if folder is None and (folder := self._list().get(name)) is not None:
+            gone = self._unloaded.get(name)
+            folder = None if gone is not None and gone == folder.stamp() else folder
+        return folder
+
+    def _read(self, folder: Folder) -> Adapter | ReftError:
         try:
-            adapter = self.store.add(path)
+            adapter = self.store.add(folder)
             self.check(adapter)
             return adapter
         except ReftError as error:
             return error
-
-
-def _folders(directory: Path) -> dict[str, Path]:
-    found = {}
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if _NAME.fullmatch(entry.name) and _holds_adapter(entry.path):
-                found[entry.name] = Path(entry.path)
-    return found
-
-
-def _holds_adapter(path: str) -> bool:
-    try:  # while a save is put in place, its config is away
-        return os.path.isfile(os.path.join(path, CONFIG)) or is_adapter(path)
-    except ReftError:  # which is told to those who ask for it
-        return True
-
-
-def _stamp(path: Path) -> Stamp:
-    """What changes when an adapter's files are replaced or written over."""
-    found: list[int] = []
-    for name in (CONFIG, WEIGHTS):
-        try:
-            status = os.stat(path / name)
-        except OSError:
-            found.append(-1)
-            continue
-        if not stat.S_ISREG(status.st_mode):
-            found.append(-2)
-        found += [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-    return tuple(found)
-
-
-_SETTLED = 0.1  # seconds: both files are replaced one after the other
-
-
-def _read_settled(path: Path, tries: int = 20) -> tuple[bytes, bytes]:
-    """Read both files as they are at one moment: a writer in between is waited for."""
-    for _ in range(tries):
-        with reading(path):  # which keeps our own saves out; a program of PEFT's knows nothing of it
-            before = _stamp(path)
-            try:
-                config, weights = (path / CONFIG).read_bytes(), (path / WEIGHTS).read_bytes()
-                changed = max(os.stat(path / name).st_ctime for name in (CONFIG, WEIGHTS))
-            except FileNotFoundError as error:
-                missing = Path(error.filename or path).name
-                raise ReftError(f"{path}: expected an adapter's directory, found no {missing}.") from None
-        if time.time() - changed < _SETTLED:
-            time.sleep(_SETTLED)
-        if _stamp(path) == before:
-            return config, weights
-    raise ReftError(f"{path}: the files change while they are read; ask again when they are written.")
 
 
 def _age(path: Path) -> float:

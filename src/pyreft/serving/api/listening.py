@@ -56,7 +56,7 @@ class Options:
     """What a server is made of.
 
     Args:
-        adapters: a directory whose folders are the adapters, none for those of the embedded model.
+        adapters: a directory or URL whose folders are the adapters, none for those of the embedded model.
         model: a base model, none for the embedded one.
         name: what clients call it, by default as here.
         dtype: of its weights, see `load_base`.
@@ -71,7 +71,7 @@ class Options:
         timeout: seconds that a request may take.
     """
 
-    adapters: Path | None = None
+    adapters: Path | str | None = None
     model: str | None = None
     name: str | None = None
     dtype: str = "auto"
@@ -91,17 +91,25 @@ class Options:
     timeout: float = 600.0
 
 
-def make_server(options: Options) -> Server:
-    """Load a base model and return the server for it.
+def make_catalog(options: Options, seconds: float | None = None) -> Catalog:
+    """Return the adapters' names; see `Catalog` for `seconds`.
+
+    Raises:
+        ReftError: there is no such place.
+    """
+    if options.adapters is None and options.model not in (None, EMBEDDED):
+        raise ReftError("expected a directory whose folders are the adapters.", setting="adapters")
+    return Catalog(options.adapters or pocket.adapters(), Store(options.store), seconds=seconds)
+
+
+def make_service(options: Options) -> Service:
+    """Load a base model and return what answers with it, once its engine is started.
 
     Raises:
         ReftError: one of the options cannot work.
     """
-    if options.adapters is None and options.model not in (None, EMBEDDED):
-        raise ReftError("expected a directory whose folders are the adapters.", setting="adapters")
-    keys, store = Keys(options.api_key), Store(options.store)
-    catalog = Catalog(options.adapters or pocket.adapters(), store)
-    store.prune(WEEK)
+    catalog = make_catalog(options)
+    catalog.store.prune(WEEK)
     model, tokenizer = load_base(options.model, options.dtype)
     engine = Engine(
         model,
@@ -114,7 +122,17 @@ def make_server(options: Options) -> Server:
     )
     catalog.check = engine.check
     limits = Limits(prompt=options.max_prompt, tokens=options.max_tokens, seconds=options.timeout)
-    service = Service(engine, catalog, options.name or options.model or EMBEDDED, limits)
+    return Service(engine, catalog, options.name or options.model or EMBEDDED, limits)
+
+
+def make_server(options: Options) -> Server:
+    """Load a base model and return the server for it.
+
+    Raises:
+        ReftError: one of the options cannot work.
+    """
+    keys = Keys(options.api_key)
+    service = make_service(options)
     app = make_app(service, keys, body=int(options.max_body * 2**20), loading=options.allow_loading)
     return Server(app, service, host=options.host, port=options.port)
 

@@ -95,6 +95,10 @@ class Service:
                     _log.warning("%s: %s", name, error)
                     text = re.sub(r"(?<![^\s'(])/\S+(?=: )", repr(name), str(error))
                     raise Fault(400, text, "model", "adapter_refused") from None
+                except OSError as error:
+                    _log.warning("%s: %s", name, error)
+                    told = f"The files of {name!r} cannot be reached now; ask again later."
+                    raise Fault(503, told, "model", "adapter_unreachable", {"Retry-After": "5"}) from None
         known = did_you_mean(name, self.names(allowed))
         raise unknown_model(f"The model {name[:200]!r} does not exist.{known}")
 
