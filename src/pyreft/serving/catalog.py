@@ -128,7 +128,7 @@ class Catalog:
         directory: whose folders are the adapters; they may come, change and go while it is served.
         store: where copies are kept.
         check: raises `ReftError` for an adapter that does not fit the engine, such as one of another base model.
-        seconds: for how long an answer about the directory is not looked up again.
+        seconds: for how long the list of the directory is not made again.
     """
 
     def __init__(
@@ -172,8 +172,8 @@ class Catalog:
             ReftError: what has it cannot be served.
         """
         with self._lock:
-            path, known = self._paths().get(name), self._resolved.get(name)
-        if path is None or not path.is_dir():  # it may have gone since it was listed
+            path, known = self._path(name), self._resolved.get(name)
+        if path is None:
             raise KeyError(name)
         stamp = _stamp(path)
         if known is None or known[0] != stamp:
@@ -229,6 +229,16 @@ class Catalog:
     def unknown(self, name: str) -> str:
         """What to say of a name that nothing has."""
         return f"The model {name!r} does not exist.{did_you_mean(name, self.names())}"
+
+    def _path(self, name: str) -> Path | None:
+        """What a name stands for now, whatever was listed: of a thousand folders, only this one is looked at."""
+        if name in self._loaded:
+            return self._loaded[name] if self._loaded[name].is_dir() else None
+        if self.directory is None or "/" in name or not _NAME.fullmatch(name):
+            return None
+        path = self.directory / name
+        there = _holds_adapter(str(path)) and (name not in self._unloaded or self._unloaded[name] != _stamp(path))
+        return path if there else None
 
     def _paths(self) -> dict[str, Path]:
         now = time.monotonic()
