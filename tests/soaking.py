@@ -192,7 +192,7 @@ def soak(folder, serve):
                 future.result()
         print(f"{sum(load.counts.values())} requests in {SECONDS:.0f} s, {dict(load.counts)}", end="; ")
         print(f"{half / 2**20:.0f} MiB at half time, {memory(family) / 2**20:.0f} at the end")
-        assert not load.wrong, load.wrong[:5]
+        assert not load.wrong, (len(load.wrong), Counter(text[:60] for text in load.wrong), load.wrong[:5])
         assert min(load.counts.values()) > 0
         assert memory(family) - half < 0.05 * half
         yield url, process

@@ -88,7 +88,7 @@ def test_a_slot_that_is_written_again_has_nothing_left_of_the_old():
     torch.testing.assert_close(bank.delta(HERE, tile, h[tile.at])[0], module(h) - h)
     for place in (Place(1, 0), Place(0, 1), Place(9, 0)):
         assert not bank.delta(place, tile, h[tile.at]).any()
-    assert bank.places == [Place(0, 0), Place(0, 1), Place(1, 0)]
+    assert bank.behind == {0: [Place(0, 0), Place(0, 1)], 1: [Place(1, 0)]}
 
 
 def test_a_strength_multiplies_the_edit():
@@ -108,7 +108,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         bank.write(0, {HERE: edit_of("loreft", settings, make("loreft", settings))})
     with pytest.raises(ReftError, match="6 wide, the states are 12"):
         bank.write(0, {HERE: affine("bias", {"bias": torch.ones(6)})})
-    assert bank.places == []
+    assert bank.behind == {}
     with pytest.raises(ReftError, match="'reftr1' cannot be served"):
         affine("reftr1", {})
     with pytest.raises(ReftError, match="no activation is called 'rellu'"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ReftError
 from .affine import Edit, LowRank, Vectors, activation
-from .tokens import Place, Step, Tile
+from .tokens import Place, Step, Tile, by_layer
 
 Edits = Mapping[Place, Edit]
 
@@ -133,12 +133,8 @@ class Bank:
         self.slots, self.rank, self.width, self.device = slots, rank, width, torch.device(device)
         self._low: dict[Place, _LowRankLane] = {}
         self._vectors: dict[Place, _VectorLane] = {}
+        self.behind: dict[int, list[Place]] = {}  # the edited places by block
         self._step: Step | None = None
-
-    @property
-    def places(self) -> list[Place]:
-        """Where anything is edited, in the order of the edits."""
-        return sorted({*self._low, *self._vectors})
 
     def bytes(self) -> int:
         """How much memory the weights take."""
@@ -168,6 +164,7 @@ class Bank:
                 self._low[place] = _LowRankLane(self.slots, self.rank, self.width, self.device)
             if isinstance(edit, Vectors) and place not in self._vectors:
                 self._vectors[place] = _VectorLane(self.slots, self.width, self.device)
+        self.behind = by_layer({*self._low, *self._vectors})
         for place, low in self._low.items():
             found = edits.get(place)
             low.write(slot, found if isinstance(found, LowRank) else None)

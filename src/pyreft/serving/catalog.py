@@ -274,6 +274,8 @@ def _holds_adapter(path: str) -> bool:
         return os.path.isfile(os.path.join(path, CONFIG)) or is_adapter(path)
     except ReftError:  # which is told to those who ask for it
         return True
+    except OSError:  # a name too long for a file's, or a folder of somebody else's
+        return False
 
 
 def _stamp(path: Path) -> Stamp:

@@ -4,7 +4,7 @@ A step of an engine computes some tokens of each row of its batch: those of row 
 one flat list, the first of them being token `computed[i]` of its request. Knows nothing of formulas, files or engines.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,14 @@ class Place(NamedTuple):
 
     layer: int  # behind this block; -1 is before the first
     stage: int  # its turn among the edits there
+
+
+def by_layer(places: Iterable[Place]) -> dict[int, list[Place]]:
+    """The edited places behind each block, in their order."""
+    found: dict[int, list[Place]] = {}
+    for place in sorted(places):
+        found.setdefault(place.layer, []).append(place)
+    return found
 
 
 Pattern = Mapping[Place, int]  # an adapter's edited places, each with the number of its rule
