@@ -91,15 +91,15 @@ def same(pattern: Pattern) -> Pattern:
 class Tile(NamedTuple):
     """Located tokens as a table, all of a line with the weights of one slot."""
 
-    slots: Tensor  # [lines]
+    slots: Tensor | slice  # [lines]; a slice if they follow each other, so that no weights are copied
     at: Tensor  # [lines, width], flat; filled up with the line's first where a line has fewer
     valid: Tensor | None  # [lines, width], false for what fills up; none if nothing does
     strength: Tensor | None  # [lines, width, 1]; none if all are 1
 
     def to(self, device: torch.device) -> "Tile":
         """The same on a device."""
-        moved = (part if part is None else part.to(device, non_blocking=True) for part in self)
-        return Tile(*moved)  # type: ignore[arg-type]  # none stays none
+        moved = (part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in self)
+        return Tile(*moved)  # type: ignore[arg-type]  # none and slices stay
 
 
 class Tokens(NamedTuple):
@@ -131,8 +131,10 @@ class Tokens(NamedTuple):
 
     def _tile(self, number: np.ndarray, valid: np.ndarray | None) -> Tile:
         strength = None if (self.strength == 1).all() else torch.from_numpy(self.strength[number])[..., None]
+        slots = self.slots[number[:, 0]]
+        first, follow = int(slots[0]), bool((np.diff(slots) == 1).all())
         return Tile(
-            torch.from_numpy(self.slots[number[:, 0]]),
+            slice(first, first + len(slots)) if follow else torch.from_numpy(slots),
             torch.from_numpy(self.at[number]),
             None if valid is None else torch.from_numpy(valid),
             strength,
