@@ -76,6 +76,16 @@ def test_tokens_of_many_slots_are_edited_together_each_with_its_own():
     torch.testing.assert_close(out, torch.cat(expected))
 
 
+def test_slots_that_follow_each_other_are_read_where_they_are():
+    bank = Bank(slots=5, rank=6, width=WIDTH)
+    for slot, (name, settings) in enumerate(SERVED[3::6]):
+        bank.write(slot, {HERE: edit_of(name, settings, make(name, settings))})
+    (tile,) = tile_of([2, 1, 3], [0, 2, 4, 6])
+    assert tile.slots == slice(1, 4)
+    h = torch.randn(6, WIDTH)[tile.at]
+    assert torch.equal(bank.delta(HERE, tile, h), bank.delta(HERE, tile._replace(slots=torch.tensor([1, 2, 3])), h))
+
+
 def test_a_slot_that_is_written_again_has_nothing_left_of_the_old():
     bank = Bank(slots=2, rank=4, width=WIDTH)
     old = {Place(n, 0): edit_of("direft", s, make("direft", s)) for n, s in enumerate([{"low_rank_dimension": 4}] * 2)}
