@@ -1,25 +1,29 @@
 """Many adapters in one engine of vLLM: their speed, what they share, and when a new one answers. Needs `.ci/vllm`'s.
 
-A random Llama, width 512, 12 layers, float32, eager. Each figure is a ratio of two runs that take turns in one process,
-in seconds of the processor where that says the same as seconds, which other programs' load does not change.
+A random Llama, width 512, 12 layers, float32, eager. Each figure is a ratio of runs that take turns in one process, in
+seconds of the processor, which other programs' load changes little.
 
 speed    tokens a second of a batch whose requests have 1, 16 and 64 adapters out of 512, against the base model's
 plain    the base model's requests in the engine with the plug-in, against vLLM without it
-lora     64 adapters of vLLM's multi-LoRA (rank 8 on q and v), against its own base model and against ours
+lora     64 adapters of ours and 64 of vLLM's multi-LoRA (rank 8 on q and v), each against its base model and each other
 prefix   prompt tokens that are computed for 64 tenants with one system prompt, against those for one tenant
 first    seconds to the first token of a tenant who was never seen, against the base model's
 
-python benchmarks/serving.py [--parts speed plain lora prefix first] [--runs 5] [--small]
+A part ends after `--seconds` with as many rounds as fit, and its rows replace those of the same name in
+`results/serving.json`: so it can be measured part by part.
+
+python benchmarks/serving.py [--parts speed plain lora prefix first] [--rounds 5] [--seconds 240] [--small]
 python benchmarks/serving.py --draw       the picture of what was measured, where matplotlib is installed
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ os.environ |= {"VLLM_LOGGING_LEVEL": "ERROR"}
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +40,7 @@ from _common import report
 
 PARTS = ("speed", "plain", "lora", "prefix", "first")
 SIZES = {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1408, "num_attention_heads": 8}
+TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 2}
 VOCABULARY, BLOCK, RANK, SLOTS = 2048, 32, 8, 64
 RULES = ("l16", "f7+l7", "all")
 RESULTS = Path(__file__).parent / "results"
@@ -44,7 +50,8 @@ Asked = list[tuple[list[int], str | None]]  # prompts, each with an adapter's na
 class Files:
     """A base model, and adapters of ours and LoRAs with random weights, each kind saved once and varied on disk."""
 
-    def __init__(self, folder: Path, count: int) -> None:
+    def __init__(self, folder: Path, count: int, sizes: dict[str, int] = SIZES) -> None:
+        self.sizes = sizes
         self.base, self.adapters, self.loras = folder / "base", folder / "adapters", folder / "loras"
         self.store, self.count = folder / "store", count
         self._seed = torch.Generator().manual_seed(0)
@@ -56,7 +63,7 @@ class Files:
         import pyreft
 
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=VOCABULARY, **SIZES)).save_pretrained(self.base)
+        AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=VOCABULARY, **self.sizes)).save_pretrained(self.base)
         for rule in rules:
             model = AutoModelForCausalLM.from_pretrained(self.base)
             config = pyreft.ReftConfig(low_rank_dimension=RANK, positions=rule)
@@ -130,7 +137,7 @@ class Engine:
         return self.llm.generate(prompts, params, lora_request=loras if any(loras) else None, use_tqdm=False)
 
 
-class Timing:
+class Batches:
     """Batches of requests whose prompts share nothing, each asked for once."""
 
     def __init__(self, options: argparse.Namespace) -> None:
@@ -145,55 +152,69 @@ class Timing:
         engine.ask(asked)
         return time.process_time() - start
 
-    def compare(self, one: Callable[[], float], two: Callable[[], float]) -> dict[str, float]:
-        """Tokens a second of both, and the median of the ratios, after a pair that warms up."""
-        pairs = [(one(), two()) for _ in range(self.options.runs + 1)][1:]
+    def rounds(self, runs: dict[str, Callable[[], float]], pairs: Sequence[tuple[str, str]], part: str) -> list[dict]:
+        """Run all in turn, after a round that warms up; a row for each pair, the first against the second."""
+        for run in runs.values():
+            run()
+        end, times = time.monotonic() + self.options.seconds, {name: [] for name in runs}
+        for turn in range(self.options.rounds):
+            began = time.monotonic()
+            for name in list(runs)[:: -1 if turn % 2 else 1]:
+                times[name].append(runs[name]())
+            if 2 * time.monotonic() - began > end:
+                break
         tokens = self.options.requests * self.options.new
-        return {
-            "of the other's speed": statistics.median(b / a for a, b in pairs),
-            "tokens a second": tokens / statistics.median(a for a, _ in pairs),
-            "the other's": tokens / statistics.median(b for _, b in pairs),
-        }
+        return [
+            {
+                "part": part,
+                "what": f"{one}, against {two}",
+                "of the other's speed": statistics.median(b / a for a, b in zip(times[one], times[two], strict=True)),
+                "tokens a second": tokens / statistics.median(times[one]),
+                "the other's": tokens / statistics.median(times[two]),
+                "rounds": len(times[one]),
+            }
+            for one, two in pairs
+        ]
 
 
-def measure_speed(engine: Engine, timing: Timing, options: argparse.Namespace) -> list[dict]:
+def measure_speed(engine: Engine, batches: Batches, options: argparse.Namespace) -> list[dict]:
     rows = []
     for rule in options.rules:
+        runs = {"the base": lambda: batches.seconds(engine, [None])}
         for count in options.adapters:
-            for fresh in (False, True):
-                turn = 0
+            names = [name_of(rule, number % options.disk) for number in range(count)]
+            runs[f"{rule}, {count} adapters"] = lambda names=names: batches.seconds(engine, names)
+        turns = itertools.count()
 
-                def names(rule: str = rule, count: int = count, fresh: bool = fresh) -> list[str | None]:
-                    nonlocal turn
-                    turn += fresh
-                    return [name_of(rule, (turn * count + n) % options.disk) for n in range(count)]
+        def unseen(rule: str = rule, turns: Iterator[int] = turns) -> float:
+            """As many adapters as are in slots, and none of them is."""
+            first = next(turns) * SLOTS
+            return batches.seconds(engine, [name_of(rule, (first + n) % options.disk) for n in range(SLOTS)])
 
-                found = timing.compare(
-                    lambda names=names: timing.seconds(engine, names()), lambda: timing.seconds(engine, [None])
-                )
-                what = f"{rule}, {count} adapters" + (", each from the disk" if fresh else "")
-                rows.append({"part": "speed", "what": what, **found})
+        runs[f"{rule}, {SLOTS} adapters from the disk"] = unseen
+        rows += batches.rounds(runs, [(name, "the base") for name in list(runs)[1:]], "speed")
     return rows
 
 
-def measure_plain(engine: Engine, plain: Engine, timing: Timing) -> list[dict]:
-    found = timing.compare(lambda: timing.seconds(engine, [None]), lambda: timing.seconds(plain, [None]))
-    return [{"part": "plain", "what": "base with the plug-in, against plain vLLM", **found}]
+def measure_plain(engine: Engine, plain: Engine, batches: Batches) -> list[dict]:
+    engines = {"base with the plug-in": engine, "plain vLLM": plain}
+    runs = {name: lambda asked=asked: batches.seconds(asked, [None]) for name, asked in engines.items()}
+    return batches.rounds(runs, [tuple(runs)], "plain")
 
 
-def measure_lora(engine: Engine, lora: Engine, timing: Timing, options: argparse.Namespace) -> list[dict]:
-    loras = [str(number) for number in range(SLOTS)]
-    rows = []
-    for rule in options.rules:
-        ours = [name_of(rule, number % options.disk) for number in range(SLOTS)]
-        found = timing.compare(lambda ours=ours: timing.seconds(engine, ours), lambda: timing.seconds(lora, loras))
-        rows.append({"part": "lora", "what": f"{rule}, {SLOTS} adapters, against {SLOTS} LoRAs", **found})
-    found = timing.compare(lambda: timing.seconds(lora, loras), lambda: timing.seconds(lora, [None]))
-    return [*rows, {"part": "lora", "what": f"{SLOTS} LoRAs, against the base model beside them", **found}]
+def measure_lora(engine: Engine, lora: Engine, batches: Batches, options: argparse.Namespace) -> list[dict]:
+    ours = {
+        f"{rule}, {SLOTS} adapters": [name_of(rule, n % options.disk) for n in range(SLOTS)] for rule in options.rules
+    }
+    runs = {name: lambda names=names: batches.seconds(engine, names) for name, names in ours.items()}
+    loras, base = f"{SLOTS} LoRAs", "the base in LoRA's engine"
+    runs[loras] = lambda: batches.seconds(lora, [str(number) for number in range(SLOTS)])
+    runs[base] = lambda: batches.seconds(lora, [None])
+    return batches.rounds(runs, [*((name, loras) for name in ours), (loras, base)], "lora")
 
 
-def measure_prefix(engine: Engine, lora: Engine | None, options: argparse.Namespace) -> list[dict]:
-    """One request comes first, then all others at once, each with a question of its own."""
+def measure_prefix(engine: Engine, lora: Engine, options: argparse.Namespace) -> list[dict]:
+    """One request comes first, then all others at once, each with a question of its own; the model is a tiny one."""
 
     def computed(engine: Engine, names: Sequence[str | None]) -> int:
         engine.llm.reset_prefix_cache()
@@ -204,8 +225,7 @@ def measure_prefix(engine: Engine, lora: Engine | None, options: argparse.Namesp
 
     rows, tenants = [], range(options.tenants)
     kinds = [(engine, rule, [name_of(rule, n % options.disk) for n in tenants]) for rule in options.rules]
-    if lora is not None:
-        kinds.append((lora, "LoRA", [str(n % SLOTS) for n in tenants]))
+    kinds.append((lora, "LoRA", [str(n % SLOTS) for n in tenants]))
     for asked, what, names in kinds:
         one, many = computed(asked, names[:1] * len(names)), computed(asked, names)
         row = {"tokens for one": one, "for all": many, "times those for one": many / one}
@@ -214,46 +234,42 @@ def measure_prefix(engine: Engine, lora: Engine | None, options: argparse.Namesp
 
 
 def measure_first(engine: Engine, options: argparse.Namespace) -> list[dict]:
-    """Seconds, since a tenant's files are read from the disk meanwhile."""
+    """Both seconds and those of the processor, since a tenant's files are read from the disk meanwhile."""
 
-    def seconds(name: str | None, seed: int) -> float:
-        start = time.perf_counter()
-        engine.ask([(text(options.prompt, seed), name)], 1)
-        return time.perf_counter() - start
+    seeds = itertools.count(2 * 10**6)
+
+    def seconds(name: str | None) -> tuple[float, float]:
+        prompt = text(options.prompt, next(seeds))  # of which nothing is cached
+        start = time.perf_counter(), time.process_time()
+        engine.ask([(prompt, name)], 1)
+        return time.perf_counter() - start[0], time.process_time() - start[1]
 
     rows = []
     for rule in options.rules:
-        unseen = [name_of(rule, options.disk - 1 - number) for number in range(4 * options.runs)]
-        pairs = [(seconds(name, 2 * 10**6 + n), seconds(None, 3 * 10**6 + n)) for n, name in enumerate(unseen)]
-        rows.append(
-            {
-                "part": "first",
-                "what": f"{rule}, a tenant never seen",
-                "milliseconds": 1000 * statistics.median(a for a, _ in pairs),
-                "base": 1000 * statistics.median(b for _, b in pairs),
-                "times the base's": statistics.median(a / b for a, b in pairs),
-            }
-        )
+        unseen = [name_of(rule, options.disk - 1 - number) for number in range(1 + 6 * options.rounds)]
+        asked = [(seconds(name), seconds(None)) for name in unseen][1:]
+        ours, base = (np.median([pair[which] for pair in asked], axis=0) for which in (0, 1))
+        row = {"milliseconds": 1000 * ours[0], "base": 1000 * base[0], "times the base's": ours[0] / base[0]}
+        row["of the processor"] = ours[1] / base[1]
+        rows.append({"part": "first", "what": f"{rule}, a tenant never seen", **row})
     return rows
 
 
-def measure(folder: Path, options: argparse.Namespace) -> list[dict]:
-    files = Files(folder, options.disk)
+def measure(folder: Path, part: str, options: argparse.Namespace) -> list[dict]:
+    files = Files(folder, options.disk, TINY if part == "prefix" else SIZES)
     os.environ["PYREFT_STORE"] = str(files.store)
     files.make(options.rules)
-    timing = Timing(options)
-    engine = Engine(files, "reft", options)
-    rows = measure_first(engine, options) if "first" in options.parts else []  # while none is loaded
-    if "speed" in options.parts:
-        rows += measure_speed(engine, timing, options)
-    if "plain" in options.parts:
-        rows += measure_plain(engine, Engine(files, "plain", options), timing)
-    lora = Engine(files, "lora", options) if {"lora", "prefix"} & set(options.parts) else None
-    if lora is not None and "lora" in options.parts:
-        rows += measure_lora(engine, lora, timing, options)
-    if "prefix" in options.parts:
-        rows += measure_prefix(engine, lora, options)
-    return rows
+    engine, batches = Engine(files, "reft", options), Batches(options)
+    if part == "first":
+        return measure_first(engine, options)
+    if part == "speed":
+        return measure_speed(engine, batches, options)
+    if part == "plain":
+        return measure_plain(engine, Engine(files, "plain", options), batches)
+    lora = Engine(files, "lora", options)
+    if part == "lora":
+        return measure_lora(engine, lora, batches, options)
+    return measure_prefix(engine, lora, options)
 
 
 def draw(rows: list[dict], target: Path) -> None:
@@ -290,28 +306,32 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--rules", nargs="+", default=["l16", "all"], choices=RULES)
     parser.add_argument("--adapters", type=int, nargs="+", default=[1, 16, 64])
-    for name, default in (("requests", 64), ("prompt", 112), ("new", 32), ("runs", 5), ("disk", 512)):
+    for name, default in (("requests", 64), ("prompt", 112), ("new", 32), ("rounds", 5), ("disk", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("tenants", 64), ("system", 1000), ("question", 24)):
+    for name, default in (("tenants", 64), ("system", 1000), ("question", 24), ("seconds", 240)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--small", action="store_true", help="See that it works, and keep nothing.")
     parser.add_argument("--draw", action="store_true", help="Draw what was measured.")
     options = parser.parse_args()
     if options.small:
-        options.requests, options.prompt, options.new, options.runs, options.disk = 4, 40, 4, 1, 8
+        options.requests, options.prompt, options.new, options.rounds, options.disk = 4, 40, 4, 1, 8
         options.adapters, options.tenants, options.system = [1, 4], 4, 200
     return options
 
 
 def main() -> None:
     options = read_options()
+    kept = RESULTS / "serving.json"
+    known = json.loads(kept.read_text())["rows"] if kept.exists() else []
     if options.draw:
-        rows = json.loads((RESULTS / "serving.json").read_text())["rows"]
-        draw(rows, RESULTS / "serving.svg")
+        draw(known, RESULTS / "serving.svg")
         return
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), options)
-    report("serving", rows, keep=not options.small)
+    for part in options.parts:
+        with tempfile.TemporaryDirectory() as folder:
+            rows = measure(Path(folder), part, options)
+        new = {(row["part"], row["what"]) for row in rows}
+        known = [row for row in known if (row["part"], row["what"]) not in new] + rows
+        report("serving", rows if options.small else known, keep=not options.small)
 
 
 if __name__ == "__main__":

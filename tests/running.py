@@ -1,4 +1,4 @@
-"""vLLM's own server, started by `pyreft serve`, for the tests that ask one."""
+"""Servers of their own processes, started by `pyreft serve`, for the tests that ask one."""
 
 import os
 import signal
@@ -30,8 +30,8 @@ ENGINE = [
 ]
 
 
-def command(*words):
-    return [sys.executable, "-m", "pyreft_cli", "serve", "--engine", "vllm", *map(str, words)]
+def command(*words, engine="vllm"):
+    return [sys.executable, "-m", "pyreft_cli", "serve", "--engine", engine, *map(str, words)]
 
 
 def free_port():
@@ -40,13 +40,18 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@contextmanager
 def serving(folder, root, *words, engine=()):
-    """Run a server of the adapters under `root`; give its address and its process. Files of its own go to `folder`."""
+    """Run vLLM's server of the adapters under `root`, see `started`; `engine` has further options of vLLM's."""
+    return started(folder, "--adapters", root, *words, more=["--", *ENGINE, *engine])
+
+
+@contextmanager
+def started(folder, *words, engine="vllm", more=()):
+    """Run a server; give its address and its process. Files of its own go to `folder`."""
     port = free_port()
     environment = {**os.environ, **ENVIRONMENT, "PYREFT_STORE": str(folder / "store")}
     environment.pop("VLLM_PLUGINS", None)
-    words = command("--adapters", root, "--port", port, *words, "--", *ENGINE, *engine)
+    words = command("--port", port, *words, *more, engine=engine)
     with (folder / "server.log").open("w+") as log:
         process = subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
         try:

@@ -1,12 +1,8 @@
 """`pyreft serve`: what it refuses at the start, and how it ends."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 import urllib.request
 
 import pytest
@@ -14,6 +10,7 @@ from typer.testing import CliRunner
 
 from pyreft.errors import ReftError
 from pyreft_cli.app import app
+from running import started
 
 
 def refused(*words):
@@ -57,29 +54,16 @@ def test_an_adapter_may_not_have_the_base_s_name(tmp_path):
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_it_ends_when_what_runs_has_ended(tmp_path, replicas):
     pytest.importorskip("fastapi" if replicas == 1 else "ray")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    words = [sys.executable, "-m", "pyreft_cli", "serve", "--port", str(port), "--store", str(tmp_path)]
-    words += ["--replicas", str(replicas)]
-    process = subprocess.Popen(words, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True)
-    url = f"http://127.0.0.1:{port}"
-    end = time.monotonic() + 120
-    while time.monotonic() < end:
-        try:
-            urllib.request.urlopen(f"{url}/health", timeout=5)
-            break
-        except OSError:
-            assert process.poll() is None
-            time.sleep(0.3)
     body = {"model": "emoji", "prompt": "a", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    asked = urllib.request.Request(
-        f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
-    )
-    with urllib.request.urlopen(asked, timeout=60) as answer:
-        answer.readline()
-        process.send_signal(signal.SIGTERM)
-        assert answer.read().decode().rstrip().endswith("data: [DONE]")
-    assert process.wait(60) in (0, -signal.SIGTERM)
+    with started(tmp_path, "--replicas", replicas, engine="transformers") as (url, process):
+        asked = urllib.request.Request(
+            f"{url}/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            answer.readline()
+            process.send_signal(signal.SIGTERM)
+            assert answer.read().decode().rstrip().endswith("data: [DONE]")
+        assert process.wait(60) in (0, -signal.SIGTERM)
+    log = (tmp_path / "server.log").read_text()
     count = "1 adapter" if replicas == 1 else "adapters"
-    assert process.stdout.read().startswith(f"Serving pocket and {count} at {url}/v1\n")
+    assert f"Serving pocket and {count} at {url}/v1\n" in log

@@ -76,6 +76,16 @@ def test_tokens_of_many_slots_are_edited_together_each_with_its_own():
     torch.testing.assert_close(out, torch.cat(expected))
 
 
+def test_slots_that_follow_each_other_are_read_where_they_are():
+    bank = Bank(slots=5, rank=6, width=WIDTH)
+    for slot, (name, settings) in enumerate(SERVED[3::6]):
+        bank.write(slot, {HERE: edit_of(name, settings, make(name, settings))})
+    (tile,) = tile_of([2, 1, 3], [0, 2, 4, 6])
+    assert tile.slots == slice(1, 4)
+    h = torch.randn(6, WIDTH)[tile.at]
+    assert torch.equal(bank.delta(HERE, tile, h), bank.delta(HERE, tile._replace(slots=torch.tensor([1, 2, 3])), h))
+
+
 def test_a_slot_that_is_written_again_has_nothing_left_of_the_old():
     bank = Bank(slots=2, rank=4, width=WIDTH)
     old = {Place(n, 0): edit_of("direft", s, make("direft", s)) for n, s in enumerate([{"low_rank_dimension": 4}] * 2)}
@@ -88,7 +98,7 @@ def test_a_slot_that_is_written_again_has_nothing_left_of_the_old():
     torch.testing.assert_close(bank.delta(HERE, tile, h[tile.at])[0], module(h) - h)
     for place in (Place(1, 0), Place(0, 1), Place(9, 0)):
         assert not bank.delta(place, tile, h[tile.at]).any()
-    assert bank.places == [Place(0, 0), Place(0, 1), Place(1, 0)]
+    assert bank.behind == {0: [Place(0, 0), Place(0, 1)], 1: [Place(1, 0)]}
 
 
 def test_a_strength_multiplies_the_edit():
@@ -108,7 +118,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         bank.write(0, {HERE: edit_of("loreft", settings, make("loreft", settings))})
     with pytest.raises(ReftError, match="6 wide, the states are 12"):
         bank.write(0, {HERE: affine("bias", {"bias": torch.ones(6)})})
-    assert bank.places == []
+    assert bank.behind == {}
     with pytest.raises(ReftError, match="'reftr1' cannot be served"):
         affine("reftr1", {})
     with pytest.raises(ReftError, match="no activation is called 'rellu'"):

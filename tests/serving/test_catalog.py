@@ -40,7 +40,9 @@ def test_names_are_the_folders_with_an_adapter(catalog, root):
     assert catalog.resolve("l4").rules[0].last == 4
 
 
-@pytest.mark.parametrize("name", ["..", "../adapters/l4", "l4/", "", ".", "l4/../l4", "nobody", "/etc"])
+@pytest.mark.parametrize(
+    "name", ["..", "../adapters/l4", "l4/", "", ".", "l4/../l4", "nobody", "/etc", "a" * 5000, "鲸" * 100]
+)
 def test_a_name_is_never_a_path(catalog, name):
     with pytest.raises(KeyError):
         catalog.resolve(name)

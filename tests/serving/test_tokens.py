@@ -65,8 +65,9 @@ def test_chunks_edit_each_located_token_once_with_its_own_slot(data):
         for tile in [] if tokens is None else tokens.tiles(width=3):
             assert tile.strength is None
             valid = torch.ones_like(tile.at, dtype=torch.bool) if tile.valid is None else tile.valid
+            slots = torch.arange(9)[tile.slots] if isinstance(tile.slots, slice) else tile.slots
             for slot, line in zip(
-                tile.slots.tolist(), [at[ok].tolist() for at, ok in zip(tile.at, valid, strict=True)], strict=True
+                slots.tolist(), [at[ok].tolist() for at, ok in zip(tile.at, valid, strict=True)], strict=True
             ):
                 for flat in line:
                     row = int(np.searchsorted(starts, flat, side="right")) - 1

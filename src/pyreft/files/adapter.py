@@ -24,7 +24,7 @@ from ..tuner.config import ReftConfig, ReftPeftType
 from ..tuner.injection import detach, representations_of, site_of
 from ..tuner.values import check_values
 from .pickles import read_pickle
-from .text import read_json
+from .text import LARGEST, parse_fields, read_text
 from .together import reading
 
 WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # either, the first one preferred
@@ -98,7 +98,37 @@ def read_config(directory: str | os.PathLike) -> ReftConfig:
         ReftError: not an adapter, one of another method, or a file that is damaged; a field that is not known or has a
             value that it cannot have, by its name.
     """
-    data, path = read_config_data(directory), Path(directory) / CONFIG_NAME
+    return parse_config(read_config_text(directory), Path(directory) / CONFIG_NAME)
+
+
+def read_config_data(directory: str | os.PathLike) -> dict[str, Any]:
+    """Return the config of an adapter of any method of PEFT, as it stands in the file.
+
+    Raises:
+        ReftError: not an adapter, or a file that is damaged.
+    """
+    return _parse_data(read_config_text(directory), Path(directory) / CONFIG_NAME)
+
+
+def read_config_text(directory: str | os.PathLike) -> str:
+    """Return the text of an adapter's config.
+
+    Raises:
+        ReftError: not an adapter, or a file that cannot be read.
+    """
+    with reading(directory) as place:
+        path = place / CONFIG_NAME
+        if not path.is_file():
+            hint = ""
+            if any(place.glob("intkey_*.bin")):
+                hint = " It holds files of the original pyreft: load them with ReftModel.load() and save them again."
+            raise ReftError(f"{directory}: expected an adapter's directory, found no {CONFIG_NAME}.{hint}")
+        return read_text(path, LARGEST)
+
+
+def parse_config(text: str, path: Path) -> ReftConfig:
+    """As `read_config`, from a text that was read from `path`."""
+    data = _parse_data(text, path)
     if (kind := data.get("peft_type")) != ReftPeftType.REFT.value:
         raise ReftError(f"{path}: expected an adapter of representation finetuning, this is one of the type {kind!r}.")
     known = inspect.signature(ReftConfig).parameters
@@ -114,20 +144,8 @@ def read_config(directory: str | os.PathLike) -> ReftConfig:
         raise ReftError(f"{path}: {error}") from None
 
 
-def read_config_data(directory: str | os.PathLike) -> dict[str, Any]:
-    """Return the config of an adapter of any method of PEFT, as it stands in the file.
-
-    Raises:
-        ReftError: not an adapter, or a file that is damaged.
-    """
-    with reading(directory) as place:
-        path = place / CONFIG_NAME
-        if not path.is_file():
-            hint = ""
-            if any(place.glob("intkey_*.bin")):
-                hint = " It holds files of the original pyreft: load them with ReftModel.load() and save them again."
-            raise ReftError(f"{directory}: expected an adapter's directory, found no {CONFIG_NAME}.{hint}")
-        data = read_json(path, "an adapter's config")
+def _parse_data(text: str, path: Path) -> dict[str, Any]:
+    data = parse_fields(text, path, "an adapter's config")
     for name, kinds in _COMMON.items():
         if data.get(name) is not None:
             check_type(f"{path}: {name}", data[name], *kinds)

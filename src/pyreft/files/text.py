@@ -78,7 +78,11 @@ def read_json(path: Path, expected: str = "names and their values") -> dict[str,
     Raises:
         ReftError: as `read_text`; a file that is damaged, or that holds something else.
     """
-    text = read_text(path, LARGEST)
+    return parse_fields(read_text(path, LARGEST), path, expected)
+
+
+def parse_fields(text: str, path: Path, expected: str) -> dict[str, Any]:
+    """As `read_json`, from a text that was read from `path`."""
     value = parse_json(text, str(path), "the file is damaged, it is not JSON", lines="\n" in text)
     if not isinstance(value, dict):
         raise ReftError(f"{path}: expected {expected}, this is a list of values or a single one.")

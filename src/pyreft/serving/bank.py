@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ReftError
 from .affine import Edit, LowRank, Vectors, activation
-from .tokens import Place, Step, Tile
+from .tokens import Place, Step, Tile, by_layer
 
 Edits = Mapping[Place, Edit]
 
@@ -90,7 +90,7 @@ class _LowRankLane:
                 self.acts[edit.act] = torch.zeros_like(self.b, dtype=torch.bool)
             self.acts[edit.act][slot, 0, : edit.acted] = True
 
-    def delta(self, slots: Tensor, h: Tensor) -> Tensor:
+    def delta(self, slots: Tensor | slice, h: Tensor) -> Tensor:
         c = torch.baddbmm(self.b[slots], h, self.a[slots].mT)
         for name, where in self.acts.items():
             c = torch.where(where[slots], activation(name)(c), c)
@@ -112,7 +112,7 @@ class _VectorLane:
         if edit is not None and edit.turn is not None:
             self.turned.add(slot)
 
-    def delta(self, slots: Tensor, h: Tensor) -> Tensor:
+    def delta(self, slots: Tensor | slice, h: Tensor) -> Tensor:
         made = torch.addcmul(self.parts["shift"][slots], h, self.parts["scale"][slots])
         if self.turned:
             made.addcmul_(h.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), self.parts["turn"][slots])
@@ -133,12 +133,8 @@ class Bank:
         self.slots, self.rank, self.width, self.device = slots, rank, width, torch.device(device)
         self._low: dict[Place, _LowRankLane] = {}
         self._vectors: dict[Place, _VectorLane] = {}
+        self.behind: dict[int, list[Place]] = {}  # the edited places by block
         self._step: Step | None = None
-
-    @property
-    def places(self) -> list[Place]:
-        """Where anything is edited, in the order of the edits."""
-        return sorted({*self._low, *self._vectors})
 
     def bytes(self) -> int:
         """How much memory the weights take."""
@@ -168,6 +164,7 @@ class Bank:
                 self._low[place] = _LowRankLane(self.slots, self.rank, self.width, self.device)
             if isinstance(edit, Vectors) and place not in self._vectors:
                 self._vectors[place] = _VectorLane(self.slots, self.width, self.device)
+        self.behind = by_layer({*self._low, *self._vectors})
         for place, low in self._low.items():
             found = edits.get(place)
             low.write(slot, found if isinstance(found, LowRank) else None)
@@ -200,8 +197,10 @@ class Bank:
         """The same for the tokens of a step that the bank need not remember."""
         for tile in step.tiles(place, hidden.device):
             at = tile.at
-            h = hidden[at] if residual is None else hidden[at] + residual[at]
-            edited = (h.float() + self.delta(place, tile, h)).to(h.dtype)
+            h = hidden[at]  # and all that follows in place: a prompt's states are large
+            if residual is not None:
+                h += residual[at]
+            edited = self.delta(place, tile, h).add_(h).to(h.dtype)
             if tile.valid is not None:
                 at, edited = at[tile.valid], edited[tile.valid]
             if residual is None:

@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..errors import ReftError, did_you_mean
+from ..files.user_cache import user_cache
 from .served import CONFIG, WEIGHTS, Adapter, digest_of, read_adapter
-from .sources import NAME, Folder, LocalFolder, Stamp, find_source
+from .sources import NAME, Directory, Folder, LocalFolder, Stamp, find_source
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 SHARE = 20  # times as long as it takes to list a place, a list is good at least
@@ -26,8 +27,7 @@ SHARE = 20  # times as long as it takes to list a place, a list is good at least
 
 def default_store() -> Path:
     """Where copies are kept: `$PYREFT_STORE`, or a folder of the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PYREFT_STORE") or Path(cache) / "pyreft" / "served")
+    return Path(os.environ.get("PYREFT_STORE") or user_cache() / "served")
 
 
 class Store:
@@ -127,7 +127,7 @@ class Catalog:
         place: a directory or a URL whose folders are the adapters; they may come, change and go while it is served.
         store: where copies are kept.
         check: raises `ReftError` for an adapter that does not fit the engine, such as one of another base model.
-        seconds: for how long an answer about the place is not looked up again, by default as is right for its kind.
+        seconds: for how long the list of the place is not made again, by default as is right for its kind.
     """
 
     def __init__(
@@ -152,7 +152,8 @@ class Catalog:
 
     def names(self) -> list[str]:
         """All names, of adapters that can be served and of those that are refused when they are asked for."""
-        return sorted(name for name in {*self._list(), *self._loaded} if name in self)
+        listed = (name for name, folder in self._list().items() if not self._is_unloaded(name, folder))
+        return sorted({*listed, *self._loaded})
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._folder(name) is not None
@@ -250,11 +251,14 @@ class Catalog:
         return self._listed
 
     def _folder(self, name: str) -> Folder | None:
-        folder = self._loaded.get(name)
-        if folder is None and (folder := self._list().get(name)) is not None:
-            gone = self._unloaded.get(name)
-            folder = None if gone is not None and gone == folder.stamp() else folder
-        return folder
+        """What a name stands for now: of a directory's thousand folders only this one is looked at."""
+        if (folder := self._loaded.get(name)) is not None:
+            return folder
+        folder = self.source.folder(name) if isinstance(self.source, Directory) else self._list().get(name)
+        return None if folder is None or self._is_unloaded(name, folder) else folder
+
+    def _is_unloaded(self, name: str, folder: Folder) -> bool:
+        return name in self._unloaded and self._unloaded[name] == folder.stamp()
 
     def _read(self, folder: Folder) -> Adapter | ReftError:
         try:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ReftError
 from .affine import Edit, LowRank
-from .tokens import Place, Step
+from .tokens import Place, Step, by_layer
 
 NONE = -1  # the slot of a token that is not edited
 
@@ -40,6 +40,7 @@ class FixedBank:
         device: torch.device | str = "cpu",
     ) -> None:
         self.places = sorted(places)
+        self.behind = by_layer(places)
         self._number = {place: number for number, place in enumerate(self.places)}
         many = len(self.places)
         self.a = torch.zeros(many, slots, rank, width, device=device)

@@ -17,7 +17,7 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor
 
 from ..errors import ReftError
-from ..files.adapter import read_config
+from ..files.adapter import parse_config, read_config_text
 from ..interventions import orthonormal_columns
 from ..positions import Positions
 from .affine import Edit, affine, check_form, rank_of
@@ -116,7 +116,24 @@ def read_adapter(directory: str | os.PathLike, digest: str | None = None) -> Ada
         ReftError: no adapter of representation finetuning, or one that cannot be served.
     """
     path = Path(directory)
-    config = read_config(path)
+    text = read_config_text(path)
+    key = hashlib.sha256(text.encode()).digest()
+    known = _described.get(key)
+    if known is None:
+        if len(_described) >= 256:
+            _described.clear()
+        known = _described[key] = _describe(text, path)
+    if digest is None:
+        digest = digest_of((path / CONFIG).read_bytes(), _weights_bytes(path))
+    return replace(known, digest=digest, directory=path)
+
+
+_described: dict[bytes, Adapter] = {}  # by the digest of a config, which many tenants have in common
+
+
+def _describe(text: str, path: Path) -> Adapter:
+    """What a config says that was read in a directory, as an adapter without a digest."""
+    config = parse_config(text, path / CONFIG)
     shape = config.base_model_shape or {}
     if not shape.get("num_hidden_layers") or not shape.get("hidden_size"):
         raise ReftError(f"{path}: the config does not say what base model it is for; save it again from the model.")
@@ -142,9 +159,7 @@ def read_adapter(directory: str | os.PathLike, digest: str | None = None) -> Ada
         if settings not in shapes:  # most adapters have one kind of edit, in many layers
             shapes[settings] = _shapes(entry, shape["hidden_size"])
         parts.append(_Part(place, layer, side, number, entry.intervention, entry.act_fn, rank, shapes[settings]))
-    if digest is None:
-        digest = digest_of((path / CONFIG).read_bytes(), _weights_bytes(path))
-    return Adapter(digest, path, tuple(rules), same(pattern), max(part.rank for part in parts), shape, tuple(parts))
+    return Adapter("", path, tuple(rules), same(pattern), max(part.rank for part in parts), shape, tuple(parts))
 
 
 def check_fits(adapter: Adapter, rank: int, shape: dict[str, Any]) -> None:
@@ -218,7 +233,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _sort_tensors(path: Path, tensors: dict[str, Tensor], parts: Sequence[_Part]) -> list[dict[str, Tensor]]:
-    """The tensors of each part by the names of its parameters."""
+    """The tensors of each part by the names of its parameters, float32."""
+    tensors = {key: tensor.float() for key, tensor in tensors.items()}
+    if tensors and not torch.cat([tensor.flatten() for tensor in tensors.values()]).isfinite().all():
+        key = next(key for key, tensor in tensors.items() if not tensor.isfinite().all())
+        raise ReftError(f"{path}: {key} has values that are not finite.")
     found: dict[tuple[int, str, int], dict[str, Tensor]] = {}
     modules: dict[tuple[int, str], str] = {}
     for key, tensor in tensors.items():
@@ -228,9 +247,7 @@ def _sort_tensors(path: Path, tensors: dict[str, Tensor], parts: Sequence[_Part]
             raise ReftError(f"{path}: the file does not fit its config: {key} is not known.")
         if modules.setdefault((int(layer[1]), match[2]), match[1]) != match[1]:
             raise ReftError(f"{path}: edits of two stacks cannot be served, only those of a decoder alone.")
-        if not tensor.isfinite().all():
-            raise ReftError(f"{path}: {key} has values that are not finite.")
-        found.setdefault((int(layer[1]), match[2], int(match[3])), {})[match[4]] = tensor.float()
+        found.setdefault((int(layer[1]), match[2], int(match[3])), {})[match[4]] = tensor
     asked = [(part.layer, part.side, part.number) for part in parts]
     if set(asked) != found.keys():
         raise ReftError(

@@ -4,7 +4,7 @@ A step of an engine computes some tokens of each row of its batch: those of row 
 one flat list, the first of them being token `computed[i]` of its request. Knows nothing of formulas, files or engines.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,14 @@ class Place(NamedTuple):
 
     layer: int  # behind this block; -1 is before the first
     stage: int  # its turn among the edits there
+
+
+def by_layer(places: Iterable[Place]) -> dict[int, list[Place]]:
+    """The edited places behind each block, in their order."""
+    found: dict[int, list[Place]] = {}
+    for place in sorted(places):
+        found.setdefault(place.layer, []).append(place)
+    return found
 
 
 Pattern = Mapping[Place, int]  # an adapter's edited places, each with the number of its rule
@@ -83,15 +91,15 @@ def same(pattern: Pattern) -> Pattern:
 class Tile(NamedTuple):
     """Located tokens as a table, all of a line with the weights of one slot."""
 
-    slots: Tensor  # [lines]
+    slots: Tensor | slice  # [lines]; a slice if they follow each other, so that no weights are copied
     at: Tensor  # [lines, width], flat; filled up with the line's first where a line has fewer
     valid: Tensor | None  # [lines, width], false for what fills up; none if nothing does
     strength: Tensor | None  # [lines, width, 1]; none if all are 1
 
     def to(self, device: torch.device) -> "Tile":
         """The same on a device."""
-        moved = (part if part is None else part.to(device, non_blocking=True) for part in self)
-        return Tile(*moved)  # type: ignore[arg-type]  # none stays none
+        moved = (part.to(device, non_blocking=True) if isinstance(part, Tensor) else part for part in self)
+        return Tile(*moved)  # type: ignore[arg-type]  # none and slices stay
 
 
 class Tokens(NamedTuple):
@@ -123,8 +131,10 @@ class Tokens(NamedTuple):
 
     def _tile(self, number: np.ndarray, valid: np.ndarray | None) -> Tile:
         strength = None if (self.strength == 1).all() else torch.from_numpy(self.strength[number])[..., None]
+        slots = self.slots[number[:, 0]]
+        first, follow = int(slots[0]), bool((np.diff(slots) == 1).all())
         return Tile(
-            torch.from_numpy(self.slots[number[:, 0]]),
+            slice(first, first + len(slots)) if follow else torch.from_numpy(slots),
             torch.from_numpy(self.at[number]),
             None if valid is None else torch.from_numpy(valid),
             strength,

@@ -334,14 +334,14 @@ def fixed(monkeypatch):
 
     def fix(llm):
         state = parts(llm)[1]
-        changed.append((state, state.bank, state.here, state.slots))
+        changed.append((state, state.bank, state.slots))
         state.slots = Slots(state.settings.slots)
         state.have(range(7))
         assert isinstance(state.bank, FixedBank)
 
     yield fix
-    for state, bank, here, slots in changed:
-        state.bank, state.here, state.slots = bank, here, slots
+    for state, bank, slots in changed:
+        state.bank, state.slots = bank, slots
 
 
 def test_with_fixed_shapes_answers_are_the_same(llm, catalog, prompts, expected, fixed):

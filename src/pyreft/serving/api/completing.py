@@ -196,9 +196,8 @@ class CompletionWriting(Writing):
         """The probabilities of tokens, if they are asked for; `at` is how far the text is already."""
         if self.body.logprobs is None:
             return None
-        ends = self.asked.service.engine.ends
         told: list[Choice] = [Choice(request.prompt[0]) if one is None else one for one in prompt]
-        told += [one for one in chosen if one.token not in ends]
+        told += chosen  # the end, too, as vLLM has it: lm-eval takes the last for what was answered
         tokens = [self.token(one.token) for one in told]
         offsets = []
         for token in tokens:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...places.structure import find_blocks, hidden_width
 from ..bank import Bank, Slots
 from ..served import Adapter
-from ..tokens import Place, Row, Step
+from ..tokens import Row, Step
 
 _running: ContextVar[tuple[Any, Step | None]] = ContextVar("running", default=(None, None))
 
@@ -34,7 +34,6 @@ class Edits:
         self.device = next(model.parameters()).device
         self.bank = Bank(slots=slots, rank=rank, width=hidden_width(model), device=self.device)
         self.loads = 0  # how often an adapter was put into a slot
-        self._here: dict[int, list[Place]] = {}  # the edited places behind each block
         blocks = find_blocks(model)[1]
         blocks[0].register_forward_pre_hook(self._edit_input, with_kwargs=True)
         for number, block in enumerate(blocks):
@@ -72,9 +71,6 @@ class Edits:
     def _load(self, adapter: Adapter, slot: int) -> None:
         self.bank.write(slot, adapter.edits())
         self.loads += 1
-        self._here = {}
-        for place in self.bank.places:
-            self._here.setdefault(place.layer, []).append(place)
 
     def _edit_output(self, layer: int, block: nn.Module, args: tuple, output: Any) -> Any:
         if (step := self._step()) is None:
@@ -92,7 +88,7 @@ class Edits:
 
     def _edit(self, layer: int, step: Step, states: Tensor) -> Tensor:
         """Return the states `[rows, tokens, d]` behind a block with the step's tokens edited."""
-        places = [place for place in self._here.get(layer, ()) if step.tiles(place, states.device)]
+        places = [place for place in self.bank.behind.get(layer, ()) if step.tiles(place, states.device)]
         if not places:
             return states
         h = states.flatten(0, 1).clone()  # what is edited in place may be the input of others, too

@@ -49,7 +49,6 @@ class ReftState:
         self._settled: set[_Request] = set()  # those that have a slot
         self.rows: dict[int, Row] = {}  # as of the last `settle`
         self.step: Step | None = None
-        self.here: dict[int, list[Place]] = {}  # the places behind each block
         self.layers: list[int] = list(range(-1, self.shape["num_hidden_layers"]))
         self.counts = {"steps": 0, "edited_steps": 0, "loads": 0}
 
@@ -64,7 +63,6 @@ class ReftState:
             places = [Place(layer, 0) for layer in self.layers]
             tokens = self.vllm_config.scheduler_config.max_num_batched_tokens
             self.bank = FixedBank(places, tokens=tokens, **self._sizes())
-            self.here = {place.layer: [place] for place in places}
 
     @classmethod
     def of(cls, vllm_config: Any) -> "ReftState":
@@ -108,9 +106,6 @@ class ReftState:
         check_adapter(adapter, self.vllm_config)
         self.bank.write(slot, {place: edit for place, edit in adapter.edits().items() if place.layer in self.layers})
         self.counts["loads"] += 1
-        self.here = {}
-        for place in self.bank.places:
-            self.here.setdefault(place.layer, []).append(place)
 
     def plan(self, starts: Sequence[int], computed: Sequence[int], order: Sequence[int] | None = None) -> None:
         """Find what the step edits that now begins; see `tokens.plan`.
@@ -148,7 +143,7 @@ class ReftState:
             layer: the block, -1 for what enters the first.
             hidden, residual: `[..., d]`, see `Bank.edit`.
         """
-        places = self.here.get(layer)
+        places = self.bank.behind.get(layer)
         if not places or not self.bank.active:
             return
         hidden = hidden.view(-1, hidden.shape[-1])
