@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..errors import ReftError, did_you_mean
+from ..errors import ReftError, check_type, did_you_mean
 from ..jobs.settings import TrainingJob, check_settings
 from .study import FILE
 
@@ -83,6 +83,9 @@ def read_asked(
             setting="validation_split",
             also=["validation"],
         )
+    for name, value, kind in (("minutes", minutes, float), ("trials", trials, int), ("jobs", jobs, int)):
+        if value is not None:
+            check_type(name, value, kind)
     if minutes is not None and not 0 < minutes < math.inf:
         raise ReftError(f"expected a number above 0, got {minutes}.", setting="minutes")
     for name, number in (("trials", trials), ("jobs", jobs)):

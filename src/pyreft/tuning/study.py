@@ -65,7 +65,7 @@ class Study:
             )
         uniform, log = optuna.distributions.CategoricalDistribution, {"log": True}
         whole = all(isinstance(number, int) for number in space.epochs)
-        numbers = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
+        numbers: Any = optuna.distributions.IntDistribution if whole else optuna.distributions.FloatDistribution
         self._distributions = {
             "edit": uniform(list(space.edits)),
             "layers": uniform(list(space.layers)),
