@@ -91,7 +91,9 @@ def tune(
     with _table(own.get("score", "loss"), shown) as progress, suppress(KeyboardInterrupt):
         found = search(**own, settings=settings, progress=progress)
     if found is None:
-        typer.echo(f"pyreft: interrupted. What is done is in {own['output']}; go on with --resume.", err=True)
+        begun = (Path(own["output"]) / "study.db").exists()
+        kept = f"What is done is in {own['output']}; go on with --resume." if begun else "Nothing was begun yet."
+        typer.echo(f"pyreft: interrupted. {kept}", err=True)
         raise typer.Exit(130)
     if as_json:
         print_json({"output": str(found.output), **found.to_dict()})

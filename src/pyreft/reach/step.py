@@ -71,7 +71,7 @@ class Reach:
             raise ReftError(
                 "reach: expected a ReftModel, or a PEFT model for a task. Give task_type='CAUSAL_LM' to the ReftConfig."
             )
-        self.model, self.memory, self.directory = model, memory, directory
+        self.model, self.memory, self.directory, self._shared = model, memory, directory, store
         self.store = Store(read_budget(memory), directory) if store is None else store
         self.why_not: str | None = None
         self._tuner = tuner
@@ -99,7 +99,7 @@ class Reach:
 
     def anew(self, model: Any) -> "Reach":
         """Another one with the same settings for a model that takes the place of this one's."""
-        return Reach(model, memory=self.memory, directory=self.directory)
+        return Reach(model, memory=self.memory, directory=self.directory, store=self._shared)
 
     def log_probs(self, **batch: Any) -> Tensor:
         """The log-probability of each label of a batch, `[batch, tokens - 1]`, zero where there is none.

@@ -82,6 +82,7 @@ def tune(
             if jobs == 1:
                 place.work(study, tell)
             else:
+                del place  # each process has its own
                 work_together(asked, tell)
         finally:
             tuned = write_outcome(asked.output, asked.job, score, study.records(), study.importances())

@@ -96,8 +96,8 @@ class Space:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that tells spaces apart."""
-        names = ("layers", "positions", "rank", "lr", "epochs", "most")
-        return {"edits": list(self.edits), **{name: getattr(self, name) for name in names}}
+        ranges = {name: getattr(self, name) for name in ("layers", "positions", "rank", "lr", "epochs")}
+        return {"edits": list(self.edits), **ranges, "parameters": self.most}
 
 
 def find_space(

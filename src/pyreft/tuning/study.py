@@ -88,7 +88,7 @@ class Study:
         known = self._study.user_attrs.get("fingerprint")
         if known is None:
             for point in self._space.starts:
-                self._study.enqueue_trial(self._space.to_params(point))
+                self._study.enqueue_trial(self._space.to_params(point), skip_if_exists=True)  # where a kill cut it off
             self._study.set_user_attr("fingerprint", fingerprint)
             return
         for name, now in fingerprint.items():
@@ -102,6 +102,10 @@ class Study:
         for trial in self._study.get_trials(deepcopy=False):
             if trial.state == self._optuna.trial.TrialState.RUNNING:
                 self.put_back(trial)
+
+    def put(self, point: Point) -> None:
+        """Have a point tried before others are proposed."""
+        self._study.enqueue_trial(self._space.to_params(point))
 
     def ask(self, most: int | None) -> tuple[Any, Point] | None:
         """Return a trial and its point; none if as many as asked for are done or under way, or nothing is left to try.
