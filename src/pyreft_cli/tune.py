@@ -153,7 +153,7 @@ def make_table(records: Sequence[Any], score: str, left: float | None = None) ->
         pad_edge=False,
     )
     for column in ("", "training", "lr", "epochs", "parameters", "seconds", score):
-        table.add_column(column, justify="left" if column in ("", "training") else "right")
+        table.add_column(column, justify="left" if column in ("", "training") else "right", overflow="fold")
     default = next((record for record in done if record.default), None)
     rows = done[: _SHOWN - len(running)]
     rows += [default] if default is not None and default not in rows else []

@@ -40,22 +40,23 @@ def tried(study, space, most):
     return points
 
 
-def test_a_study_goes_on_as_if_it_had_not_been_stopped(tmp_path, space):
-    whole = tried(opened(tmp_path / "whole", space), space, 14)
+def test_a_study_goes_on_as_if_it_had_not_been_stopped(tmp_path, space, monkeypatch):
+    monkeypatch.setattr("pyreft.tuning.study._RANDOM", 3)
+    whole = tried(opened(tmp_path / "whole", space), space, 7)
     assert whole[: len(space.starts)] == [*space.starts]
-    first = tried(opened(tmp_path / "parts", space), space, 9)
+    first = tried(opened(tmp_path / "parts", space), space, 4)
     study = opened(tmp_path / "parts", space)
-    trial, point = study.ask(14)
+    trial, point = study.ask(7)
     study.note(trial, record_of(space, trial, point))
     assert study.records()[-1].state == RUNNING
     again = opened(tmp_path / "parts", space)  # the trial before was killed
     assert again.records()[-1].state == STOPPED
-    assert [*first, *tried(again, space, 14)] == whole
-    assert point == whole[9]
+    assert [*first, *tried(again, space, 7)] == whole
+    assert point == whole[4]
 
 
 def test_other_seeds_try_others(tmp_path, space):
-    one, other = (tried(opened(tmp_path / str(seed), space, seed), space, 6) for seed in (1, 2))
+    one, other = (tried(opened(tmp_path / str(seed), space, seed), space, 4) for seed in (1, 2))
     assert one[:2] == other[:2]
     assert one[2:] != other[2:]
 
@@ -64,7 +65,7 @@ def test_other_seeds_try_others(tmp_path, space):
     ("changed", "words"),
     [
         ({"data": {"rows": 9, "sha256": "b"}}, r"other data \(8 rows, now 9\)"),
-        ({"model": "n"}, "other base model"),
+        ({"model": "n"}, r"other base model \(or another release of torch or transformers\)"),
         ({"settings": {"seed": 2}}, r"other settings \(seed = 1, now 2\)"),
     ],
 )
