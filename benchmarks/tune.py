@@ -4,7 +4,7 @@
 
 Both have the same examples. The untuned user trains on all of them with the default settings. The tuned one lets
 `pyreft tune` hold out a part of them to choose by; what is trained then on the rest is scored, and what `best.yaml`
-trains on all of them.
+trains on all of them. Seconds are processor time, on one thread.
 """
 
 import json
@@ -43,22 +43,23 @@ def score(adapter: Path, heldout: str) -> dict[str, float]:
 
 
 def train(job: TrainingJob, heldout: str) -> dict[str, Any]:
-    done = PreparedJob(job).train()
-    costs = {"parameters": done["parameters"], "seconds": done["seconds"]}
+    prepared, begin = PreparedJob(job), time.process_time()
+    done = prepared.train()
+    costs = {"parameters": done["parameters"], "seconds": time.process_time() - begin}
     return costs | score(Path(job.output), heldout)
 
 
-def compare(task: str, minutes: float, seed: int, folder: Path) -> list[dict[str, Any]]:
+def compare(task: str, limits: dict[str, Any], seed: int, folder: Path) -> list[dict[str, Any]]:
     """The rows of one task and seed: untuned, tuned, and the tuned settings on all examples."""
     data = load_task(task)
     examples = write(folder / "examples.jsonl", (*data.train, *data.validation))
     heldout = write(folder / "heldout.jsonl", data.heldout)
     common = {"data": examples, "format": "text", "seed": seed}
     untuned = train(TrainingJob(output=str(folder / "untuned"), **common), heldout)
-    begin = time.perf_counter()
-    found = pyreft.tune(examples, folder / "tuned", minutes=minutes, seed=seed, settings={"format": "text"})
-    tuning = time.perf_counter() - begin
-    tuned = {"parameters": found.best.parameters, "seconds": found.best.seconds} | score(found.adapter, heldout)
+    begin = time.process_time()
+    found = pyreft.tune(examples, folder / "tuned", seed=seed, **limits, settings={"format": "text"})
+    tuning = time.process_time() - begin
+    tuned = {"parameters": found.best.parameters} | score(found.adapter, heldout)
     whole = read_yaml(found.settings) | {"output": str(folder / "whole"), "validation_split": 0.0}
     again = train(TrainingJob.from_settings(whole, "tune"), heldout)
     over = [record for record in found.trials if record.state in ("done", "pruned", "diverged")]
@@ -74,21 +75,23 @@ def compare(task: str, minutes: float, seed: int, folder: Path) -> list[dict[str
 
 def main(
     minutes: Annotated[float, Option(help="Of each tuning.")] = 3.0,
+    trials: Annotated[int | None, Option(help="Instead: how many trainings it has.")] = None,
     tasks: Annotated[str, Option(help="Which tasks of the study, separated by ';'.")] = ";".join(TASKS),
     seeds: Annotated[int, Option(help="How many seeds for each task.")] = 1,
     keep: Annotated[bool, Option(help="Write results/tune.json.")] = True,
 ) -> None:
     hush()
     torch.set_num_threads(1)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    limits = {"minutes": minutes} if trials is None else {"trials": trials}
     for task in tasks.split(";"):
         for seed in range(seeds):
             folder = Path(tempfile.mkdtemp())
             try:
-                rows += compare(task, minutes, seed, folder)
+                rows += compare(task, limits, seed, folder)
             finally:
                 shutil.rmtree(folder)
-    report("tune", rows, keep=keep)
+            report("tune", rows, keep=keep)  # what there is so far
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import typer
 from rich import box
 from rich.live import Live
 from rich.table import Table
+from typer import Option
 
 from pyreft_cli import options
 from pyreft_cli.console import console, counted, hush, print_json
@@ -17,32 +18,38 @@ from pyreft_cli.early import check_data
 from pyreft_cli.settings import read_settings
 
 _SHOWN = 12  # trainings in the table: the best ones, and the one under way
-_OWN = ("data", "output", "model", "minutes", "trials", "parameters", "score", "jobs", "seed", "resume")
+# what is not a setting of each training
+_OWN = (
+    *("data", "output", "model", "seed", "validation", "validation_split"),
+    *("minutes", "trials", "parameters", "score", "jobs", "resume"),
+)
 _OVER = ("done", "pruned", "diverged")
+
+Output = Annotated[str | None, Option(help="A new directory for the study and the best adapter.")]
+Minutes = Annotated[float | None, Option(help="For how long; the first training ends in any case.  [default: 10]")]
+Trials = Annotated[int | None, Option(help="How many trainings.  [default: as the time allows]")]
+Parameters = Annotated[str | None, Option(help="How many an adapter may have, as 20k.  [default: any number]")]
+Score = Annotated[
+    str | None, Option(help="What counts on the held-out examples: 'loss', or answers 'exact'.  [default: loss]")
+]
+Split = Annotated[float | None, Option(help="Or the share of the data to hold out for it.  [default: 0.2]")]
+Jobs = Annotated[int | None, Option(help="Processes that train at once.  [default: 1]")]
+Resume = Annotated[bool | None, Option("--resume", help="Go on with the study in the output.")]
 
 
 def tune(
     context: typer.Context,
     data: options.Data = None,
-    output: Annotated[str | None, typer.Option(help="A new directory for the study and the best adapter.")] = None,
+    output: Output = None,
     model: options.Model = None,
-    minutes: Annotated[
-        float | None, typer.Option(help="For how long; the first training ends in any case.  [default: 10]")
-    ] = None,
-    trials: Annotated[int | None, typer.Option(help="How many trainings.  [default: as the time allows]")] = None,
-    parameters: Annotated[
-        str | None, typer.Option(help="How many an adapter may have, as 20k.  [default: any number]")
-    ] = None,
-    score: Annotated[
-        str | None,
-        typer.Option(help="What counts on the held-out examples: 'loss', or answers 'exact'.  [default: loss]"),
-    ] = None,
-    validation: Annotated[str | None, typer.Option(help="A file of held-out examples to score on.")] = None,
-    validation_split: Annotated[
-        float | None, typer.Option(help="Or the share of the data to hold out for it.  [default: 0.2]")
-    ] = None,
-    jobs: Annotated[int | None, typer.Option(help="Processes that train at once.  [default: 1]")] = None,
-    resume: Annotated[bool | None, typer.Option("--resume", help="Go on with the study in the output.")] = None,
+    minutes: Minutes = None,
+    trials: Trials = None,
+    parameters: Parameters = None,
+    score: Score = None,
+    validation: options.Validation = None,
+    validation_split: Split = None,
+    jobs: Jobs = None,
+    resume: Resume = None,
     seed: options.Seed = None,
     intervention: options.Intervention = None,
     component: options.Component = None,
@@ -83,11 +90,19 @@ def tune(
             raise typer.BadParameter("it is missing.", param_hint=f"--{name}")
     check_data(settings)
     hush()
+    shown = not (quiet or as_json)
+    found = _search(settings, shown)
+    if as_json:
+        print_json({"output": str(found.output), **found.to_dict()})
+    elif shown:
+        _tell(found)
+
+
+def _search(settings: dict[str, Any], shown: bool) -> Any:
+    """Tune; where it is interrupted, say how to go on."""
     from pyreft.tuning import tune as search
 
-    own = {name: settings.pop(name) for name in _OWN if name in settings}
-    own |= {name: settings.pop(name) for name in ("validation", "validation_split") if name in settings}
-    shown, found = not (quiet or as_json), None
+    own, found = {name: settings.pop(name) for name in _OWN if name in settings}, None
     with _table(own.get("score", "loss"), shown) as progress, suppress(KeyboardInterrupt):
         found = search(**own, settings=settings, progress=progress)
     if found is None:
@@ -95,10 +110,7 @@ def tune(
         kept = f"What is done is in {own['output']}; go on with --resume." if begun else "Nothing was begun yet."
         typer.echo(f"pyreft: interrupted. {kept}", err=True)
         raise typer.Exit(130)
-    if as_json:
-        print_json({"output": str(found.output), **found.to_dict()})
-    elif shown:
-        _tell(found)
+    return found
 
 
 @contextmanager

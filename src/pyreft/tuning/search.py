@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ReftError
 from ..files.together import held
-from .asked import LOCK, Score, check_output, read_asked
+from .asked import LOCK, Asked, Score, check_output, read_asked
 from .outcome import ADAPTERS, Tuned, write_outcome
 from .records import STOPPED, Record
 from .study import check_optuna
@@ -67,6 +67,10 @@ def tune(
     limits: dict[str, Any] = {"minutes": minutes, "trials": trials, "parameters": parameters}
     asked = read_asked(given, Path(output), score=score, jobs=jobs, **limits)
     check_output(asked.output, resume)
+    return _search(asked, progress or (lambda records, left: None))
+
+
+def _search(asked: Asked, progress: Progress) -> Tuned:
     place = Workplace(asked)
     asked.output.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -77,15 +81,15 @@ def tune(
         study = place.open_study()
         study.begin(place.fingerprint())
         _remove_stopped(asked.output, study.records())
-        tell = Teller(asked, study, progress or (lambda records, left: None))
+        tell = Teller(asked, study, progress)
         try:
-            if jobs == 1:
+            if asked.jobs == 1:
                 place.work(study, tell)
             else:
                 del place  # each process has its own
                 work_together(asked, tell)
         finally:
-            tuned = write_outcome(asked.output, asked.job, score, study.records(), study.importances())
+            tuned = write_outcome(asked.output, asked.job, asked.score, study.records(), study.importances())
     if tuned is None:
         raise ReftError("Every training diverged, so there is no adapter. Fix a smaller `lr`.", also=["lr"])
     return tuned
