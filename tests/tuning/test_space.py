@@ -37,8 +37,8 @@ def test_what_nobody_has_tuned_comes_first(model):
 def test_no_point_has_more_parameters_than_it_may(most):
     model = tiny_llama()
     space = find_space(model, TrainingJob(), ROWS, most=most)
-    points = [*space.starts, *drawn(space, 40)]
-    assert len(points) > 10
+    points = [*space.starts, *drawn(space, 20)]
+    assert len(points) > 5
     for point in points:
         adapted = pyreft.get_reft_model(model, make_config(TrainingJob(**space.settings(point))))
         assert count(adapted) == space.count(point)

@@ -42,21 +42,21 @@ def tried(study, space, most):
 
 def test_a_study_goes_on_as_if_it_had_not_been_stopped(tmp_path, space, monkeypatch):
     monkeypatch.setattr("pyreft.tuning.study._RANDOM", 3)
-    whole = tried(opened(tmp_path / "whole", space), space, 7)
+    whole = tried(opened(tmp_path / "whole", space), space, 5)
     assert whole[: len(space.starts)] == [*space.starts]
-    first = tried(opened(tmp_path / "parts", space), space, 4)
+    first = tried(opened(tmp_path / "parts", space), space, 3)
     study = opened(tmp_path / "parts", space)
-    trial, point = study.ask(7)
+    trial, point = study.ask(5)
     study.note(trial, record_of(space, trial, point))
     assert study.records()[-1].state == RUNNING
     again = opened(tmp_path / "parts", space)  # the trial before was killed
     assert again.records()[-1].state == STOPPED
-    assert [*first, *tried(again, space, 7)] == whole
-    assert point == whole[4]
+    assert [*first, *tried(again, space, 5)] == whole
+    assert point == whole[3]
 
 
 def test_other_seeds_try_others(tmp_path, space):
-    one, other = (tried(opened(tmp_path / str(seed), space, seed), space, 4) for seed in (1, 2))
+    one, other = (tried(opened(tmp_path / str(seed), space, seed), space, 3) for seed in (1, 2))
     assert one[:2] == other[:2]
     assert one[2:] != other[2:]
 
