@@ -24,6 +24,7 @@ from pyreft.tuning.asked import check_output, read_asked, read_count
 from pyreft.tuning.attempt import Attempt, Shared, Watching
 from pyreft.tuning.records import DIVERGED, DONE, PRUNED, STOPPED, value_of
 from pyreft.tuning.workers import Workplace, marks
+from pyreft_cli.app import as_typed
 
 pytest.importorskip("optuna", reason="the extra `tune` is not installed")
 SETTINGS = {"epochs": 3, "batch_size": 4, "reach": False}
@@ -194,6 +195,15 @@ def test_what_cannot_be_is_told_before_anything_is_loaded(changes, message, tmp_
     with pytest.raises(pyreft.ReftError, match=f"^{message}"):
         pyreft.tune("nowhere.jsonl", tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_names_its_options(tmp_path):
+    (tmp_path / "study.db").touch()
+    for changes, words in (({"minutes": 0}, "--minutes: expected"), ({}, "--output: ")):
+        with pytest.raises(pyreft.ReftError) as caught:
+            pyreft.tune("nowhere.jsonl", tmp_path, **changes)
+        assert as_typed(caught.value, "tune").startswith(words)
+    assert "pass --resume to go on with it" in as_typed(caught.value, "tune")
 
 
 def test_too_few_examples_for_a_split(tmp_path):
