@@ -66,7 +66,7 @@ def compare(task: str, limits: dict[str, Any], seed: int, folder: Path) -> list[
     what = {
         "settings": f"{found.best.name}, lr {found.best.settings['lr']:.2g}, {found.best.settings['epochs']} epochs"
     }
-    what |= {"trainings": len(over), "tuning": tuning, "importances": found.importances}
+    what |= {"trainings": len(over), "tuning": tuning}
     return [
         {"task": task, "seed": seed, "who": who, **figures, **(what if who != "untuned" else {})}
         for who, figures in (("untuned", untuned), ("tuned", tuned), ("tuned, on all", again))

@@ -89,6 +89,16 @@ def test_a_study_that_is_cut_short_is_refused(tmp_path, space):
         opened(tmp_path, space)
 
 
+def test_what_decides_is_told_where_enough_is_known(tmp_path, space):
+    study = opened(tmp_path, space)
+    tried(study, space, 5)
+    assert study.importances() == {}
+    tried(study, space, 12)
+    found = study.importances()
+    assert set(found) == set(space.NAMES)
+    assert sum(found.values()) == pytest.approx(1)
+
+
 def test_the_share_of_right_answers_comes_before_the_loss():
     assert value_of(9e9, 0.5, 10) < value_of(0.0, 0.4, 10)
     assert value_of(1.0, 0.5, 10) < value_of(1.1, 0.5, 10)

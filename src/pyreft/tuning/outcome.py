@@ -26,8 +26,8 @@ class Tuned:
         output: the directory.
         score: what it was scored by, `loss` or `exact`.
         trials: every training, by number.
-        importances: of each setting, how much it decides whether a training is among the best quarter, in shares;
-            empty where too few trainings are done to say.
+        importances: of each setting, how much it decides whether a training is among the best, see
+            `study.Study.importances`; empty with fewer than ten that are done.
 
     Attributes:
         best: the training whose adapter is in `best`.

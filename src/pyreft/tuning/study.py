@@ -20,6 +20,7 @@ _NAME = "tune"
 _PRIME = 1_000_003
 _RANDOM = 8  # trainings before what is known guides the next ones
 _UNPRUNED = 4  # trainings before any is stopped for its held-out loss
+_BEST = 5  # trainings that what decides is told by
 _REFUSED = 500  # points in turn that have too many parameters
 
 
@@ -170,11 +171,16 @@ class Study:
         return found
 
     def importances(self) -> dict[str, float]:
-        """How much of what lets a point be among the best each setting has, by PED-ANOVA; empty if too few are done."""
+        """How much each setting decides whether a training is among the best, by PED-ANOVA, in shares of 1.
+
+        The best are a quarter of those that are done, five at least; empty with fewer than twice that, of which nothing
+        can be said.
+        """
         done = [trial for trial in self._study.get_trials(deepcopy=False) if trial.value is not None]
-        if len({trial.value for trial in done}) < _RANDOM:
+        if len({trial.value for trial in done}) < 2 * _BEST:
             return {}
-        evaluator = self._optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25)
+        share = max(0.25, _BEST / len(done))
+        evaluator = self._optuna.importance.PedAnovaImportanceEvaluator(target_quantile=share)
         with _quiet(self._optuna):
             found = self._optuna.importance.get_param_importances(self._study, evaluator=evaluator)
         return {name: float(share) for name, share in found.items()}
