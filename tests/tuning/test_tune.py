@@ -173,7 +173,7 @@ def test_the_time_ends_all_but_the_first_training_and_answers_may_count(data, tm
 @pytest.mark.slow
 def test_several_processes(data, tmp_path):
     found = pyreft.tune(data, tmp_path, trials=5, jobs=2, seed=3, settings=SETTINGS)
-    assert [record.state for record in found.trials].count(DONE) == 5
+    assert [record.state in (DONE, PRUNED) for record in found.trials] == [True] * 5
     assert found.best.loss <= found.default.loss
 
 
