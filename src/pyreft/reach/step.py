@@ -46,13 +46,20 @@ class Reach:
         memory: how much may be held of prefixes and states, in bytes or as `"4GB"`; half of the free memory if not
             given. What does not fit is computed again in each step.
         directory: where to put what does not fit into memory. It stays there for later runs.
+        store: that of another `Reach`, whose adapter was on the same base model before: what it holds is not computed
+            again. It was made with a store, too; `memory` and `directory` are the store's.
 
     Raises:
         ReftError: a directory that cannot be written, or an amount of memory that is none.
     """
 
     def __init__(
-        self, model: Any, *, memory: int | str | None = None, directory: str | os.PathLike | None = None
+        self,
+        model: Any,
+        *,
+        memory: int | str | None = None,
+        directory: str | os.PathLike | None = None,
+        store: Store | None = None,
     ) -> None:
         tuner = tuner_of(model)
         if tuner is None:
@@ -64,13 +71,14 @@ class Reach:
             raise ReftError(
                 "reach: expected a ReftModel, or a PEFT model for a task. Give task_type='CAUSAL_LM' to the ReftConfig."
             )
-        self.model, self.memory, self.directory = model, memory, directory
-        self.store = Store(read_budget(memory), directory)
+        self.model, self.memory, self.directory, self._shared = model, memory, directory, store
+        self.store = Store(read_budget(memory), directory) if store is None else store
         self.why_not: str | None = None
         self._tuner = tuner
         self._edits: Edits = tuner.edits
         self._base: Any = without_adapters(model)
-        self._choice = Choice(self._base, tuner.model, self._edits, self.store, prints=directory is not None)
+        prints = directory is not None or store is not None
+        self._choice = Choice(self._base, tuner.model, self._edits, self.store, prints)
         self._lock = threading.RLock()
 
     def __call__(self, **batch: Any) -> Any:
@@ -91,7 +99,7 @@ class Reach:
 
     def anew(self, model: Any) -> "Reach":
         """Another one with the same settings for a model that takes the place of this one's."""
-        return Reach(model, memory=self.memory, directory=self.directory)
+        return Reach(model, memory=self.memory, directory=self.directory, store=self._shared)
 
     def log_probs(self, **batch: Any) -> Tensor:
         """The log-probability of each label of a batch, `[batch, tokens - 1]`, zero where there is none.

@@ -31,7 +31,7 @@ def check_same_training(checkpoint: str, rows: Sequence[dict[str, Any]], setting
     if not path.is_file():
         return
     before = read_facts(Path(checkpoint))
-    now = _facts(rows)
+    now = facts_of(rows)
     if before["rows"] != now["rows"] or before["sha256"] != now["sha256"]:
         raise ReftError(
             f"{checkpoint} was trained on other data ({before['rows']:,} rows, now {now['rows']:,}); resume "
@@ -48,7 +48,8 @@ def check_same_training(checkpoint: str, rows: Sequence[dict[str, Any]], setting
             )
 
 
-def _facts(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def facts_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """How many `rows` there are, and the `sha256` of their ids and labels."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(repr((row["input_ids"], row["labels"])).encode())
@@ -63,7 +64,7 @@ class Checkpointing(ReftTrainer):
     @cached_property
     def _data(self) -> str:
         rows: Any = self.train_dataset
-        return json.dumps({**_facts(rows), "settings": dict(self.settings)})
+        return json.dumps({**facts_of(rows), "settings": dict(self.settings)})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._check_parameters()  # before an earlier one of this step is removed

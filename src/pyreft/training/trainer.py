@@ -27,6 +27,10 @@ from ..tuner.tuner import calls_tuner, tuner_of
 from .same_data import check_same_data
 
 
+class DivergedError(ReftError):
+    """The numbers of a training are no numbers any more."""
+
+
 class ReftTrainer(Trainer):
     """`transformers.Trainer` for models with representation edits.
 
@@ -138,10 +142,10 @@ class ReftTrainer(Trainer):
             if parameter.requires_grad and not parameter.is_meta and not bool(torch.isfinite(own).all()):
                 raise self._diverged(f"after step {self.state.global_step}, {name} has numbers that are not finite")
 
-    def _diverged(self, what: str) -> ReftError:
+    def _diverged(self, what: str) -> DivergedError:
         last = last_complete(Path(self.args.output_dir), needed=())
         kept = f"The last good checkpoint is {last}." if last else "There is no checkpoint yet."
-        return ReftError(
+        return DivergedError(
             f"The training diverges: {what}. Nothing of it is saved. {kept} Try a smaller `lr` (now "
             f"{self.args.learning_rate:g}), some steps of warm-up, or float32.",
             also=["lr"],

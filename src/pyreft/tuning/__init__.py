@@ -1,0 +1,7 @@
+"""Tuning: layers, tokens, formula, rank, learning rate and epochs found for some data, as `pyreft tune` does it."""
+
+from .outcome import Tuned
+from .records import Record
+from .search import tune
+
+__all__ = ["Record", "Tuned", "tune"]
