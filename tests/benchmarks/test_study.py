@@ -157,13 +157,13 @@ def test_the_quick_study_from_end_to_end(tmp_path):
 
 def test_the_learning_rate_is_chosen_on_the_validation_split(monkeypatch):
     asked = []
-    score = training._Run.score
+    score = training.Run.score
 
     def noted(run, pairs):
         asked.append((run.optimizer.param_groups[0]["lr"], tuple(pairs)))
         return score(run, pairs)
 
-    monkeypatch.setattr(training._Run, "score", noted)
+    monkeypatch.setattr(training.Run, "score", noted)
     plan = dataclasses.replace(QUICK, lrs=(1e-2, 1e-7), marks=(8,))
     (found,) = training.run_cell(QUICK.settings[0], ["emoji-long"], plan)
     data, short = load_task("emoji-long"), load_task("emoji")
