@@ -73,10 +73,12 @@ class LoRA(Subject):
 
 
 class Edited(Subject):
-    """LoReFT of rank 8, whose first step runs the prefixes and whose later ones do not."""
+    """Edits of rank 8, whose first step runs the prefixes and whose later ones do not."""
 
-    def __init__(self, sizes: Sizes, batch: dict[str, Tensor], layers: Any, positions: str) -> None:
-        config = pyreft.ReftConfig(layers=layers, positions=positions, low_rank_dimension=RANK)
+    def __init__(
+        self, sizes: Sizes, batch: dict[str, Tensor], layers: Any, positions: str, formula: str = "loreft"
+    ) -> None:
+        config = pyreft.ReftConfig(layers=layers, positions=positions, intervention=formula, low_rank_dimension=RANK)
         model = pyreft.get_reft_model(llama(sizes), config).train()
         self.reach = Reach(model)
         super().__init__(model, batch, self.reach)

@@ -77,6 +77,7 @@ def main() -> None:
         ("ReFT, rank 4, all layers, l1", reft("l1"), given.loaded),
         ("ReFT, rank 4, all layers, f7+l7", reft("f7+l7"), given.loaded),
         ("ReFT, rank 4, all layers, all", reft("all"), given.loaded),
+        ("LoRA at l16 alone, rank 4, all layers", reft("l16", "lora"), given.loaded),
         ("LoRA r8 q,v", lora, given.rows),
     ]
     rows = [measure(name, config, loaded, given.rows, given.tokens, given.runs) for name, config, loaded in methods]

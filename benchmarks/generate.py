@@ -24,13 +24,14 @@ def random_llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=16000, eos_token_id=None, **sizes)).eval()
 
 
-def reft(positions: str) -> pyreft.ReftConfig:
-    return pyreft.ReftConfig(layers="all", positions=positions, low_rank_dimension=4)
+def reft(positions: str, formula: str = "loreft") -> pyreft.ReftConfig:
+    return pyreft.ReftConfig(layers="all", positions=positions, intervention=formula, low_rank_dimension=4)
 
 
 METHODS = {
     "ReFT, l1": reft("l1"),
     "ReFT, f7+l7": reft("f7+l7"),
+    "LoRA at l16 alone": reft("l16", "lora"),
     "LoRA r8 q,v, not merged": LoraConfig(r=8, target_modules=["q_proj", "v_proj"]),
 }
 

@@ -1,6 +1,6 @@
 """What a training step costs: edits of which only the reachable part is computed, LoRA, and the floor of each.
 
-python benchmarks/train.py [--parts main vocabulary wide growth] [--original PYTHON]
+python benchmarks/train.py [--parts main vocabulary wide located growth] [--original PYTHON]
 
 PYTHON is the interpreter of an environment with pyreft 0.1.0, pyvene 0.1.8 and transformers 4.45.1.
 """
@@ -19,10 +19,16 @@ from _steps import MAIN, Edited, LoRA, Original, Sizes, batch_of, floor, in_turn
 SHAPES: dict[str, Sizes] = {
     "main": MAIN,
     "vocabulary": {**MAIN, "vocab_size": 128_000},
+    "located": MAIN,  # LoRA at some tokens
     "wide": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 16, "vocab_size": 8000},
 }
-LENGTHS = {"main": [(112, 16), (248, 8)], "vocabulary": [(112, 16)], "wide": [(112, 16)]}
-RUNS = {"main": 5, "vocabulary": 3, "wide": 1}
+LENGTHS = {
+    "main": [(112, 16), (248, 8)],
+    "located": [(112, 16), (248, 8)],
+    "vocabulary": [(112, 16)],
+    "wide": [(112, 16)],
+}
+RUNS = {"main": 5, "located": 5, "vocabulary": 3, "wide": 1}
 POSITIONS = {"main": ["l1", "l8", "f7+l7"], "vocabulary": ["l1", "l8", "f7+l7"], "wide": ["l1"]}
 FROZEN = "whole rows, frozen"
 
@@ -32,12 +38,17 @@ def compare(shape: str, prompt: int, answer: int, original: str | None) -> list[
     sizes = SHAPES[shape]
     batch, count = batch_of(sizes["vocab_size"], prompt, answer), sizes["num_hidden_layers"]
     middle = count // 2
-    places: list[tuple[Any, str]] = [([middle], "l1"), *(("all", positions) for positions in POSITIONS[shape])]
-    names = [f"{'all layers' if layers == 'all' else f'layer {middle}'}, {rule}" for layers, rule in places]
+    places: list[tuple[Any, str, str]] = [("all", "l16", "lora")]
+    if shape != "located":
+        places = [([middle], "l1", "loreft"), *(("all", positions, "loreft") for positions in POSITIONS[shape])]
+    names = [
+        f"{'all layers' if layers == 'all' else f'layer {middle}'}, {rule}{', lora' if formula == 'lora' else ''}"
+        for layers, rule, formula in places
+    ]
     lora, subjects = LoRA(sizes, batch), [Edited(sizes, batch, *place) for place in places]
     steps: dict[str, Callable[[], object]] = {"LoRA": lora.step, FROZEN: floor(sizes, batch, 0, 0)}
     others: dict[str, Original] = {}
-    for name, (layers, rule), subject in zip(names, places, subjects, strict=True):
+    for name, (layers, rule, _), subject in zip(names, places, subjects, strict=True):
         start = prompt - int(rule[1:]) if rule[0] == "l" else 0
         steps[name] = subject.step
         steps[f"{name}: floor"] = floor(sizes, batch, 1 if layers == "all" else middle + 1, start)

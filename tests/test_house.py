@@ -16,7 +16,7 @@ FLOORS = (
     ("tuner",),
     ("registration",),
     ("files",),
-    ("data", "pocket"),
+    ("data", "pocket", "smollm2"),
     ("original",),
     ("model",),
     ("loading", "generation", "steering"),

@@ -43,6 +43,11 @@ class Setting:
         """Whether it is one of the comparison of position rules."""
         return self == Setting("LoReFT", 4, self.positions) and self.positions in RULES
 
+    @property
+    def is_long(self) -> bool:
+        """Whether it is trained on the long tasks, too: the position rules, and LoRA at every token or at some."""
+        return self.is_rule or ("LoRA" in self.method and self.rank in (1, 8))
+
     def adapt(self, model: Any) -> Any:
         """Put the untrained adapter on a model."""
         if self.method == "LoRA":
@@ -62,7 +67,7 @@ class Plan:
     """How every adapter of a study is trained and scored.
 
     Args:
-        settings: the adapters of the short tasks; the long ones take those that compare position rules.
+        settings: the adapters of the short tasks; the long ones take those that are compared there, `is_long`.
         seeds: how many seeds, each with its own initial values and order of examples.
         lrs: the learning rates to choose from, for each adapter and short task, by its validation split and one more
             seed.
@@ -73,7 +78,7 @@ class Plan:
 
     settings: tuple[Setting, ...]
     seeds: int = 3
-    lrs: tuple[float, ...] = (2e-3, 5e-3, 1.2e-2)
+    lrs: tuple[float, ...] = (2e-3, 5e-3, 8e-3, 1.2e-2)
     marks: tuple[int, ...] = (20, 40, 80)
     batch_size: int = 8
     heldout: int = 100
@@ -84,7 +89,7 @@ class Plan:
         found = []
         for setting in self.settings:
             for stem in stems:
-                forms = [task for task in tasks if task == stem or (task == f"{stem}-long" and setting.is_rule)]
+                forms = [task for task in tasks if task == stem or (task == f"{stem}-long" and setting.is_long)]
                 found += [(setting, forms)] if forms else []
         return found
 

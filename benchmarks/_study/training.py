@@ -46,14 +46,14 @@ def _choose_lr(setting: Setting, data: Task, plan: Plan) -> tuple[float, dict[st
         return plan.lrs[0], {}
     scores = {}
     for lr in sorted(plan.lrs):
-        run = _Run(setting, plan, data.train, lr, _TUNING_SEED)
+        run = Run(setting, plan, data.train, lr, _TUNING_SEED)
         run.train(plan.marks[-1])
         scores[lr] = run.score(data.validation)
     return max(scores, key=lambda lr: (scores[lr], -lr)), {str(lr): score for lr, score in scores.items()}
 
 
 def _curve(setting: Setting, data: Task, plan: Plan, lr: float, seed: int) -> Row:
-    run = _Run(setting, plan, data.train, lr, seed)
+    run = Run(setting, plan, data.train, lr, seed)
     curve = []
     for mark in plan.marks:
         run.train(mark - run.steps)
@@ -62,7 +62,7 @@ def _curve(setting: Setting, data: Task, plan: Plan, lr: float, seed: int) -> Ro
     return {"parameters": run.parameters, "seed": seed, "curve": curve}
 
 
-class _Run:
+class Run:
     """An adapter in training."""
 
     def __init__(self, setting: Setting, plan: Plan, pairs: Sequence[Pair], lr: float, seed: int) -> None:

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
-from . import pocket
+from . import pocket, smollm2
 from .errors import ReftError
 from .files.adapter import read_config, read_config_data, read_shapes
 from .files.record import read_record
@@ -40,7 +40,8 @@ def load_base(
     """Return a causal language model in evaluation mode, and its tokenizer, ready to pad.
 
     Args:
-        name: a directory, a name on the hub, or `"pocket"` for the embedded model, which is the default.
+        name: a directory, a name on the hub, `"smollm2"` (see `pyreft.smollm2`), or `"pocket"` for the embedded model,
+            which is the default.
         dtype: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: as stored on a GPU, float32 on a CPU.
         labels: how many outputs a classifier has, to load one instead of a language model.
 
@@ -60,8 +61,10 @@ def load_base(
     tokenizer = load_tokenizer(name)
     loader = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     options = {} if labels is None else {"num_labels": labels}
-    with _explained(name):
-        model = loader.from_pretrained(_path(name), dtype=kinds[dtype], device_map="auto" if gpu else None, **options)
+    with _explained(name) as place:
+        model = loader.from_pretrained(place, dtype=kinds[dtype], device_map="auto" if gpu else None, **options)
+    if name == smollm2.NAME:
+        model.name_or_path = name  # an adapter remembers the name: another machine has the model elsewhere
     if labels is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last token by it
     return model.eval(), tokenizer
@@ -69,8 +72,8 @@ def load_base(
 
 def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a base model, with a padding token; see `load_base`."""
-    with _explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(_path(name))
+    with _explained(name) as place:
+        tokenizer = AutoTokenizer.from_pretrained(place)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ReftError(
@@ -180,8 +183,8 @@ def read_model_config(name: str | None) -> Any:
     Raises:
         ReftError: no such model.
     """
-    with _explained(name):
-        return AutoConfig.from_pretrained(_path(name))
+    with _explained(name) as place:
+        return AutoConfig.from_pretrained(place)
 
 
 def check_language_model(name: str | None) -> None:
@@ -198,7 +201,7 @@ def check_language_model(name: str | None) -> None:
         known |= {names} if isinstance(names, str) else set(names)
     if saved and not known & set(saved):
         raise ReftError(
-            f"expected a causal language model, {_path(name)!r} holds a {saved[0]}, which has no unembedding "
+            f"expected a causal language model, {base_path(name)!r} holds a {saved[0]}, which has no unembedding "
             "for one. Load it with its own class and use the functions of pyreft on it.",
             setting="model",
         )
@@ -214,7 +217,7 @@ def check_classifier(name: str | None) -> None:
     if kind not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         raise ReftError(
             f"expected a model with a classifier of texts, such as RoBERTa; transformers has none for "
-            f"{_path(name)!r}, which is a {kind}.",
+            f"{base_path(name)!r}, which is a {kind}.",
             setting="model",
         )
 
@@ -230,14 +233,23 @@ def _check_classifier(adapter: Any, names: Any, shapes: dict[str, tuple[int, ...
         raise ReftError(f"{adapter}: its classifier was not trained for {labels} outputs, which this task has.")
 
 
-def _path(name: str | None) -> str:
+def base_path(name: str | None) -> str:
+    """What transformers loads for a base model's name: a directory, or a name on the hub.
+
+    Raises:
+        ReftError: `"smollm2"`, and it cannot be made; see `smollm2.path`.
+    """
+    if name == smollm2.NAME:
+        return smollm2.path()
     return pocket.path() if name in (None, EMBEDDED) else str(name)
 
 
 @contextmanager
-def _explained(name: str | None) -> Iterator[None]:
+def _explained(name: str | None) -> Iterator[str]:
+    """Load from what a name stands for, which is given; what goes wrong is told with it."""
+    place = base_path(name)
     try:
-        yield
+        yield place
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise ReftError(f"none could be loaded from {_path(name)!r}: {first}", setting="model") from None
+        raise ReftError(f"none could be loaded from {place!r}: {first}", setting="model") from None

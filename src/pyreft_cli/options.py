@@ -17,7 +17,8 @@ Json = Annotated[bool, Option("--json", help="Print the result as JSON, and noth
 Adapter = Annotated[str, Argument(help="The adapter's directory.")]
 AdapterOption = Annotated[str, Option(help="The adapter's directory.")]
 AdapterModel = Annotated[
-    str | None, Option(help="Base model: a hub id or a directory; by default the one the adapter was made for.")
+    str | None,
+    Option(help="Base model: a hub id, a directory, or smollm2; by default the one the adapter was made for."),
 ]
 MaxNewTokens = Annotated[int, Option(help="The most tokens of an answer.", min=1)]
 Temperature = Annotated[float, Option(help="0 takes the likeliest tokens; above, tokens are drawn.", min=0)]
@@ -36,7 +37,9 @@ Data = Annotated[
     ),
 ]
 Output = Annotated[str | None, Option(help="The directory for the adapter.")]
-Model = Annotated[str | None, Option(help="Base model: a hub id or a directory; by default the embedded one.")]
+Model = Annotated[
+    str | None, Option(help="Base model: a hub id, a directory, or smollm2; by default the embedded one.")
+]
 DataDir = Annotated[str | None, Option(help="Of a recipe: the directory of its data.  [default: the hub]")]
 Task = Annotated[str | None, Option(help="Of the recipe glue: one task.  [default: each, one after the other]")]
 Turns = Annotated[

@@ -38,7 +38,9 @@ def serve(
         str | None,
         Option(help="A directory or URL whose folders are the adapters, by their names.  [default: the embedded ones]"),
     ] = None,
-    model: Annotated[str | None, Option(help="Base model: a hub id or directory.  [default: the embedded one]")] = None,
+    model: Annotated[
+        str | None, Option(help="Base model: a hub id, a directory, or smollm2.  [default: the embedded one]")
+    ] = None,
     name: Annotated[str | None, Option(help="What clients call the base model.  [default: as in --model]")] = None,
     engine: Annotated[str, Option(help="What computes: transformers or vllm.")] = "transformers",
     host: Annotated[str, Option(help="The address to listen at.")] = "127.0.0.1",
@@ -160,6 +162,7 @@ def check_for_transformers(options: dict[str, Any], more: list[str]) -> None:
 def serve_with_vllm(options: dict[str, Any], more: list[str]) -> None:
     """Become vLLM's server."""
     from pyreft.errors import ReftError
+    from pyreft.loading import base_path
     from pyreft.serving.catalog import Catalog, default_store
     from pyreft.serving.vllm import launch
     from pyreft.serving.vllm.flags import Settings
@@ -181,7 +184,7 @@ def serve_with_vllm(options: dict[str, Any], more: list[str]) -> None:
         store=str((options["store"] or default_store()).absolute()),
     )
     words = ["--host", options["host"], "--port", str(options["port"]), "--served-model-name", options["name"], *more]
-    command = [launch.base_path(model), *launch.vllm_arguments(settings, launch.architecture_of(model), words)]
+    command = [base_path(model), *launch.vllm_arguments(settings, launch.architecture_of(model), words)]
     variables = launch.environment(settings) | ({"PYREFT_ALLOW_LOADING": "1"} if options["allow_loading"] else {})
     if options["show"]:
         words = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]

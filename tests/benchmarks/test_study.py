@@ -110,8 +110,13 @@ def test_the_full_plan_compares_every_rule_in_every_task():
     rules = [(s.positions, task) for s, tasks in cells if s.is_rule for task in tasks]
     assert sorted(rules) == sorted((rule, task) for rule in RULES for task in TASKS)
     assert {s.method for s, _ in cells} == {"LoReFT", "DiReFT", "RED", "LoRA", "located LoRA"}
-    assert all(tasks in (["emoji"], ["middle"]) for s, tasks in cells if not s.is_rule)
-    assert FULL.cells(["middle-long"]) == [(s, ["middle-long"]) for s in FULL.settings if s.is_rule]
+    assert all(tasks in (["emoji"], ["middle"]) for s, tasks in cells if not s.is_long)
+    assert FULL.cells(["middle-long"]) == [(s, ["middle-long"]) for s in FULL.settings if s.is_long]
+    assert {s.name for s in FULL.settings if s.is_long and not s.is_rule} == {
+        "LoRA r1",
+        "LoRA r8",
+        "located LoRA r1 l16",
+    }
 
 
 def test_direft_is_the_papers():
@@ -140,7 +145,7 @@ def test_the_quick_study_from_end_to_end(tmp_path):
     assert [(r["task"], r["name"]) for r in found["rows"]] == [
         *((task, "LoReFT r4 l4") for task in ("emoji", "middle-long")),
         *((task, "LoReFT r4 f7+l7") for task in ("emoji", "middle-long")),
-        ("emoji", "LoRA r1"),
+        *((task, "LoRA r1") for task in ("emoji", "middle-long")),
     ]
     for each in found["rows"]:
         assert each["parameters"] == (5376 if each["method"] == "LoRA" else 7 * (2 * 192 * 4 + 4))
@@ -157,13 +162,13 @@ def test_the_quick_study_from_end_to_end(tmp_path):
 
 def test_the_learning_rate_is_chosen_on_the_validation_split(monkeypatch):
     asked = []
-    score = training._Run.score
+    score = training.Run.score
 
     def noted(run, pairs):
         asked.append((run.optimizer.param_groups[0]["lr"], tuple(pairs)))
         return score(run, pairs)
 
-    monkeypatch.setattr(training._Run, "score", noted)
+    monkeypatch.setattr(training.Run, "score", noted)
     plan = dataclasses.replace(QUICK, lrs=(1e-2, 1e-7), marks=(8,))
     (found,) = training.run_cell(QUICK.settings[0], ["emoji-long"], plan)
     data, short = load_task("emoji-long"), load_task("emoji")

