@@ -36,7 +36,10 @@ def filled(intervention, seed, size=2.0):
     d, r = intervention.rotate_layer.weight.shape
     R, _ = torch.linalg.qr(torch.randn(d, r, generator=draw, dtype=torch.float64))
     with torch.no_grad():
-        intervention.rotate_layer.weight = R.float()
+        if hasattr(intervention.rotate_layer, "set_"):  # here R is a function of what is learned
+            intervention.rotate_layer.set_(R.float())
+        else:
+            intervention.rotate_layer.weight = R.float()
         intervention.learned_source.weight.copy_(size * torch.randn(r, d, generator=draw) / d**0.5)
         intervention.learned_source.bias.copy_(torch.randn(r, generator=draw))
     return intervention.eval()
@@ -98,7 +101,7 @@ def evaluation(num_beams, position="f2+l2", share_weights=False):
             do_sample=False,
         )
         width = inputs["input_ids"].shape[1]
-        answers.update(zip(inputs["id"].tolist(), tokens[:, width:].tolist()))
+        answers.update(zip(inputs["id"].tolist(), tokens[:, width:].tolist(), strict=True))
     return [answers[number] for number in range(len(PROMPTS))]
 
 
@@ -169,7 +172,7 @@ def preferences():
         tokenizer, model, prompts, [chosen for chosen, _ in answers], "f1+l1", 2, share_weights=True
     )
     locations = [list(row) for row in module["train_dataset"]["intervention_locations"]]
-    texts = [f"{p} {pair[side]}" for side in (0, 1) for p, pair in zip(prompts, answers)]
+    texts = [f"{p} {pair[side]}" for side in (0, 1) for p, pair in zip(prompts, answers, strict=True)]
     batch = tokenizer(texts, padding=True, return_tensors="pt", return_token_type_ids=False)
     lengths = [len(tokenizer(p)["input_ids"]) for p in prompts] * 2
     places = torch.tensor(locations + locations).transpose(0, 1).tolist()
@@ -206,7 +209,12 @@ def by_hooks():
     for handle in handles:
         handle.remove()
     _, tokens = reft_model.generate(
-        base=dict(batch), unit_locations=None, intervene_on_prompt=True, max_new_tokens=4, do_sample=False, pad_token_id=0
+        base=dict(batch),
+        unit_locations=None,
+        intervene_on_prompt=True,
+        max_new_tokens=4,
+        do_sample=False,
+        pad_token_id=0,
     )
     return round(output.loss.item(), 4), tokens[0, batch["input_ids"].shape[1] :].tolist()
 

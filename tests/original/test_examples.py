@@ -397,7 +397,9 @@ def test_a_reward_model(base, tmp_path):
     assert torch.equal(rewards, again)
     found = evaluate_rewards(tmp_path / "reward", tokenizer, test_rows, pad)
     assert found["eval_accuracy"] == 1
-    assert found["eval_loss"] == pytest.approx(-functional.logsigmoid(rewards[::2] - rewards[1::2]).mean().item(), abs=1e-5)
+    assert found["eval_loss"] == pytest.approx(
+        -functional.logsigmoid(rewards[::2] - rewards[1::2]).mean().item(), abs=1e-5
+    )
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
