@@ -1,4 +1,4 @@
-"""What `original_programs.py` answers under pyreft 0.1.0 (with pyvene 0.1.8 and transformers 4.45.1), it answers here."""
+"""What `original_programs.py` answers under pyreft 0.1.0, with pyvene 0.1.8 and transformers 4.45.1, it does here."""
 
 import pytest
 
