@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -135,14 +136,20 @@ def test_reward_pairs(tokenizer, side):
         *("chosen_output", "rejected_output", "chosen_output_mask", "rejected_output_mask"),
         *("chosen_reward", "rejected_reward", "intervention_locations", "id"),
     }
-    batch = pyreft.ReftRewardCollator(tokenizer)([dataset[0], dataset[1]])
+    batch = pyreft.ReftRewardCollator(tokenizer, shift=True)([dataset[0], dataset[1]])
     assert batch["reward"].tolist() == [2, 0.5, 3, 1]
     common = tokenizer("<|user|>Hi?</s><|assistant|>")["input_ids"]
     for row in range(2):
         at = int(batch["intervention_locations"][row, 0, 0])
         assert batch["input_ids"][row, at] == common[-1]
+    warns = nullcontext() if side == "right" else pytest.warns(UserWarning, match="ReftRewardCollator.*shift=True")
+    with warns:  # as the original leaves them
+        left = pyreft.ReftRewardCollator(tokenizer)([dataset[0], dataset[1]])
+    assert left["intervention_locations"].flatten().tolist() == [
+        item["intervention_locations"][0][0] for item in (dataset[0], dataset[1]) for _ in range(2)
+    ]
     plain = pyreft.ReftRewardDataset("r", None, tokenizer, dataset=rows, **arguments)
-    assert pyreft.ReftRewardCollator(tokenizer)([plain[0]])["reward"].tolist() == [1, 0]
+    assert pyreft.ReftRewardCollator(tokenizer, shift=True)([plain[0]])["reward"].tolist() == [1, 0]
 
 
 def test_a_doubled_bos_is_told_once(tokenizer):

@@ -317,6 +317,29 @@ class RewardTrainer(pyreft.ReftTrainer):
         loss = -functional.logsigmoid(rewards[::2] - rewards[1::2]).mean()
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        differences = (outputs["rewards"][::2] - outputs["rewards"][1::2]).detach().cpu()
+        return loss.detach().cpu(), differences, torch.ones_like(differences)
+
+
+@torch.inference_mode()
+def evaluate_rewards(directory, tokenizer, rows, pad):
+    """Load and evaluate as the example does."""
+    model = reward_base(tokenizer)
+    reft_model = pyreft.ReftModel.load(directory, model)
+    reft_model.set_device("cpu")
+    trainer = RewardTrainer(
+        model=reft_model,
+        tokenizer=tokenizer,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.reshape(-1) > 0).mean())},
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=pad,
+        args=arguments(directory.parent / "eval", per_device_eval_batch_size=2),
+    )
+    return trainer.evaluate()
+
 
 def reward_base(tokenizer):
     torch.manual_seed(0)
@@ -372,6 +395,11 @@ def test_a_reward_model(base, tmp_path):
         again = pyreft.ReftModel.load(tmp_path / "reward", reward_base(tokenizer))(**batch).logits
     assert ((rewards[::2] - rewards[1::2]) > 1).all()
     assert torch.equal(rewards, again)
+    found = evaluate_rewards(tmp_path / "reward", tokenizer, test_rows, pad)
+    assert found["eval_accuracy"] == 1
+    assert found["eval_loss"] == pytest.approx(
+        -functional.logsigmoid(rewards[::2] - rewards[1::2]).mean().item(), abs=1e-5
+    )
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

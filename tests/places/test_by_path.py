@@ -116,6 +116,20 @@ def test_of_the_original(tmp_path):
     assert describe(tmp_path)["places"][0]["component"] == "a.output"
 
 
+def test_a_second_adapter(tmp_path):
+    adapted = peft.get_peft_model(made(Net), config("a.output", positions="all"), adapter_name="one")
+    shaken(adapted).save_pretrained(tmp_path)
+    adapted.add_adapter("two", adapted.peft_config["one"])
+    adapted.load_adapter(tmp_path / "one", "three")
+    with torch.no_grad():
+        edited = adapted(X)
+        adapted.set_adapter("three")
+        assert torch.equal(adapted(X), edited)
+        adapted.set_adapter("two")
+        assert not torch.equal(adapted(X), edited)
+    assert adapted.peft_config["two"].base_model_shape["num_hidden_layers"] is None
+
+
 def test_an_adapter_for_another_network_is_refused(tmp_path):
     peft.get_peft_model(made(Net), config("a.output")).save_pretrained(tmp_path)
     with pytest.raises(pyreft.ReftError, match="model_type 'Sequential' instead of 'Net'"):

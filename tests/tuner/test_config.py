@@ -1,9 +1,13 @@
 import json
 
 import pytest
+import torch
 
 import pyreft
 from pyreft.tuner.representation import Representation
+
+READY = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2)
+TANH = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2, act_fn="tanh")
 
 
 @pytest.mark.parametrize(
@@ -12,6 +16,59 @@ from pyreft.tuner.representation import Representation
 )
 def test_layers(layers, expected):
     assert pyreft.ReftConfig(layers=layers).layers == expected
+
+
+def test_layers_as_peft_calls_them():
+    assert pyreft.ReftConfig(layers_to_transform=[1, 2]).layers == [1, 2]
+    assert pyreft.ReftConfig(layers_to_transform=0).layers == [0]
+    with pytest.raises(pyreft.ReftError, match="layers: layers are 3 and layers_to_transform 4; give one"):
+        pyreft.ReftConfig(layers=3, layers_to_transform=4)
+    with pytest.raises(pyreft.ReftError, match="each of the representations names its own layer"):
+        pyreft.ReftConfig(representations={"layer": 1}, layers_to_transform=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"exclude_modules": ["layers.3"]}, "exclude_modules: ReFT calls it otherwise: give layers and component"),
+        ({"target_modules": ["q_proj"]}, "target_modules: .* give component, or representations"),
+        ({"r": 8}, "r: .* give low_rank_dimension"),
+    ],
+)
+def test_what_peft_calls_otherwise(settings, message):
+    with pytest.raises(pyreft.ReftError, match=message):
+        pyreft.ReftConfig(**settings)
+
+
+@pytest.mark.parametrize("intervention", ["loreft", "noreft", "direft", "nodireft", "lobireft", "red", "road", "lora"])
+@pytest.mark.parametrize("listed", [True, False])
+def test_edits_that_begin_at_nothing(model, intervention, listed):
+    place = {"component": "mlp_output", "positions": "all", "intervention": intervention}
+    places = {"representations": [{**place, "layer": layer} for layer in (1, 2)]} if listed else place | {"layers": [1]}
+    config = pyreft.ReftConfig(**places, init_weights=True)
+    assert pyreft.ReftConfig(**json.loads(json.dumps(config.to_dict()))).to_dict() == config.to_dict()
+    ids = torch.randint(3, 96, (2, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids).logits
+        torch.testing.assert_close(pyreft.get_reft_model(model, config).eval()(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"representations": {"layer": 1, "intervention": READY}, "init_weights": True},
+            "as it was made; make it with",
+        ),
+        ({"intervention": "red", "init_weights": False}, "init_weights: RedIntervention always begins at h' = h"),
+        ({"init_weights": "yes"}, "init_weights: expected"),
+        ({"intervention": "consreft", "init_weights": True}, "init: ConsreftIntervention is h' = h for no parameters"),
+        ({"intervention": "reftr1", "init_weights": True}, "init: the intervention 'reftr1' does not take it"),
+    ],
+)
+def test_where_an_edit_cannot_begin(model, settings, message):
+    with pytest.raises(pyreft.ReftError, match=message):
+        pyreft.get_reft_model(model, pyreft.ReftConfig(**settings))
 
 
 def test_places_in_their_order():
@@ -37,10 +94,6 @@ def test_entries_take_what_they_do_not_say_from_the_config():
 
 def second_token(prompt, input_ids):
     return prompt & (prompt.long().cumsum(-1) == 2)
-
-
-READY = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2)
-TANH = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2, act_fn="tanh")
 
 
 @pytest.mark.parametrize(

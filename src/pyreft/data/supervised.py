@@ -54,11 +54,7 @@ class ReftDataCollator:
             if not self.shift and any(shifts):
                 shifts = [0] * len(rows)
                 if labels is not None:
-                    warnings.warn(
-                        "The tokenizer pads on the left, and intervention_locations stay as they are, as in the "
-                        "original: pass ReftDataCollator(..., shift=True) if they count from the first token of a row.",
-                        stacklevel=2,
-                    )
+                    tell_of_left_padding(self)
             batch["intervention_locations"] = stack_locations(locations, shifts)
         if any(chosen is not None for chosen in subspaces):
             batch["subspaces"] = subspaces
@@ -66,6 +62,15 @@ class ReftDataCollator:
 
     def _pads_left(self) -> bool:
         return getattr(getattr(self.data_collator, "tokenizer", None), "padding_side", "right") == "left"
+
+
+def tell_of_left_padding(collator: Any) -> None:
+    """Warn that a collator leaves locations as they are, in a batch that is padded on the left."""
+    warnings.warn(
+        "The tokenizer pads on the left, and intervention_locations stay as they are, as in the original: pass "
+        f"{type(collator).__name__}(..., shift=True) if they count from the first token of a row.",
+        stacklevel=3,
+    )
 
 
 def stack_locations(locations: list[Any], shifts: list[int]) -> torch.Tensor:

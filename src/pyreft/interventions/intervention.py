@@ -47,6 +47,8 @@ class Intervention(nn.Module):
     #: whether the formula works as well on `[rows, n, d]` with the parameters of another intervention for each row,
     #: those of `[k]` as `[rows, 1, k]` and those of `[r, d]` as `[rows, r, d]`, see `stack`; a subclass says it itself
     stackable = False
+    #: whether every new one is h' = h; a subclass says it itself
+    begins_at_identity = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

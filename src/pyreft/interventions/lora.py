@@ -32,7 +32,7 @@ class LoraIntervention(Intervention):
     """
 
     reads_input = True
-    stackable = True
+    stackable = begins_at_identity = True
 
     def __init__(
         self,

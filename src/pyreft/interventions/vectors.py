@@ -12,7 +12,7 @@ from .intervention import Intervention
 class BiasIntervention(Intervention):
     """h' = h + b, `[d]`: a steering vector, learned or given (ActAdd, arXiv 2308.10248; BitFit, arXiv 2106.10199)."""
 
-    stackable = True
+    stackable = begins_at_identity = True
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
@@ -25,7 +25,7 @@ class BiasIntervention(Intervention):
 class RedIntervention(Intervention):
     """RED: h' = s ⊙ h + b, starting at s = 1 and b = 0 (arXiv 2402.15179, equation 3)."""
 
-    stackable = True
+    stackable = begins_at_identity = True
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
@@ -45,7 +45,7 @@ class RoadIntervention(Intervention):
         ReftError: an odd width.
     """
 
-    stackable = True
+    stackable = begins_at_identity = True
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
@@ -71,7 +71,7 @@ class LofitIntervention(Intervention):
         l1: λ of the penalty λ‖a‖₁ on the training loss.
     """
 
-    stackable = True
+    stackable = begins_at_identity = True
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0, l1: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
@@ -99,7 +99,7 @@ class JolaIntervention(Intervention):
         l0: λ of the penalty on the training loss, λ times the expected number of open gates.
     """
 
-    stackable = True
+    stackable = begins_at_identity = True
 
     TEMPERATURE, LOW, HIGH = 0.33, -0.1, 1.1
 

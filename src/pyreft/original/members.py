@@ -54,7 +54,7 @@ class OriginalMembers(PeftModel):
         base = everything - own
         print(
             f"trainable intervention params: {edits:,d} || trainable model params: {trained - edits:,d}\n"
-            f"model params: {base:,d} || trainable%: {100 * trained / base:.6f}"
+            f"model params: {base:,d} || trainable%: {100 * trained / base}"
         )
 
     def get_trainable_parameters(self) -> list[nn.Parameter]:

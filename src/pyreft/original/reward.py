@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.supervised import stack_locations
+from ..data.supervised import stack_locations, tell_of_left_padding
 from ..errors import ReftError
 from .datasets import ReftDataset, truncated_ids
 
@@ -72,6 +72,8 @@ class ReftRewardCollator:
 
     Args:
         tokenizer: pads, with `padding`, `max_length` and `pad_to_multiple_of` as its `pad` takes them.
+        shift: move the locations with left padding. Programs for the original, whose collator did not, do it
+            themselves; a batch that would need it warns.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -79,6 +81,7 @@ class ReftRewardCollator:
     max_length: int | None = None
     pad_to_multiple_of: int | None = None
     return_tensors: str = "pt"
+    shift: bool = False
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = [
@@ -102,5 +105,8 @@ class ReftRewardCollator:
         left = self.tokenizer.padding_side == "left"
         width = batch["input_ids"].shape[-1]
         shifts = [width - len(row["input_ids"]) if left else 0 for row in rows]
+        if any(shifts) and not self.shift:
+            tell_of_left_padding(self)
+            shifts = [0] * len(rows)
         locations = [feature["intervention_locations"] for feature in features for _ in SIDES]
         return {**batch, "intervention_locations": stack_locations(locations, shifts)}

@@ -135,7 +135,9 @@ def _scope(model: Any, stack: Stack) -> Any:
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:
-    for child in module.children():
+    for name, child in module.named_children():
+        if name.startswith(PREFIX):  # edits are no blocks
+            continue
         if not isinstance(child, nn.ModuleList):
             yield from _outermost_lists(child)
         elif len(child):

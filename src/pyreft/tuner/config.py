@@ -2,7 +2,9 @@
 
 import copy
 import enum
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -19,6 +21,7 @@ from .representation import (
     SETTING_TYPES,
     SETTINGS,
     Representation,
+    beginning,
     check_fields,
     default_component,
     read_components,
@@ -44,6 +47,12 @@ _TYPES: dict[str, tuple[type, ...]] = SETTING_TYPES | {
 DEFAULT_RANK = 8
 # fields of a config that each of its representations has for itself
 _SAID_BY_EACH = ("layers", "component", "positions", "intervention", "share_weights", "intervention_kwargs", *SETTINGS)
+# what PEFT's other methods call something that has another name here
+_OTHER_NAMES = {
+    "target_modules": "component, or representations for modules by their paths",
+    "exclude_modules": "layers and component, which name what is edited and nothing else",
+    "r": "low_rank_dimension",
+}
 # keys of the original's representations that say what is always so here
 _IMPLIED = ("unit", "max_number_of_units", "intervention_type")
 
@@ -75,6 +84,8 @@ class ReftConfig(PeftConfig):
         base_model_shape: type and sizes of the base model, filled in; an adapter fits no other.
         model_type: accepted for the original's callers.
         intervention_types: a class for all representations that name none, or a list with one for each.
+        layers_to_transform: `layers`, as PEFT calls it.
+        init_weights: begin at h' = h (true), as PEFT calls `intervention_kwargs={"init": "identity"}`, or not.
 
     Raises:
         ReftError: an unknown rule, intervention or key of a representation, or a rank that is no whole number.
@@ -106,8 +117,19 @@ class ReftConfig(PeftConfig):
     )
     model_type: InitVar[Any] = None
     intervention_types: InitVar[Any] = None
+    layers_to_transform: InitVar[Any] = None
+    init_weights: InitVar[bool | None] = None
 
-    def __post_init__(self, model_type: Any, intervention_types: Any) -> None:
+    def __post_init__(
+        self, model_type: Any, intervention_types: Any, layers_to_transform: Any, init_weights: bool | None
+    ) -> None:
+        if layers_to_transform is not None:
+            if self.layers not in ("all", layers_to_transform):
+                raise ReftError(
+                    f"layers are {self.layers!r} and layers_to_transform {layers_to_transform!r}; give one of them.",
+                    setting="layers",
+                )
+            self.layers = layers_to_transform
         check_fields(self, _TYPES)
         if self.task_type is not None and self.task_type not in list(TaskType):
             raise ReftError(f"expected one of {', '.join(TaskType)}, got {self.task_type!r}.", setting="task_type")
@@ -135,10 +157,15 @@ class ReftConfig(PeftConfig):
                 )
             each = zip(given, types, strict=True)
             self.representations = [place for entry, kind in each for place in self._read(entry, kind)]
+            if init_weights is not None:
+                for place in self.representations:
+                    place.begin(init_weights)
             self.component = self.component or "block_output"  # which says nothing any more
         else:
             self.component = self.component or default_component(cls)
             self.positions = DEFAULT_POSITIONS if self.positions is None else self.positions
+            if init_weights is not None:
+                self.intervention_kwargs = beginning(cls, self.intervention_kwargs, init_weights)
         self.intervention = short_name(cls)
         self.positions = None if self.positions is None else rule_name(self.positions)
 
@@ -246,6 +273,20 @@ class ReftConfig(PeftConfig):
         data = {name: copy.deepcopy(getattr(self, name)) for name in names if name != "representations"}
         entries = [entry.to_dict() for entry in self.representations] if listed else None
         return data | {"peft_type": ReftPeftType.REFT.value, "representations": entries}
+
+
+def _refusing_other_names(make: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(make)
+    def __init__(self: ReftConfig, *args: Any, **kwargs: Any) -> None:
+        for name, ours in _OTHER_NAMES.items():
+            if name in kwargs:
+                raise ReftError(f"ReFT calls it otherwise: give {ours}.", setting=name)
+        make(self, *args, **kwargs)
+
+    return __init__
+
+
+ReftConfig.__init__ = _refusing_other_names(ReftConfig.__init__)  # type: ignore[method-assign]
 
 
 def _one_or_several(names: list[str]) -> str | list[str]:

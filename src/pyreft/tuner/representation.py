@@ -148,6 +148,17 @@ class Representation:
                 f"no {cls.__name__} can be made with {settings} ({error!r}).", setting="intervention"
             ) from error
 
+    def begin(self, identity: bool) -> None:
+        """Begin training at h' = h, or not; see `beginning`."""
+        if isinstance(self.intervention, nn.Module):
+            raise ReftError(
+                f"a ready {type(self.intervention).__name__} begins as it was made; "
+                "make it with init='identity', which is h' = h.",
+                setting="init_weights",
+            )
+        cls = intervention_class(self.intervention)
+        self.intervention_kwargs = beginning(cls, self.intervention_kwargs, identity)
+
     def settle(self) -> None:
         """Let go of a ready module, which now belongs to a model, and remember its class by name."""
         if isinstance(self.intervention, nn.Module):
@@ -159,6 +170,20 @@ class Representation:
         if isinstance(self.intervention, nn.Module):
             data["intervention"] = short_name(type(self.intervention))
         return {key: value for key, value in data.items() if value is not None}
+
+
+def beginning(cls: type[Any], arguments: dict[str, Any] | None, identity: bool) -> dict[str, Any] | None:
+    """The arguments of an intervention that begins at h' = h, or of one that does not.
+
+    Raises:
+        ReftError: a class that always begins at h' = h is to begin elsewhere.
+    """
+    check_type("init_weights", identity, bool)
+    if not vars(cls).get("begins_at_identity", False):  # a class that takes no `init` says so when it is made
+        return {**(arguments or {}), "init": "identity"} if identity else arguments
+    if not identity:
+        raise ReftError(f"{cls.__name__} always begins at h' = h; leave it out.", setting="init_weights")
+    return arguments
 
 
 def read_components(given: Any) -> list[str]:
