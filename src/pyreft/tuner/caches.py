@@ -14,7 +14,7 @@ NAMES = ("cache", "past_key_values", "cache_params")
 
 def cache_name(module: nn.Module) -> str:
     """By which name a module's forward takes keys and values."""
-    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(type(module).forward).parameters else "past_key_values"
 
 
 def cache_of(values: Any) -> Any:
