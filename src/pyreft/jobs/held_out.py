@@ -39,8 +39,8 @@ def evaluate_file(
 
     Returns:
         `count`, `loss` (of a token of the expected answers, on average), `exact` (the share of answers that equal the
-        expected one but for spaces around it), and `answers`, each with `where`, `prompt`, `expected`, `answer` and
-        `right`.
+        expected one but for spaces around it), `answers`, each with `where`, `prompt`, `expected`, `answer` and
+        `right`, and `wrong`, how many rows were left out as wrong, with what `listed` says of the first ten.
 
     Raises:
         ReftError: an adapter or a file that cannot be read, or rows that are too long.
@@ -57,23 +57,23 @@ def evaluate_file(
     expected = [row["input_ids"][length:] for row, length in zip(rows, lengths, strict=True)]
     answers: list[dict[str, Any]] = []
     found = answer_ids(adapted, tokenizer, prompts, batch_size=batch_size, max_new_tokens=max_new_tokens)
-    for number, answer in enumerate(found):
-        wanted, given = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (expected[number], answer))
-        answers.append(
-            {
-                "where": examples[number].where,
-                "prompt": examples[number].messages[-2]["content"],
-                "expected": wanted,
-                "answer": given,
-                "right": wanted == given,
-            }
-        )
+    for example, *pair in zip(examples, expected, found, strict=True):
+        wanted, given = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in pair)
+        asked = {"where": example.where, "prompt": example.messages[-2]["content"]}
+        answers.append({**asked, "expected": wanted, "answer": given, "right": wanted == given})
         if progress:
             progress(len(answers), len(rows))
     right = sum(answer["right"] for answer in answers)
     pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     loss = mean_loss(adapted, (pad(rows[n : n + batch_size]) for n in range(0, len(rows), batch_size)))
-    return {"count": len(rows), "loss": loss, "exact": right / len(rows), "answers": answers}
+    return {
+        "count": len(rows),
+        "loss": loss,
+        "exact": right / len(rows),
+        "answers": answers,
+        "wrong": len(tally.errors),
+        "listed": tally.listed(),
+    }
 
 
 def mean_loss(model: Any, batches: Iterable[Any], **given: Any) -> float:
