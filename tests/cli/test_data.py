@@ -101,10 +101,21 @@ def test_an_adapter_on_held_out_examples(tmp_path):
     assert "% are exactly as expected, loss" in printed
     path = path.with_suffix(".csv")
     path.write_text("Q,A\nWhat is a cat?,🐱\nWhat is a dog?,\n", encoding="utf-16")
-    words = ("eval", tmp_path / "out", "--data", path, "--max-new-tokens", 4, "--prompt-field", "q")
+    words = (
+        "eval",
+        tmp_path / "out",
+        "--data",
+        path,
+        "--max-new-tokens",
+        4,
+        "--prompt-field",
+        "Q",
+        "--completion-field",
+        "A",
+    )
     with pytest.raises(pyreft.ReftError, match="line 3: the answer is empty"):
-        run(*words, "--completion-field", "a")
-    printed = run(*words, "--completion-field", "A", "--on-error", "skip", "--encoding", "utf-16").stdout
+        run(*words)
+    printed = run(*words, "--on-error", "skip", "--encoding", "utf-16").stdout
     assert "Left out, as wrong: 1 row." in printed
     assert "1 answer: 0.0 % are exactly as expected, loss" in printed
     assert "--suite has no such option" in run("eval", "a", "--suite", "glue", "--turns", "last", status=2).stderr
