@@ -38,7 +38,7 @@ def section(name: str, command: Any) -> str:
 
 
 def _line(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;").strip()
+    return re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[").strip()
 
 
 if __name__ == "__main__":
