@@ -9,6 +9,7 @@ from hypothesis import settings
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pyreft.interventions import INTERVENTIONS
+from pyreft.tuner.caches import cache_name
 
 FORMULAS = [*INTERVENTIONS]  # of the library; tests register more
 
@@ -56,6 +57,9 @@ def tiny_llama(**changes):
         "pad_token_id": 0,
     }
     return AutoModelForCausalLM.from_config(LlamaConfig(**sizes | changes)).eval()
+
+
+CACHE = cache_name(tiny_llama())  # by which name models of this transformers take and return keys and values
 
 
 @pytest.fixture

@@ -19,14 +19,17 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "tools/pocket/README.md": "pocket.md",
 }
+PICTURES = {"benchmarks/results/train_growth.svg": "train_growth.svg"}
 _PARTS = re.compile(r"(^```.*?^```|`[^`\n]*`)", flags=re.M | re.S)  # code, in which nothing is a link
-_LINK = re.compile(r"(?<!!)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")
+_LINK = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages from outside."""
+    """Add the pages and pictures from outside."""
     for source, page in OUTSIDE.items():
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
+    for source, place in PICTURES.items():
+        files.append(File.generated(config, place, abs_src_path=str(ROOT / source)))
     return files
 
 
@@ -36,15 +39,16 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     source = next((path for path, at in OUTSIDE.items() if at == here), f"docs/{here}")
 
     def rewrite(match: re.Match) -> str:
-        text, target = match.groups()
+        shown, text, target = match.groups()
         path, mark, anchor = target.partition("#")
         if not path or ":" in path:
             return match[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
-        found = OUTSIDE.get(path, path.removeprefix("docs/"))
-        if files.get_file_from_path(found) is not None and (path in OUTSIDE or path.startswith("docs/")):
-            return f"[{text}]({posixpath.relpath(found, posixpath.dirname(here) or '.')}{mark}{anchor})"
-        if not (ROOT / path).exists():
+        outside = OUTSIDE | PICTURES
+        found = outside.get(path, path.removeprefix("docs/"))
+        if files.get_file_from_path(found) is not None and (path in outside or path.startswith("docs/")):
+            return f"{shown}[{text}]({posixpath.relpath(found, posixpath.dirname(here) or '.')}{mark}{anchor})"
+        if shown or not (ROOT / path).exists():
             return match[0]  # for mkdocs to complain of
         return f"[{text}]({config.repo_url.rstrip('/')}/blob/main/{path}{mark}{anchor})" if config.repo_url else text
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .data.encode import default_format, prompt_text, token_ids
+from .data.encode import default_format, prompt_text, token_ids, token_texts
 from .files.adapter import read_config, read_shapes
 from .loading import base_of, load_tokenizer
 from .tuner.representation import Representation
@@ -51,7 +51,7 @@ def located_tokens(adapter: str | os.PathLike, prompt: str, model: str | None = 
         rule = entry.rule()
         if rule is not None:
             edited = rule.locate(torch.ones(1, len(ids), dtype=torch.bool), torch.tensor([ids]))[0].tolist()
-            tokens = [tokenizer.decode([token]) for token in ids]
+            tokens = token_texts(tokenizer, ids)
             shown[_rule_name(entry)] = [
                 {"token": token, "edited": flag} for token, flag in zip(tokens, edited, strict=True)
             ]

@@ -1,10 +1,14 @@
 """The one exception that users of pyreft need to know, and what it says of a mistyped name or a value of no use."""
 
 import difflib
+import errno
 import math
 import reprlib
 from collections.abc import Iterable, Mapping
 
+_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # no room, a limit of a file, a quota
+# as libraries say it that write in Rust or C++; torch names no cause when a part of a file cannot be written
+_FULL_TEXTS = ("No space left", "File too large", "Disk quota", "os error 28", "PytorchStreamWriter failed")
 _WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number", list: "a list", dict: "fields"}
 
 
@@ -45,6 +49,15 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the nearest of the known names, or an empty string."""
     near = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, says that a disk has no room for a file."""
+    while error is not None:
+        if getattr(error, "errno", None) in _FULL or any(text in str(error) for text in _FULL_TEXTS):
+            return True
+        error = error.__cause__
+    return False
 
 
 def check_type(name: str, value: object, *kinds: type) -> None:

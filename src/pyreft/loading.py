@@ -23,15 +23,13 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from . import pocket, smollm2
-from .errors import ReftError
-from .files.adapter import read_config, read_config_data, read_shapes
+from .errors import ReftError, is_disk_full
+from .files.adapter import EMBEDDED, read_config, read_config_data, read_shapes
 from .files.record import read_record
 from .files.together import reading
 from .model import ReftModel
 from .tuner.config import ReftPeftType, shape_differences
 from .tuner.injection import base_model_shape
-
-EMBEDDED = "pocket"  # the name of the model that ships with the package
 
 
 def load_base(
@@ -251,5 +249,7 @@ def _explained(name: str | None) -> Iterator[str]:
     try:
         yield place
     except (OSError, ValueError) as error:
+        if is_disk_full(error):  # while it was downloaded
+            raise
         first = str(error).strip().splitlines()[0]
         raise ReftError(f"none could be loaded from {place!r}: {first}", setting="model") from None

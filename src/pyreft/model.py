@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .errors import ReftError
-from .files.adapter import WEIGHTS, as_it_was, check_room, model_card, read_config
+from .files.adapter import WEIGHTS, as_it_was, check_room, model_card, read_config, remembered
 from .files.original import legacy_place, read_legacy
 from .files.to_peft import save_lora
 from .files.together import leave_out, reading, save_together
@@ -181,7 +181,7 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
                 raise ReftError(f"{', '.join(kwargs)}: of no use for files of the original pyreft; leave them out.")
             else:
                 config = read_legacy(place, act_fn)
-                config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+                config.base_model_name_or_path = remembered(getattr(model, "name_or_path", None))
             config.inference_mode = not is_trainable
             _release(model)
             if place is None:
@@ -245,7 +245,7 @@ def get_reft_model(
     reft_config = as_config(reft_config)
     trained = [] if disable_model_grads else [p for p in model.parameters() if p.requires_grad]
     if reft_config.base_model_name_or_path is None:
-        reft_config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+        reft_config.base_model_name_or_path = remembered(getattr(model, "name_or_path", None))
     adapted = ReftModel(model, reft_config, adapter_name)
     copied = {p for m in adapted.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
     for parameter in trained:

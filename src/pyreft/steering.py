@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .errors import ReftError
+from .files.adapter import remembered
 from .interventions import BiasIntervention
 from .model import ReftModel, get_reft_model
 from .places.components import find_site
@@ -62,7 +63,7 @@ def diff_mean(
         sums = [_sum_of_states(model, base, tokenizer, part, site, rule) for part in parts]
         means.append(torch.stack([total for total, _ in sums]).sum(0) / max(sum(count for _, count in sums), 1))
     place = {"layer": layer, "component": component, "positions": positions, "intervention": "bias"}
-    config = ReftConfig(representations=place, base_model_name_or_path=getattr(base, "name_or_path", None) or None)
+    config = ReftConfig(representations=place, base_model_name_or_path=remembered(getattr(base, "name_or_path", None)))
     if isinstance(model, ReftModel):
         model.add_adapter(adapter_name, config)
         model.set_adapter(adapter_name)

@@ -1,22 +1,24 @@
 """The `pyreft` command and how it ends: one clear line on an error that the user can mend."""
 
-import errno
+import os
+import re
 import sys
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from pyreft_cli import ask, data, demo, eval, info, inspect, plan, serve, train, tune
+from pyreft.errors import ReftError, is_disk_full
+from pyreft_cli import ask, chat, data, demo, eval, info, inspect, plan, serve, train, tune
+from pyreft_cli.console import speak_plainly
 
-if TYPE_CHECKING:
-    from pyreft.errors import ReftError
+INTERRUPTED = 130
+_UsageError: Any = typer.BadParameter.__base__  # the class of all errors in what was typed has no public name
 
 app = typer.Typer(
     name="pyreft",
     help="Representation finetuning (ReFT): adapt a frozen language model by small learned edits of its hidden states.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -45,7 +47,7 @@ app.command()(plan.plan)
 app.command()(data.data)
 app.command("eval")(eval.evaluate)
 app.command()(ask.generate)
-app.command()(ask.chat)
+app.command()(chat.chat)
 app.command()(info.info)
 app.command()(inspect.inspect)
 app.command(context_settings={"allow_extra_args": True})(serve.serve)
@@ -53,29 +55,39 @@ app.command(context_settings={"allow_extra_args": True})(serve.serve)
 
 def main() -> None:
     """Run the command line; errors that a user can mend end it with status 2 and a line on what to do."""
+    speak_plainly()
     try:
-        app()
-    except KeyboardInterrupt:
-        fail("interrupted.", 130)
-    except ValueError as error:
-        from pyreft.errors import ReftError
-
-        if not isinstance(error, ReftError):
-            raise
-        fail(as_typed(error, sys.argv[1]))
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+        status = app(sys.argv[1:] or ["--help"], prog_name="pyreft", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        fail("interrupted.", INTERRUPTED)
+    except Exception as error:
+        if is_disk_full(error):
             fail("the disk is full. What was complete before is as it was; make room and run the command again.")
-        if error.filename is None:
+        if isinstance(error, _UsageError):
+            fail(usage(error), error.exit_code)
+        if isinstance(error, ReftError):
+            fail(as_typed(error, sys.argv[1]))
+        if not isinstance(error, OSError) or error.filename is None:
             raise
         fail(f"{error.filename}: {error.strerror}.")
+    if status == INTERRUPTED:
+        fail("interrupted.", status)
+    sys.exit(status)
+
+
+def usage(error: Any) -> str:
+    """What is wrong with the words of a command."""
+    help_of = error.ctx.command_path if error.ctx else "pyreft"
+    text = re.sub(r"^Invalid value for '?([^':]+)'?: ", r"\1: ", error.format_message())
+    return f"{text}\nTry '{help_of} --help'."
 
 
 # settings of the library that an option of another name fills
 _OPTIONS = {"low_rank_dimension": "rank", "layer": "layers", "memory": "reach_memory"}
 
 
-def as_typed(error: "ReftError", command: str) -> str:
+def as_typed(error: ReftError, command: str) -> str:
     """The message of an error in a command, with its settings as the options that the command has for them."""
     group: Any = typer.main.get_command(app)
     params = group.commands[command].params
@@ -86,7 +98,11 @@ def as_typed(error: "ReftError", command: str) -> str:
     return error.told(names)
 
 
-def fail(message: str, status: int = 2) -> None:
+def fail(message: str, status: int = 2) -> NoReturn:
     """Print an error and end."""
     print(f"pyreft: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is left cannot be written, as the end of the program would find once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)

@@ -53,9 +53,8 @@ def _tell(result: dict[str, Any]) -> None:
     console.print(
         f"Trained      {size:,} of {total:,} parameters ({100 * size / total:.2f} %) in {result['seconds']:.1f} s\n"
         f"In emojis    {result['before_in_emojis']} of {result['questions']} unseen questions before, "
-        f"{result['in_emojis']} after, {result['right']} of them with the right ones\n"
-        f"Saved        {result['output']} ({result['bytes'] / 1000:.1f} kB); loaded into a fresh model, "
-        f"its answers are {same}\n"
+        f"{result['in_emojis']} after ({result['right']} the right ones)\n"
+        f"Saved        {result['output']} ({result['bytes'] / 1000:.1f} kB); a fresh model's answers are {same}\n"
     )
     console.print("Next:", style="bold")
     for command in (

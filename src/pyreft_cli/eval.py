@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, BadParameter, Context, Option
+from typer import BadParameter, Context, Option
 
 from pyreft_cli import harness, held_out, options
 from pyreft_cli.console import console, counted, hush, print_json, progress_bar
@@ -11,10 +11,18 @@ from pyreft_cli.console import console, counted, hush, print_json, progress_bar
 
 def evaluate(
     context: Context,
-    adapter: Annotated[str, Argument(help="The adapter's directory; of GLUE perhaps one with all its adapters.")],
+    adapter: options.Evaluated,
     data: Annotated[
         str | None, Option(help="Examples that it was not trained on, as `pyreft train` reads them.")
     ] = None,
+    prompt_field: options.PromptField = None,
+    completion_field: options.CompletionField = None,
+    turns: Annotated[
+        str | None,
+        Option(help="Of a chat, ask for 'each' answer behind what comes before it, or the 'last'.  [default: each]"),
+    ] = None,
+    encoding: options.Encoding = None,
+    on_error: options.OnError = None,
     suite: Annotated[str | None, Option(help="Or commonsense, arithmetic, instruct or glue.")] = None,
     tasks: Annotated[str | None, Option(help="Or tasks of lm-eval, as arc_easy,piqa; needs pyreft[eval].")] = None,
     include_path: Annotated[Path | None, Option(help="A directory with lm-eval tasks of your own, as YAML.")] = None,
@@ -46,7 +54,8 @@ def evaluate(
     _check_options(context, asked[0])
     common: dict[str, Any] = {"model": model, "dtype": dtype, "batch_size": batch_size, "limit": limit}
     if data is not None:
-        held_out.score(adapter, data, max_new_tokens=max_new_tokens, quiet=quiet, as_json=as_json, **common)
+        given = {name: context.params[name] for name in _READING if context.params[name] is not None}
+        held_out.score(adapter, data, given, max_new_tokens=max_new_tokens, quiet=quiet, as_json=as_json, **common)
     elif tasks is not None:
         names = [name.strip() for name in tasks.split(",")]
         harness.print_tasks(adapter, names, include_path=include_path, quiet=quiet, as_json=as_json, **common)
@@ -58,10 +67,11 @@ def evaluate(
         _tell(result, as_json=as_json, output=output)
 
 
+_READING = ("prompt_field", "completion_field", "turns", "encoding", "on_error")
 _ALONE: dict[str, tuple[str, ...]] = {
     "suite": ("data_dir", "task", "greedy", "max_new_tokens", "seed", "output"),
     "tasks": ("include_path",),
-    "data": ("max_new_tokens",),
+    "data": ("max_new_tokens", *_READING),
 }
 
 

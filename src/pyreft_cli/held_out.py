@@ -11,6 +11,7 @@ _SHOWN = 10
 def score(
     adapter: str,
     data: str,
+    given: dict[str, Any],
     *,
     limit: int | None,
     max_new_tokens: int | None,
@@ -18,18 +19,25 @@ def score(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Score, and print the figures and the first answers."""
-    check_data({"data": data, "limit": limit})
+    """Score, and print the figures and the first answers.
+
+    Args:
+        given: how the data is read, see `pyreft.data.files.Reading`.
+    """
+    given = given | {"limit": limit}
+    check_data({"data": data, **given})
     hush()
     from pyreft.data.files import Reading
     from pyreft.jobs.held_out import evaluate_file
 
     with progress_bar("Answering", shown=not (quiet or as_json), unit="prompts") as move:
-        how = {"reading": Reading(limit=limit), "max_new_tokens": max_new_tokens or 64, "progress": move}
+        how = {"reading": Reading(**given), "max_new_tokens": max_new_tokens or 64, "progress": move}
         result = evaluate_file(adapter, data, **how, **settings)
     if as_json:
         print_json(result)
         return
+    if result["wrong"]:
+        console.print(f"Left out, as wrong: {counted(result['wrong'], 'row')}.\n{result['listed']}", markup=False)
     for answer in result["answers"][:_SHOWN]:
         console.print(f"{'right' if answer['right'] else 'wrong'}  {answer['where']}", style="bold", markup=False)
         console.print(f"  prompt:   {answer['prompt']}", markup=False)

@@ -72,7 +72,7 @@ def _status(shown: bool, *, pictures: bool) -> Iterator[Callable[[str], None]]:
     """Yield what is told of each part that begins; the first one does when all that was given is checked."""
     from pyreft.inspect.plots import check_matplotlib
 
-    status: Any = console.status("Reading the adapter ...") if shown else nullcontext()
+    status: Any = console.status("Reading the adapter ...", spinner="line") if shown else nullcontext()
 
     def begin(part: str) -> None:
         if pictures:

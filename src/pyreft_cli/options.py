@@ -13,9 +13,19 @@ from typer import Argument, Option
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print nothing but results and errors.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON, and nothing else.")]
 
+
 # of an adapter, and of its answers
-Adapter = Annotated[str, Argument(help="The adapter's directory.")]
-AdapterOption = Annotated[str, Option(help="The adapter's directory.")]
+def directory_of(adapter: str) -> str:
+    """The directory of an adapter of which a file was named."""
+    path = Path(adapter)
+    return str(path.parent) if path.name in ("adapter_config.json", "adapter_model.safetensors") else adapter
+
+
+Adapter = Annotated[str, Argument(help="The adapter's directory.", callback=directory_of)]
+Evaluated = Annotated[
+    str, Argument(help="The adapter's directory; of GLUE perhaps one with all its adapters.", callback=directory_of)
+]
+AdapterOption = Annotated[str, Option(help="The adapter's directory.", callback=directory_of)]
 AdapterModel = Annotated[
     str | None,
     Option(help="Base model: a hub id, a directory, or smollm2; by default the one the adapter was made for."),
@@ -69,6 +79,12 @@ Format = Annotated[
 ]
 Validation = Annotated[str | None, Option(help="A file of examples to measure the loss on.")]
 ValidationSplit = Annotated[float | None, Option(help="Or the share of the data to hold out for it.")]
+Best = Annotated[
+    bool | None, Option("--best", help="Keep the epoch with the lowest validation loss.  [default: the last]")
+]
+EarlyStopping = Annotated[
+    int | None, Option(help="End after so many epochs in a row without a lower validation loss; includes --best.")
+]
 Dtype = Annotated[str | None, Option(help="Of the base model: float32, bfloat16, float16 or auto.")]
 
 # of a training: the adapter
@@ -120,6 +136,9 @@ ReachMemory = Annotated[
 ]
 ReachDirectory = Annotated[str | None, Option(help="Where to put what does not fit into it.")]
 SaveSteps = Annotated[int | None, Option(help="Steps between checkpoints.  [default: a tenth of the training]")]
+PushToHub = Annotated[
+    str | None, Option(help="Upload the adapter to this repository of the hub, owner/name; a new one is private.")
+]
 ReportTo = Annotated[
     str | None, Option(help="A logger that is installed: tensorboard, trackio, wandb, ...  [default: none]")
 ]

@@ -1,11 +1,11 @@
 """`pyreft train`: an adapter from a data file."""
 
-import errno
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from pyreft.errors import is_disk_full
 from pyreft_cli import options
 from pyreft_cli.console import console, counted, hush, print_json, progress_bar
 from pyreft_cli.early import check_data
@@ -48,12 +48,15 @@ def train(
     format: options.Format = None,
     validation: options.Validation = None,
     validation_split: options.ValidationSplit = None,
+    best: options.Best = None,
+    early_stopping: options.EarlyStopping = None,
     dtype: options.Dtype = None,
     seed: options.Seed = None,
     reach: options.Reach = None,
     reach_memory: options.ReachMemory = None,
     reach_directory: options.ReachDirectory = None,
     save_steps: options.SaveSteps = None,
+    push_to_hub: options.PushToHub = None,
     report_to: options.ReportTo = None,
     resume: options.Resume = None,
     overwrite: options.Overwrite = None,
@@ -67,8 +70,7 @@ def train(
     table and a picture, and the last checkpoints.
     """
     jobs = _make_jobs(recipe, read_settings(context.params, config), config)
-    shown = not (quiet or as_json)
-    results = [_train(job, shown) for job in jobs]
+    results = [_train(job, shown=not (quiet or as_json)) for job in jobs]
     if as_json:
         print_json(results[0] if len(results) == 1 else results)
 
@@ -90,7 +92,7 @@ def _make_jobs(recipe: str | None, settings: dict[str, Any], config: Path | None
     return jobs
 
 
-def _train(job: Any, shown: bool) -> dict[str, Any]:
+def _train(job: Any, *, shown: bool) -> dict[str, Any]:
     from pyreft.jobs.prepare import prepare
 
     prepared = prepare(job)
@@ -98,6 +100,7 @@ def _train(job: Any, shown: bool) -> dict[str, Any]:
         _describe(prepared)
     result = _run(prepared, shown)
     if shown:
+        _show_answers(prepared)
         _tell(result, job)
     return result
 
@@ -112,7 +115,7 @@ def _run(prepared: Any, shown: bool) -> dict[str, Any]:
         except KeyboardInterrupt:
             stopped = "interrupted", 130
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if not is_disk_full(error):
                 raise
             stopped = "the disk is full", 2
     if stopped:
@@ -150,6 +153,18 @@ def _describe(prepared: Any) -> None:
         console.print(cost_line(prepared), markup=False)
 
 
+def _show_answers(prepared: Any) -> None:
+    from pyreft.jobs.samples import samples
+
+    found = samples(prepared)
+    if found:
+        console.print(f"Answers to {'held-out' if prepared.validation else 'trained'} prompts, before and after:")
+    for sample in found:
+        console.print(f"> {sample.prompt}", style="bold", markup=False)
+        for name in ("before", "after", "expected"):
+            console.print(f"  {name + ':':<10}{getattr(sample, name)}", markup=False)
+
+
 def _tell(result: dict[str, Any], job: Any) -> None:
     loss = "" if result["loss"] is None else f", loss {result['loss']:.4f}"
     if result["validation_loss"] is not None:
@@ -158,6 +173,12 @@ def _tell(result: dict[str, Any], job: Any) -> None:
     own = counted(result["steps"] - earlier, "step")
     after = f" after {earlier:,} of an earlier run" if earlier else ""
     console.print(f"Trained {own} in {result['seconds']:.1f} s{after}{loss}.")
+    if job.best or job.early_stopping:
+        console.print(
+            f"Kept is the adapter of step {result['best_step']:,}, of the lowest validation loss, {result['best']:.4f}."
+        )
+    if result["address"]:
+        console.print(f"Uploaded to {result['address']}.", markup=False)
     if result["steps"] > earlier:
         console.print(result["computed"])
     console.print(f"The adapter is in {result['output']}, its loss in loss.csv", end="")

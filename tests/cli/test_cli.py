@@ -114,7 +114,9 @@ def test_a_message_longer_than_the_context_is_told(demo):
 def test_info(demo):
     facts = json.loads(run("info", demo[0], "--json", "--text", "What is a cat?").stdout)
     assert facts["parameters"] == demo[1]["parameters"]
-    assert facts["base_model"] == pocket.path()
+    assert facts["base_model"] == "pocket"
+    of_a_file = json.loads(run("info", demo[0] / "adapter_config.json", "--json").stdout)
+    assert of_a_file == {name: value for name, value in facts.items() if name != "tokens"}
     assert [place["intervention"] for place in facts["places"]] == ["loreft"]
     (rule, tokens), *_ = facts["tokens"]["What is a cat?"].items()
     assert rule == facts["places"][0]["positions"]
@@ -145,6 +147,8 @@ def test_one_is_not_told_as_many(tmp_path):
     printed = run("train", *arguments, "--output", tmp_path / "out").stdout
     assert "\n1 example, 0 to validate on" in printed
     assert "Trained 1 step in" in printed
+    prompt = pocket.emoji_pairs()[0]["prompt"]
+    assert f"Answers to trained prompts, before and after:\n> {prompt}\n  before: " in printed
     planned = run("plan", *arguments).stdout
     assert planned.startswith("1 row, ")
     assert "1 step in 1 epoch; edits in all layers." in planned

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import pyreft
 from commands import run
 from pyreft import pocket
 
@@ -59,10 +60,9 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
+    assert "a.jsonl, line 1: the field 'completion' is missing. Did you mean 'completon'?" in done.stderr
     if command == "data":
         assert "the file has no examples that are right" in done.stderr
-    else:
-        assert "pyreft: a.jsonl, line 1: the field 'completion' is missing. Did you mean 'completon'?" in done.stderr
 
 
 def test_options_of_a_file_in_a_training(tmp_path):
@@ -99,5 +99,25 @@ def test_an_adapter_on_held_out_examples(tmp_path):
     printed = run("eval", tmp_path / "out", "--data", path, "--max-new-tokens", 4).stdout
     assert f"expected: {pocket.emoji_pairs()[0]['completion']}" in printed
     assert "% are exactly as expected, loss" in printed
+    path = path.with_suffix(".csv")
+    path.write_text("Q,A\nWhat is a cat?,🐱\nWhat is a dog?,\n", encoding="utf-16")
+    words = (
+        "eval",
+        tmp_path / "out",
+        "--data",
+        path,
+        "--max-new-tokens",
+        4,
+        "--prompt-field",
+        "Q",
+        "--completion-field",
+        "A",
+    )
+    with pytest.raises(pyreft.ReftError, match="line 3: the answer is empty"):
+        run(*words)
+    printed = run(*words, "--on-error", "skip", "--encoding", "utf-16").stdout
+    assert "Left out, as wrong: 1 row." in printed
+    assert "1 answer: 0.0 % are exactly as expected, loss" in printed
+    assert "--suite has no such option" in run("eval", "a", "--suite", "glue", "--turns", "last", status=2).stderr
     assert "--data has no such option" in run("eval", "a", "--data", path, "--greedy", status=2).stderr
     assert "expected one of the three" in run("eval", "a", status=2).stderr

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from architectures import ARCHITECTURES
+from conftest import CACHE
 from pyreft.reach import Reach
 from pyreft.reach.layers import SkipLayers
 from pyreft.reach.prefixes import SkipPrefixes
@@ -146,14 +147,15 @@ class FixedBias(nn.Module):
         self.attention = attention
         self.register_buffer("bias", -0.1 * torch.arange(columns, dtype=torch.float64))
 
-    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
-        past = 0 if past_key_values is None else past_key_values.get_seq_length(self.attention.layer_idx)
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        cache = kwargs.get(CACHE)
+        past = 0 if cache is None else cache.get_seq_length(self.attention.layer_idx)
         end = past + hidden_states.shape[1]
         columns = torch.arange(hidden_states.shape[1])[:, None] + past - torch.arange(end)
         bias = self.bias[columns.clamp(min=0)]
         seen = torch.zeros_like(bias).masked_fill(columns < 0, -torch.inf)
         mask = seen if attention_mask is None else torch.zeros_like(bias).where(attention_mask, -torch.inf)
-        return self.attention(hidden_states, attention_mask=mask + bias, past_key_values=past_key_values, **kwargs)
+        return self.attention(hidden_states, attention_mask=mask + bias, **kwargs)
 
 
 def test_a_bias_of_fixed_width_that_no_config_tells():

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pyreft
 from architectures import ARCHITECTURES
-from conftest import FORMULAS, tiny_llama
+from conftest import CACHE, FORMULAS, tiny_llama
 from pyreft.interventions import Intervention
 from pyreft.reach import Reach
 from pyreft.reach.layers import SkipLayers
@@ -685,7 +685,7 @@ def test_a_model_without_a_cache():
 
     def without_cache(*args, **kwargs):
         output = forward(*args, **kwargs)
-        output.past_key_values = None
+        setattr(output, CACHE, None)
         return output
 
     backbone.forward = without_cache

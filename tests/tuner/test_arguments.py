@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import pyreft
-from conftest import shaken, tiny_llama
+from conftest import CACHE, shaken, tiny_llama
 from pyreft.tuner.call import running
 
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -69,8 +69,8 @@ def test_calls_between_the_steps_of_a_generation():
     def continued():
         cache = DynamicCache()
         with adapted.disable_adapter():
-            adapted(input_ids=torch.full((2, 7), 5), past_key_values=cache, use_cache=True)
-        return adapted(input_ids=torch.tensor([[9, 8]] * 2), past_key_values=cache, use_cache=True).logits
+            adapted(input_ids=torch.full((2, 7), 5), use_cache=True, **{CACHE: cache})
+        return adapted(input_ids=torch.tensor([[9, 8]] * 2), use_cache=True, **{CACHE: cache}).logits
 
     inner = {
         "the same ids": lambda: adapted(input_ids=IDS, use_cache=False).logits,

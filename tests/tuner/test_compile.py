@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import pyreft
-from conftest import pad, shaken, tiny_llama
+from conftest import CACHE, pad, shaken, tiny_llama
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +89,7 @@ def test_one_graph_without_a_mask_and_with_a_cache():
         torch.testing.assert_close(found.logits, expected.logits, atol=1e-5, rtol=1e-4)
         # the cache knows which tokens were located, whoever goes on with it
         more = torch.randint(3, 96, (2, 1))
-        steps = [model(input_ids=more, past_key_values=output.past_key_values).logits for output in (found, expected)]
+        steps = [model(input_ids=more, **{CACHE: output[CACHE]}).logits for output in (found, expected)]
     torch.testing.assert_close(*steps, atol=1e-5, rtol=1e-4)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, BertConfig, DynamicCache
 
 import pyreft
-from conftest import FORMULAS, pad, shaken, tiny_llama
+from conftest import CACHE, FORMULAS, pad, shaken, tiny_llama
 from pyreft.interventions import intervention_class
 from pyreft.tuner.adapted import interventions_of, penalty
 from pyreft.tuner.call import running
@@ -176,14 +176,14 @@ def test_a_prefix_from_a_cache_changes_nothing(model, prompts, rule, known):
     expected = adapted.generate(input_ids=ids, **GREEDY)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        adapted(ids[:, :known], past_key_values=cache, prompt_lengths=[ids.shape[1]])
-    tokens = adapted.generate(input_ids=ids, past_key_values=copy.deepcopy(cache), **GREEDY)
+        adapted(ids[:, :known], prompt_lengths=[ids.shape[1]], **{CACHE: cache})
+    tokens = adapted.generate(input_ids=ids, **GREEDY, **{CACHE: copy.deepcopy(cache)})
     assert torch.equal(tokens, expected)
     if rule in ("l1",):  # nothing before the last token is edited, so the base model's own cache serves, too
         cache = DynamicCache(config=model.config)
         with adapted.disable_adapter(), torch.no_grad():
-            adapted(ids[:, :known], past_key_values=cache)
-        assert torch.equal(adapted.generate(input_ids=ids, past_key_values=cache, **GREEDY), expected)
+            adapted(ids[:, :known], **{CACHE: cache})
+        assert torch.equal(adapted.generate(input_ids=ids, **GREEDY, **{CACHE: cache}), expected)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -202,7 +202,7 @@ def test_a_loop_of_ones_own_equals_generate(model, prompts, rule):
             token,
             attention_mask=mask,
             position_ids=mask.sum(-1, keepdim=True) - 1,
-            past_key_values=output.past_key_values,
+            **{CACHE: output[CACHE]},
         )
     assert torch.equal(torch.cat(found, -1), expected)
 

@@ -16,7 +16,16 @@ from .fields import FORMATS, Example, Format, alpaca_prompt
 from .tally import Tally
 from .templates import chat_text, chat_texts
 
-__all__ = ["chat_text", "context_length", "default_format", "encode", "encode_all", "prompt_text", "token_ids"]
+__all__ = [
+    "chat_text",
+    "context_length",
+    "default_format",
+    "encode",
+    "encode_all",
+    "prompt_text",
+    "token_ids",
+    "token_texts",
+]
 
 LongRows = Literal["refuse", "cut", "skip"]
 
@@ -148,6 +157,13 @@ def encode_all(
             f"no row is left of {len(examples):,}; the longest may have {limit} tokens.", setting="max_length"
         )
     return kept, rows
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Return each token as text; a fragment of a character, which is no text by itself, as the vocabulary has it."""
+    texts = [tokenizer.decode([token]) for token in ids]
+    names: Any = tokenizer.convert_ids_to_tokens(list(ids))
+    return [str(name) if "\ufffd" in text or not text else text for text, name in zip(texts, names, strict=True)]
 
 
 def context_length(model: Any, tokenizer: PreTrainedTokenizerBase, asked: int | None = None) -> int:

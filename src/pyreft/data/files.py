@@ -100,7 +100,9 @@ def read_examples(path: str | Path, reading: Reading | None = None, tally: Tally
             break
     tally.check()
     if not examples:
-        raise ReftError(f"{path}: the file has no examples{' that are right' if tally.errors else ''}.")
+        if tally.errors:
+            raise ReftError(f"{path}: the file has no examples that are right:\n{tally.listed()}", also=tally.also)
+        raise ReftError(f"{path}: the file has no examples.")
     if any(example.format == "chat" for example in examples):  # of rows alike, some have a system text or tools
         examples = [replace(example, format="chat") for example in examples]
     return examples

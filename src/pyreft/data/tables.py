@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ..errors import ReftError
+from ..errors import ReftError, is_disk_full
 from ..files.text import check_file, parse_json, too_deep
 from .encodings import open_text
 
@@ -167,7 +167,7 @@ def _hub(name: str, config: str | None, split: str) -> Iterator[Row]:
         for number, row in enumerate(rows, 1):
             yield f"{name}, row {number}", without_nulls(row)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, ReftError):
+        if isinstance(error, ReftError) or is_disk_full(error):
             raise
         raise ReftError(
             f"{name}: there is no such file, and no data set of this name could be read from the hub ({error})."

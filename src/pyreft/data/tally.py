@@ -44,12 +44,16 @@ class Tally:
             return
         if len(self.errors) == 1:
             raise self.errors[0]
-        also = {name for error in self.errors for name in error.also}
         raise ReftError(
             f"{len(self.errors):,} of {self.rows:,} rows are wrong; mend them, or leave them out with `on_error` skip:"
             f"\n{self.listed()}",
-            also=[*also, "on_error"],
+            also=[*self.also, "on_error"],
         )
+
+    @property
+    def also(self) -> set[str]:
+        """The settings that the errors name, see `ReftError`."""
+        return {name for error in self.errors for name in error.also}
 
     def listed(self) -> str:
         """The first ten wrong rows, a line for each."""

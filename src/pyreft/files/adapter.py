@@ -27,6 +27,7 @@ from .pickles import read_pickle
 from .text import LARGEST, parse_fields, read_text
 from .together import reading
 
+EMBEDDED = "pocket"  # the name of the model that ships with the package
 WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # either, the first one preferred
 
 _PREFIX = "base_model.model."  # of the names in an adapter's file
@@ -51,13 +52,14 @@ Small learned edits of the hidden states of `{base}`: {edits}. Made with pyreft 
 To load them, install that version or a later one.
 
 ```python
-import pyreft  # makes PEFT know the method
+import pyreft  # makes PEFT know the method{also}
 from peft import PeftModel
 from transformers import AutoTokenizer, {kind}
 
 adapter = "."  # the name of this repository, or where its files are
-model = PeftModel.from_pretrained({kind}.from_pretrained("{base}"), adapter).eval()
-tokenizer = AutoTokenizer.from_pretrained("{base}")
+base = {place}
+model = PeftModel.from_pretrained({kind}.from_pretrained(base), adapter).eval()
+tokenizer = AutoTokenizer.from_pretrained(base)
 inputs = tokenizer("A text, in the form of the training", return_tensors="pt")
 {call}
 ```
@@ -70,7 +72,8 @@ def model_card(config: ReftConfig, model: Any) -> str:
     """A model card that a stranger can use: what it is, its base model, and how to load and ask it."""
     base = config.base_model_name_or_path or ""
     front = {"library_name": "peft", "tags": ["reft", "representation-finetuning"]}
-    if base and not os.path.isabs(base):
+    embedded = base == EMBEDDED
+    if base and not embedded and not os.path.isabs(base):
         front["base_model"] = base
     places = config.expand((config.base_model_shape or {}).get("num_hidden_layers", 0))
     found = {f"{place.intervention} at the tokens {place.positions or 'that each call names'}" for place in places}
@@ -78,11 +81,21 @@ def model_card(config: ReftConfig, model: Any) -> str:
     return _CARD.format(
         header="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()),
         base=base or "BASE_MODEL",
+        also="\nfrom pyreft import pocket" if embedded else "",
+        place="pocket.path()" if embedded else json.dumps(base or "BASE_MODEL"),
         edits="; ".join(sorted(found)),
         version=version("pyreft"),
         kind=type(model).__name__,
         call=_GENERATE if answers else "print(model(**inputs)[0])",
     )
+
+
+def remembered(name: str | None) -> str | None:
+    """The name by which an adapter remembers its base model: of a copy in the hub's cache, its name on the hub."""
+    parts = Path(name or "").parts
+    if "snapshots" in parts[1:] and (folder := parts[parts.index("snapshots") - 1]).startswith("models--"):
+        return folder.removeprefix("models--").replace("--", "/")
+    return name or None
 
 
 def is_adapter(directory: str | os.PathLike) -> bool:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.encode import token_texts
 from ..errors import ReftError
 from ..places.structure import find_blocks, hidden_width, widths_of
-from .examples import token_texts
 from .recorded import Place, PlaceEdits, RecordedEdits
 
 # the components whose states are the residual stream, or are added to it as they are

@@ -6,7 +6,6 @@ edits but which tokens a position rule chooses.
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,13 +101,6 @@ def batches(rows: Sequence[Row], size: int, device: torch.device) -> Iterator[di
             labels = [torch.tensor(row.get("labels", [IGNORED] * len(row["input_ids"]))) for row in part]
             batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Return each token as text; a fragment of a character, which is no text by itself, as the vocabulary has it."""
-    texts = [tokenizer.decode([token]) for token in ids]
-    names: Any = tokenizer.convert_ids_to_tokens(list(ids))
-    return [str(name) if "\ufffd" in text or not text else text for text, name in zip(texts, names, strict=True)]
 
 
 def _masks(row: Row) -> tuple[Tensor, Tensor | None]:

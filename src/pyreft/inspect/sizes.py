@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..data.encode import token_texts
 from ..errors import ReftError
-from .examples import prompt_length, token_texts
+from .examples import prompt_length
 from .recorded import Place, PlaceEdits, RecordedEdits
 
 

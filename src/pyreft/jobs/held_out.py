@@ -39,8 +39,8 @@ def evaluate_file(
 
     Returns:
         `count`, `loss` (of a token of the expected answers, on average), `exact` (the share of answers that equal the
-        expected one but for spaces around it), and `answers`, each with `where`, `prompt`, `expected`, `answer` and
-        `right`.
+        expected one but for spaces around it), `answers`, each with `where`, `prompt`, `expected`, `answer` and
+        `right`, and `wrong`, how many rows were left out as wrong, with what `listed` says of the first ten.
 
     Raises:
         ReftError: an adapter or a file that cannot be read, or rows that are too long.
@@ -55,20 +55,20 @@ def evaluate_file(
     answers: list[dict[str, Any]] = []
     found = answered(adapted, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
     for example, (wanted, given) in zip(examples, found, strict=True):
-        answers.append(
-            {
-                "where": example.where,
-                "prompt": example.messages[-2]["content"],
-                "expected": wanted,
-                "answer": given,
-                "right": wanted == given,
-            }
-        )
+        asked = {"where": example.where, "prompt": example.messages[-2]["content"]}
+        answers.append({**asked, "expected": wanted, "answer": given, "right": wanted == given})
         if progress:
             progress(len(answers), len(rows))
     right = sum(answer["right"] for answer in answers)
     loss = mean_loss(adapted, padded_batches(tokenizer, rows, batch_size))
-    return {"count": len(rows), "loss": loss, "exact": right / len(rows), "answers": answers}
+    return {
+        "count": len(rows),
+        "loss": loss,
+        "exact": right / len(rows),
+        "answers": answers,
+        "wrong": len(tally.errors),
+        "listed": tally.listed(),
+    }
 
 
 def answered(

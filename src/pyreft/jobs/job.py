@@ -16,6 +16,7 @@ from typing import Any
 from peft import PeftConfig, TaskType
 from transformers import (
     DataCollatorForSeq2Seq,
+    EarlyStoppingCallback,
     PrinterCallback,
     TrainerCallback,
     TrainingArguments,
@@ -40,7 +41,16 @@ from ..tuner.config import ReftConfig
 from .loss_curve import PICTURE, Losses, losses_of, write_losses
 from .methods import attach, count, make_config, save
 from .output import CHECKPOINTS, check_output, check_same, check_unfinished
+from .publish import check_repository, publish
 from .settings import LORA, TrainingJob, check_settings
+
+# of the training, with transformers' own way to the best checkpoint
+_BEST: dict[str, Any] = {
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": False,
+}
 
 
 class PreparedJob:
@@ -50,6 +60,7 @@ class PreparedJob:
 
     Attributes:
         rows, validation: the tokens to learn from and those to measure on.
+        examples, validation_examples: what they were made of.
         tally: what became of the rows of the data.
         skipped: how many examples of a suite have a prompt that fills `max_length`, so that nothing is left to learn.
     """
@@ -71,7 +82,10 @@ class PreparedJob:
         self.tally, self._held_out_tally = Tally(job.on_error), Tally(job.on_error)
         self.rows: list[dict[str, Any]] = []
         self.validation: list[dict[str, Any]] = []
+        self.validation_examples: list[Example] = []
         self._prepare()
+        if job.push_to_hub and job.output:
+            check_repository(job.push_to_hub)
 
     def _prepare(self) -> None:
         """Read the data, load the model, put the adapter on it, and encode the data."""
@@ -94,7 +108,9 @@ class PreparedJob:
         limit = context_length(model, self.tokenizer, job.max_length)
         self.examples, self.rows = self._encode(self.examples, limit, self.tally)
         if held_out:
-            _, self.validation = self._encode(held_out, limit, self._held_out_tally)
+            self.validation_examples, self.validation = self._encode(held_out, limit, self._held_out_tally)
+        if job.best or job.early_stopping:
+            self.options = _BEST
         if job.validation_split:
             self._hold_out()
         self.collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
@@ -132,8 +148,11 @@ class PreparedJob:
             )
         chosen = {chats[number] for number in random.Random(self.job.seed).sample(range(len(chats)), count)}
         held = [(example.row or example.where) in chosen for example in self.examples]
-        self.validation = [row for row, out in zip(self.rows, held, strict=True) if out]
-        self.rows = [row for row, out in zip(self.rows, held, strict=True) if not out]
+        pairs = list(zip(self.examples, self.rows, held, strict=True))
+        self.validation_examples = [example for example, _, out in pairs if out]
+        self.validation = [row for _, row, out in pairs if out]
+        self.examples = [example for example, _, out in pairs if not out]
+        self.rows = [row for _, row, out in pairs if not out]
 
     def _attach(self, model: Any) -> None:
         set_seed(self.job.seed)
@@ -176,6 +195,7 @@ class PreparedJob:
             eval_dataset=self.validation or None,
             data_collator=self.collator,
             compute_metrics=self.compute_metrics,
+            callbacks=[EarlyStoppingCallback(self.job.early_stopping)] if self.job.early_stopping else None,
         )
         trainer.settings = self.job.schedule
         trainer.remove_callback(PrinterCallback)
@@ -192,6 +212,7 @@ class PreparedJob:
         with disk_full_as_os_error():
             save(self.model, self.output, functools.partial(self._write_beside, losses))
         self.tokenizer.padding_side = "left"
+        address = publish(self.output, self.job.push_to_hub) if self.job.push_to_hub else None
         return {
             "output": str(self.output),
             "examples": len(self.rows),
@@ -203,8 +224,10 @@ class PreparedJob:
             "validation_loss": losses["validation_loss"][-1][1] if losses["validation_loss"] else None,
             "skipped": self.skipped,
             "best": trainer.state.best_metric,
+            "best_step": trainer.state.best_global_step,
             "parameters": count(self.model),
             "computed": self.reach.describe() if self.reach else "Whole rows are computed in each step.",
+            "address": address,
             "plot": (self.output / PICTURE).exists(),
         }
 

@@ -9,8 +9,9 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+from .. import pocket
 from ..errors import ReftError
-from ..files.adapter import read_config_data, read_shapes
+from ..files.adapter import EMBEDDED, read_config_data, read_shapes, remembered
 from ..files.together import save_together
 from ..interventions import intervention_class, setting_names
 from ..model import ReftModel, get_reft_model
@@ -63,14 +64,16 @@ def attach(model: nn.Module, config: PeftConfig, base: str | None) -> PeftModel:
     """Put a new adapter on a base model.
 
     Args:
-        base: the base model's name; a directory is remembered so that it is found from anywhere.
+        base: the base model's name; a directory is remembered so that it is found from anywhere, a copy in the hub's
+            cache by its name there. Edits remember the embedded model as `pocket`; of a LoRA, PEFT looks for the name.
 
     Raises:
         ReftError: an adapter that does not fit the model.
     """
-    known_as = os.path.abspath(base) if base and os.path.isdir(base) else None
+    known_as = remembered(os.path.abspath(base)) if base and os.path.isdir(base) else None
     if isinstance(config, ReftConfig):
-        config.base_model_name_or_path = known_as or config.base_model_name_or_path
+        embedded = base in (None, EMBEDDED) or known_as == pocket.path()
+        config.base_model_name_or_path = EMBEDDED if embedded else known_as
         return get_reft_model(model, config)
     try:
         adapted = get_peft_model(model, config)

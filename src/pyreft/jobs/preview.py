@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..data.encode import context_length, default_format, encode_all
+from ..data.encode import context_length, default_format, encode_all, token_texts
 from ..data.files import Example, Tally, read_examples
 from ..errors import ReftError
 from ..loading import load_tokenizer, read_model_config
@@ -118,6 +118,6 @@ def _tokens(tokenizer: Any, row: dict[str, Any], rule: Positions) -> list[Token]
     ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
     tokens = torch.ones_like(ids, dtype=torch.bool)
     edited = (tokens if rule.endless else rule.locate(prompt_tokens(tokens, labels), ids))[0]
-    texts = [tokenizer.decode([token]) for token in row["input_ids"]]
+    texts = token_texts(tokenizer, row["input_ids"])
     learned = [label != IGNORED for label in row["labels"]]
     return [Token(*one) for one in zip(texts, learned, edited.tolist(), strict=True)]

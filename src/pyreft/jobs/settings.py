@@ -19,6 +19,10 @@ from ..tuner.config import DEFAULT_POSITIONS
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
 LORA = "lora"
 _SCHEDULE = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dropout")
+_POSITIVE = (
+    *("epochs", "lr", "batch_size", "gradient_accumulation"),
+    *("save_steps", "alpha", "limit", "early_stopping"),
+)
 # what `generate` may be told: whole numbers with the least that can be, and numbers above 0
 _COUNTS = {"max_new_tokens": 1, "max_length": 1, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0}
 _DECODING = (*_COUNTS, "temperature", "top_p", "repetition_penalty")
@@ -51,6 +55,10 @@ class TrainingJob:
         dtype: of the base model, see `loading.load_base`.
         reach: compute only what the edits can reach, see `pyreft.reach.Reach`.
         reach_memory, reach_directory: how much of the rest may be held, and where the remainder goes; see there.
+        best: keep the adapter of the epoch with the lowest validation loss, not the last one.
+        early_stopping: end the training after so many epochs in a row without a lower validation loss; includes `best`.
+        push_to_hub: a repository of the hub, as `owner/name`, to which the adapter is uploaded; made, private, if it is
+            not there.
         save_steps: how many steps lie between checkpoints; by default a tenth of the training.
         report_to: a logger that `Trainer` knows and that is installed, such as `tensorboard`, `trackio` or `wandb`.
         resume: go on from the last checkpoint in `output`.
@@ -92,11 +100,14 @@ class TrainingJob:
     format: Format | None = None
     validation: str | None = None
     validation_split: float = 0.0
+    best: bool = False
+    early_stopping: int | None = None
     dtype: str = "auto"
     reach: bool = True
     reach_memory: str | None = None
     reach_directory: str | None = None
     save_steps: int | None = None
+    push_to_hub: str | None = None
     report_to: str = "none"
     resume: bool = False
     overwrite: bool = False
@@ -162,7 +173,7 @@ def check_decoding(values: Any, where: str) -> dict[str, Any]:
 
 def check_settings(job: TrainingJob) -> None:
     """Refuse numbers that no training can have, and settings that contradict each other."""
-    for name in ("epochs", "lr", "batch_size", "gradient_accumulation", "save_steps", "alpha", "limit"):
+    for name in _POSITIVE:
         if (value := getattr(job, name)) is not None and not value > 0:
             raise ReftError(f"expected a number above 0, got {value}.", setting=name)
     if not 0 <= job.seed < 2**32:
@@ -196,15 +207,35 @@ def check_settings(job: TrainingJob) -> None:
                 raise ReftError(
                     f"the suite {job.suite} decides it; leave it out, or `suite`.", setting=name, also=["suite"]
                 )
+    if job.suite == GLUE and job.push_to_hub:
+        raise ReftError("each task has an adapter of its own; upload them once they are made.", setting="push_to_hub")
     if job.suite == GLUE and job.decoding:
         raise ReftError("the tasks of GLUE generate nothing; leave it out.", setting="decoding")
     check_logger(job.report_to)
+    _check_validated(job)
     if job.validation and job.validation_split:
         raise ReftError("give a file or `validation_split`, not both.", setting="validation", also=["validation_split"])
     if job.format is not None and job.format not in FORMATS:
         raise ReftError(
             f"expected {', '.join(FORMATS)}, got {job.format!r}.{did_you_mean(job.format, FORMATS)}", setting="format"
         )
+
+
+def _check_validated(job: TrainingJob) -> None:
+    """Refuse to look for the best adapter of a job without a validation, or between checkpoints of its own."""
+    for name in ("best", "early_stopping"):
+        if getattr(job, name) and not (job.validation or job.validation_split or job.suite == GLUE):
+            raise ReftError(
+                "the best adapter has the lowest validation loss; give `validation` or `validation_split`.",
+                setting=name,
+                also=["validation", "validation_split"],
+            )
+        if getattr(job, name) and job.save_steps:
+            raise ReftError(
+                f"with `{name}` there is a checkpoint after each epoch; leave it out.",
+                setting="save_steps",
+                also=[name],
+            )
 
 
 def check_logger(name: str) -> None:

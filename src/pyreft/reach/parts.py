@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from ..places.structure import path_of
 from ..positions import IGNORED
+from ..tuner.caches import cache_name, cache_of
 from ..tuner.edits import Edits
 from ..tuner.located import Located
 from .blocks import Blocks
@@ -46,6 +47,7 @@ class Parts:
         self.blocks = Blocks(base, {outer, self.backbone})
         self.sliding: list[int | None] = []  # see `sliding_window`; by block, once prefixes were run
         self._edits = edits
+        self._cache = cache_name(self.backbone)
         self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
 
     def edited(self, located: Located, given: dict[str, Any] | None = None) -> AbstractContextManager[None]:
@@ -80,8 +82,8 @@ class Parts:
         with torch.no_grad(), self.edited(Located()):
             if blocks < len(self.blocks):
                 cache: Any = empty_cache(self.sliding)
-                self.blocks.states(self.backbone, blocks, past_key_values=cache, **call)
-            elif is_ordinary(cache := getattr(self.backbone(**call), "past_key_values", None)):
+                self.blocks.states(self.backbone, blocks, **{self._cache: cache}, **call)
+            elif is_ordinary(cache := cache_of(self.backbone(**call))):
                 self.sliding = [sliding_window(layer) for layer in cache.layers]
             else:
                 raise NotExactError(f"{type(self.base).__name__} returns no cache of keys and values alone")
@@ -171,7 +173,7 @@ class Parts:
             "use_cache": bool(rows.past),
         }
         if rows.past:
-            call["past_key_values"] = prefix_cache(pairs, rows.past, self.sliding, blocks)
+            call[self._cache] = prefix_cache(pairs, rows.past, self.sliding, blocks)
         if self._takes_positions:
             start = positions - torch.tensor(rows.first, device=rows.device)
             call["position_ids"] = (rows.columns + start[:, None]).clamp(min=0)

@@ -3,7 +3,6 @@
 Nothing is known of what the tensors are. An entry is what was put in, bit for bit, or it is not there.
 """
 
-import errno
 import os
 import re
 import time
@@ -20,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import ReftError
+from ..errors import ReftError, is_disk_full
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNFINISHED = ".part"
@@ -150,8 +149,7 @@ class Store:
             self.on_disk += 1
         except (OSError, SafetensorError) as error:
             self.full, self._writes = True, False
-            full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
-            what = "the disk is full" if full else error
+            what = "the disk is full" if is_disk_full(error) else error
             warnings.warn(f"{directory}: nothing more is kept there: {what}. It is computed again.", stacklevel=2)
         finally:
             if unfinished is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..errors import ReftError
+from ..errors import ReftError, is_disk_full
 from ..files.checkpoints import DATA_FILE, problem_of, read_facts
 from .trainer import ReftTrainer, ReftTrainerForCausalLM, ReftTrainerForSequenceClassification
 
@@ -96,7 +96,6 @@ def disk_full_as_os_error() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # torch names no cause when a part of a file cannot be written
-        if not any(text in str(error) for text in ("No space left", "os error 28", "PytorchStreamWriter failed")):
+        if not is_disk_full(error):
             raise
         raise OSError(errno.ENOSPC, "No space left on device") from error

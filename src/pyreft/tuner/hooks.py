@@ -14,6 +14,7 @@ from ..errors import ReftError
 from ..interventions import orthonormalize
 from ..places.structure import without_adapters
 from ..positions import IGNORED
+from .caches import cache_of, counts, serves_requests
 from .call import GIVEN, LENGTHS, LOCATIONS, STRENGTH, Call, Reading, innermost, running
 from .continuous import Batches
 from .edits import Edits
@@ -22,7 +23,6 @@ from .packed import find_packed, tell_of_cache, tokens_of
 from .recompute import bind, recomputes, unbind
 from .resolve import resolve
 
-CACHES = ("past_key_values", "cache_params")  # by which names models take and return what they keep of passed tokens
 _GIVEN = frozenset(GIVEN)
 _INSIDE = 10  # the depth of stacks, below any other entry
 
@@ -89,7 +89,7 @@ class Entry:
         else:
             if named.get("labels") is not None:
                 given["labels"] = named["labels"]
-            call = self.batches.begin() if _serves_requests(named) else self.edits.begin(given)
+            call = self.batches.begin() if serves_requests(named) else self.edits.begin(given)
             call.height, call.is_forward = len(running.frames), True
             running.frames.append(call)
         outermost = not call.entered
@@ -154,16 +154,16 @@ class Entry:
     def _read(self, call: Call, stack: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Find what is edited in this forward."""
         call.readings.pop(stack, None)
-        inputs, cache = _inputs(module, args, kwargs), _cache(kwargs)
-        counts = cache is not None and _counts(cache)
+        inputs, cache = _inputs(module, args, kwargs), cache_of(kwargs)
+        counted = cache is not None and counts(cache)
         if inputs is None:
             call.readings[stack] = None  # pictures or sound came in: only the states say how many tokens they are
             return
-        past = 0 if cache is None else self._past(call, cache, counts)
+        past = 0 if cache is None else self._past(call, cache, counted)
         located = call.located or self._locate(call, stack, past, inputs, kwargs)
         end = past + inputs.shape[1]
         if call.generating and past >= located.until:  # an answer after the last located token: nothing to compute
-            if cache is not None and not counts:
+            if cache is not None and not counted:
                 cache.reft_past = Past(self.edits.key, None, end)
             return
         call.passed = end
@@ -174,9 +174,9 @@ class Entry:
             call.rotated |= reading.at.keys()
 
     def _locate(self, call: Call, stack: str, past: int, inputs: Tensor, kwargs: dict) -> Located:
-        if _serves_requests(kwargs):
+        if serves_requests(kwargs):
             return self.batches.locate(call, inputs, kwargs)
-        known = past_of(self.edits, _cache(kwargs))
+        known = past_of(self.edits, cache_of(kwargs))
         if past and known and known.located and (call.generating or not call.given.keys() & {LOCATIONS, LENGTHS}):
             return known.located
         rows, end = inputs.shape[0], past + inputs.shape[1]
@@ -193,9 +193,9 @@ class Entry:
             tell_of_cache(kwargs, getattr(self.edits.model, "config", None))
         return resolve(self.edits, call, stack, mask, labels, ids, packed)
 
-    def _past(self, call: Call, cache: Any, counts: bool) -> int:
+    def _past(self, call: Call, cache: Any, counted: bool) -> int:
         """How many tokens have passed before a forward, by its cache or by what is noted there."""
-        if counts:
+        if counted:
             length = cache.get_seq_length()
             # a static cache has the number on its device, where to ask for it would stop each step
             return call.passed if isinstance(length, Tensor) and call.generating and call.passed else int(length)
@@ -210,7 +210,7 @@ class Entry:
 
     def _remember(self, call: Call, reading: Reading, output: Any) -> None:
         """Leave what was found with the cache, for forwards that go on from it."""
-        cache = _cache(output) if hasattr(output, "get") else None
+        cache = cache_of(output)
         if cache is not None:
             located = None if call.located else reading.located
             cache.reft_past = Past(self.edits.key, located, reading.past + reading.tokens)
@@ -258,25 +258,6 @@ def take_given(kwargs: dict[str, Any]) -> dict[str, Any]:
         return {}
     given = {name: kwargs.pop(name) for name in GIVEN if name in kwargs}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _serves_requests(kwargs: dict) -> bool:
-    """Whether a forward is one of continuous batching, see `Batches`."""
-    return kwargs.get("cache") is not None and "read_index" in kwargs
-
-
-def _cache(values: Any) -> Any:
-    """The keys and values, or the recurrent states, of the tokens that have passed."""
-    for name in CACHES:
-        if (cache := values.get(name)) is not None:
-            return cache
-    return None
-
-
-def _counts(cache: Any) -> bool:
-    """Whether a cache knows how many tokens have passed; recurrent states alone do not."""
-    layers = getattr(cache, "layers", None)
-    return not layers or hasattr(layers[0], "get_seq_length") or any(hasattr(one, "get_seq_length") for one in layers)
 
 
 def _inputs(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:

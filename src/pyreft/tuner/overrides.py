@@ -6,6 +6,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
+from .caches import cache_of
 from .call import Call, innermost, within
 from .continuous import Batches
 from .edits import Edits
@@ -96,7 +97,7 @@ class Methods:
         tokens = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         ids = inputs if inputs.dim() == 2 and inputs.shape == tokens.shape else None
         located = resolve(self.edits, call, "", tokens, None, ids)
-        if mask is not None and kwargs.get("past_key_values") is None and not bool(tokens[:, -1].all()):
+        if mask is not None and cache_of(kwargs) is None and not bool(tokens[:, -1].all()):
             order = tokens.long().argsort(dim=1, stable=True)
             for aligned in [key for key, value in kwargs.items() if key == name or _is_by_token(value, mask)]:
                 kwargs[aligned] = take(kwargs[aligned], order)

@@ -12,6 +12,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
+from ...data.encode import token_texts
 from ...errors import ReftError
 from ..laptop.requests import Piece
 from ..laptop.requests import Request as Work
@@ -193,7 +194,7 @@ async def locate(body: LocateBody, http: Request) -> JSONResponse:
         spans = [] if adapter is None else [span for own in adapter.row(0, len(ids)).spans for span in own]
         edited = [any(a <= at and (b is None or at < b) for a, b in spans) for at in range(len(ids))]
         answers = any(b is None for _, b in spans)
-        tokens = [service.engine.tokenizer.decode([token]) for token in ids]
+        tokens = token_texts(service.engine.tokenizer, ids)
         listed = [{"token": token, "edited": flag} for token, flag in zip(tokens, edited, strict=True)]
         return {"object": "list", "model": body.model, "tokens": listed, "answer_edited": answers}
 

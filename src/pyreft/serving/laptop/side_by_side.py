@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ...errors import ReftError
+from ...tuner.caches import cache_name
 from ..tokens import Row, plan
 from .slotted import Edits
 
@@ -32,6 +33,7 @@ class Batch:
         self.columns = 0  # that are computed
         self.first = torch.tensor([max(lengths) - length for length in lengths])  # of each row, its first column
         self._cache = DynamicCache()  # of all tokens, also where a model's own would forget those out of a window
+        self._name = cache_name(model)
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def compute(self, ids: Tensor, last: bool = True) -> Tensor:
@@ -56,8 +58,8 @@ class Batch:
                 input_ids=ids.to(device),
                 attention_mask=(at >= self.first[:, None]).long().to(device),
                 position_ids=(at[self.columns :] - self.first[:, None]).clamp(min=0).to(device),
-                past_key_values=self._cache,
                 use_cache=True,
+                **{self._name: self._cache},
                 **options,
             ).logits
         self.columns = end

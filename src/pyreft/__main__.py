@@ -1,0 +1,5 @@
+"""`python -m pyreft`, which is the command `pyreft`."""
+
+from pyreft_cli.app import main
+
+main()
