@@ -135,10 +135,10 @@ def serve_fleet(options: dict[str, Any], more: list[str]) -> None:
         log_to_driver=False,
     )
     fleet.start(http_options={"host": options["host"], "port": options["port"]})
+    for number in (signal.SIGTERM, signal.SIGINT):  # in place of Ray's, which ends a process within three seconds
+        signal.signal(number, lambda *_: told.set())
     try:
         fleet.run(application, name="pyreft")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: told.set())
         tell(options, None)
         told.wait()
     except RuntimeError as error:

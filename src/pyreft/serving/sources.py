@@ -130,6 +130,12 @@ class Directory:
                     found[entry.name] = LocalFolder(Path(entry.path))
         return found
 
+    def folder(self, name: str) -> Folder | None:
+        """Return the one with this name, if it holds an adapter."""
+        if "/" in name or not NAME.fullmatch(name) or not _holds_adapter(str(self.path / name)):
+            return None
+        return LocalFolder(self.path / name)
+
 
 class RemoteFolder:
     """A folder behind fsspec, as it was when it was listed."""
@@ -234,3 +240,5 @@ def _holds_adapter(path: str) -> bool:
         return os.path.isfile(os.path.join(path, CONFIG)) or is_adapter(path)
     except ReftError:  # which is told to those who ask for it
         return True
+    except OSError:  # a name too long for a file's, or a folder of somebody else's
+        return False

@@ -23,15 +23,18 @@ def cache_of(values: Any) -> Any:
     Args:
         values: arguments of a forward, or what it returned; a tuple does not name what it holds.
     """
-    if not hasattr(values, "items") or serves_requests(values):  # whose cache is that of all requests
+    if not hasattr(values, "get") or serves_requests(values):  # whose cache is that of all requests
         return None
-    return next((value for name, value in values.items() if name in NAMES and value is not None), None)
+    for name in NAMES:
+        if (cache := values.get(name)) is not None:
+            return cache
+    return None
 
 
 def counts(cache: Any) -> bool:
     """Whether a cache knows how many tokens have passed; recurrent states alone do not."""
-    layers = getattr(cache, "layers", [])
-    return not layers or any(hasattr(layer, "get_seq_length") for layer in layers)
+    layers = getattr(cache, "layers", None)
+    return not layers or hasattr(layers[0], "get_seq_length") or any(hasattr(one, "get_seq_length") for one in layers)
 
 
 def serves_requests(arguments: Mapping[str, Any]) -> bool:
