@@ -6,12 +6,13 @@ python benchmarks/generate.py
 import argparse
 import copy
 import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria
 
 import pyreft
 from _common import paired, ratio, report
@@ -28,7 +29,12 @@ def reft(positions: str, formula: str = "loreft") -> pyreft.ReftConfig:
     return pyreft.ReftConfig(layers="all", positions=positions, intervention=formula, low_rank_dimension=4)
 
 
-METHODS = {
+MODELS: dict[str, tuple[Callable[[], Any], int]] = {  # and the tokens of an answer
+    "embedded": (lambda: pocket.load()[0], 128),
+    "random Llama": (random_llama, 64),
+}
+METHODS: dict[str, Any] = {
+    "hooks that do nothing": None,
     "ReFT, l1": reft("l1"),
     "ReFT, f7+l7": reft("f7+l7"),
     "LoRA at l16 alone": reft("l16", "lora"),
@@ -36,18 +42,44 @@ METHODS = {
 }
 
 
-def measure(name: str, make: Callable[[], Any], method: str, tokens: int, runs: int) -> dict:
+def hooked(model: Any) -> Any:
+    """A hook behind each block that does nothing: what PyTorch itself asks for being asked."""
+    for block in model.model.layers:
+        block.register_forward_hook(lambda module, args, output: None)
+    return model
+
+
+class Clock(StoppingCriteria):
+    """Never stops, and notes when each token was there: behind the first one are the decoding steps alone."""
+
+    def __init__(self) -> None:
+        self.stamps: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **given: Any) -> torch.Tensor:
+        self.stamps.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def measure(name: str, make: Callable[[], Any], tokens: int, method: str, runs: int) -> dict:
     torch.manual_seed(0)
     base, edited = make(), make()
     edited.load_state_dict(base.state_dict())
-    edited = get_peft_model(edited, copy.deepcopy(METHODS[method])).eval()
+    config = METHODS[method]
+    edited = hooked(edited) if config is None else get_peft_model(edited, copy.deepcopy(config)).eval()
     ids = torch.randint(10, 1000, (1, 32))
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
 
-    def run(model: Any) -> Callable[[], object]:
-        return lambda: model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    def run(model: Any, steps: list[float]) -> Callable[[], object]:
+        def answer() -> None:
+            clock = Clock()
+            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[clock], **options)
+            steps.append((clock.stamps[-1] - clock.stamps[0]) / (tokens - 1))
 
-    times = paired(run(edited), run(base), runs=runs)
+        return answer
+
+    steps: tuple[list[float], list[float]] = ([], [])
+    times = paired(run(edited, steps[0]), run(base, steps[1]), runs=runs)
+    del steps[0][0], steps[1][0]  # of the unmeasured runs
     return {
         "model": name,
         "parameters (M)": base.num_parameters() / 1e6,
@@ -56,20 +88,20 @@ def measure(name: str, make: Callable[[], Any], method: str, tokens: int, runs: 
         "adapted (s)": statistics.median(times[0]),
         "base (s)": statistics.median(times[1]),
         "adapted / base": ratio(times),
+        "a base's step (ms)": 1e3 * statistics.median(steps[1]),
+        "steps, adapted / base": ratio(steps),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--runs", type=int, default=21)
-    runs = parser.parse_args().runs
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    asked = parser.parse_args()
     torch.set_num_threads(2)
-    rows = [
-        measure(name, make, method, tokens, runs)
-        for name, make, tokens in (("embedded", lambda: pocket.load()[0], 128), ("random Llama", random_llama, 64))
-        for method in METHODS
-    ]
-    report("generate", rows)
+    rows = [measure(name, *MODELS[name], method, asked.runs) for name in asked.models for method in asked.methods]
+    report("generate", rows, keep=(asked.models, asked.methods) == (list(MODELS), list(METHODS)))
 
 
 if __name__ == "__main__":

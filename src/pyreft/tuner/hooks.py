@@ -81,11 +81,13 @@ class Entry:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Enter a call: the one that runs, if this forward is a part of it, or a new one."""
-        given, frame = take_given(kwargs), self._frame()
+        given = {} if _GIVEN.isdisjoint(kwargs) else take_given(kwargs)
+        frame = self._frame()
         named = _named(module, args, kwargs) if len(args) > 1 else kwargs
         if isinstance(frame, Call) and self._is_part(frame):
             call = frame
-            call.given |= given
+            if given:
+                call.given |= given
         else:
             if named.get("labels") is not None:
                 given["labels"] = named["labels"]
@@ -254,8 +256,6 @@ def past_of(edits: Edits, cache: Any) -> Past | None:
 
 def take_given(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take out of a call's arguments what the edits are given."""
-    if _GIVEN.isdisjoint(kwargs):
-        return {}
     given = {name: kwargs.pop(name) for name in GIVEN if name in kwargs}
     return {name: value for name, value in given.items() if value is not None}
 

@@ -289,6 +289,8 @@ def _reading(layer: ReftLayer) -> tuple[Call, Reading | None] | None:
     frames = running.frames  # mostly the last that began is the one, and each layer asks in each step
     call = frames[-1] if frames and frames[-1].edits is layer.edits else innermost(layer.edits)
     if isinstance(call, Call):
+        if not call.readings:  # a decoding step
+            return None
         reading = call.readings.get(layer.stack, _NOTHING)
         return None if reading is _NOTHING or (reading is not None and not reading.at) else (call, reading)
     if call is None and layer.enabled_adapters:
