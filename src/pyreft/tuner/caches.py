@@ -23,7 +23,7 @@ def cache_of(values: Any) -> Any:
     Args:
         values: arguments of a forward, or what it returned; a tuple does not name what it holds.
     """
-    if "read_index" in values or not hasattr(values, "get"):  # of continuous batching, whose cache is of all requests
+    if not hasattr(values, "get") or serves_requests(values):  # whose cache is that of all requests
         return None
     for name in NAMES:
         if (cache := values.get(name)) is not None:
