@@ -18,7 +18,7 @@ def train_and_ask(layers: list[int]) -> dict:
     """Rank 4 at the last prompt token, bfloat16, 100 steps on ten pairs; then fifty unseen questions."""
     transformers.set_seed(0)
     model, tokenizer = pocket.load(dtype=torch.bfloat16)
-    config = pyreft.ReftConfig(layers=layers, positions="l1", low_rank_dimension=4)
+    config = pyreft.ReftConfig(layers=layers, positions="l1", low_rank_dimension=4, intervention="loreft")
     adapted = pyreft.get_reft_model(model, config)
     pairs = pocket.emoji_pairs()
     data = pyreft.make_last_position_supervised_data_module(

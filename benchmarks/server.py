@@ -38,7 +38,7 @@ def make_base(path: Path) -> None:
 def make_adapters(base: Path, root: Path, count: int) -> None:
     """Adapters with random weights, so many for each rule."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(low_rank_dimension=8))
+    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(low_rank_dimension=8, intervention="loreft"))
     for number in range(count):
         for name, parameter in adapted.named_parameters():
             if "reft_" in name:

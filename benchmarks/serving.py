@@ -66,7 +66,7 @@ class Files:
         AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=VOCABULARY, **self.sizes)).save_pretrained(self.base)
         for rule in rules:
             model = AutoModelForCausalLM.from_pretrained(self.base)
-            config = pyreft.ReftConfig(low_rank_dimension=RANK, positions=rule)
+            config = pyreft.ReftConfig(low_rank_dimension=RANK, positions=rule, intervention="loreft")
             pyreft.get_reft_model(model, config).save_pretrained(str(self.adapters / name_of(rule, 0)))
             self._vary([self.adapters / name_of(rule, number) for number in range(self.count)])
         model = AutoModelForCausalLM.from_pretrained(self.base)

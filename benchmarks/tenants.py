@@ -118,7 +118,8 @@ def weigh(name: str, rank: int, tenants: int, folder: Path) -> dict:
         num_attention_heads=1, num_key_value_heads=1,
     )  # fmt: skip
     model = pyreft.get_reft_model(
-        AutoModelForCausalLM.from_config(thin), pyreft.ReftConfig(low_rank_dimension=rank, positions="l16")
+        AutoModelForCausalLM.from_config(thin),
+        pyreft.ReftConfig(low_rank_dimension=rank, positions="l16", intervention="loreft"),
     )
     model.save_pretrained(str(folder / name))
     files = sum(path.stat().st_size for path in (folder / name).iterdir() if path.name.startswith("adapter_"))

@@ -65,7 +65,9 @@ def trainer_of(kind: str, config: Any, tokenizer: Any, directory: str) -> Any:
 
 def compare(kind: str, layers: Any, positions: str, directory: str) -> list[dict]:
     tokenizer = pocket.load()[1]
-    edits = pyreft.ReftConfig(layers=layers, positions=positions, low_rank_dimension=RANK, task_type="CAUSAL_LM")
+    edits = pyreft.ReftConfig(
+        layers=layers, positions=positions, low_rank_dimension=RANK, task_type="CAUSAL_LM", intervention="loreft"
+    )
     trainers = {name: trainer_of(kind, LORA, tokenizer, directory) for name in ("LoRA r8 q,v",)}
     trainers |= {name: trainer_of(kind, edits, tokenizer, directory) for name in ("whole rows", "in part")}
     trainers["in part"].add_callback(ReachCallback(trainers["in part"].model))

@@ -30,7 +30,9 @@ def batch_of(rows, side, answers=3):
 def adapt(base, *, seed=0, **config):
     """Large edits in training above a base in evaluation, where it has no dropout."""
     torch.manual_seed(seed)
-    defaults = {"positions": "l2"} | ({} if "representations" in config else {"layers": [1, 2]})
+    defaults = {"intervention": "loreft", "positions": "l2"} | (
+        {} if "representations" in config else {"layers": [1, 2]}
+    )
     if issubclass(intervention_class(config.get("intervention", "loreft")), LowRankIntervention):
         defaults["low_rank_dimension"] = 2
     adapted = shaken(pyreft.get_reft_model(base, pyreft.ReftConfig(**defaults | config)))

@@ -15,7 +15,9 @@ def save(directory, *, seed=0, scale=0.3, **config):
     """Write an adapter of the embedded model whose edits are far from nothing."""
     model, _ = pocket.load()
     torch.manual_seed(seed)
-    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(**{"low_rank_dimension": 4, **config}))
+    adapted = pyreft.get_reft_model(
+        model, pyreft.ReftConfig(**{"intervention": "loreft", "low_rank_dimension": 4, **config})
+    )
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "reft_" in name:

@@ -11,7 +11,7 @@ from conftest import shaken, tiny_llama
 
 GREEDY = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 SEEDS = itertools.count(1)
-PLACES = {"layers": [1, 2], "positions": "f1+l2", "low_rank_dimension": 4}
+PLACES = {"intervention": "loreft", "layers": [1, 2], "positions": "f1+l2", "low_rank_dimension": 4}
 
 
 def adapt(**config):

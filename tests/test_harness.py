@@ -54,7 +54,9 @@ def tokenizer():
 
 def adapted(rule, **changes):
     torch.manual_seed(0)
-    config = pyreft.ReftConfig(positions=rule, low_rank_dimension=2, layers=[1, 2], **changes)
+    config = pyreft.ReftConfig(
+        positions=rule, low_rank_dimension=2, layers=[1, 2], **{"intervention": "loreft"} | changes
+    )
     return shaken(pyreft.get_reft_model(pocket.load()[0], config))
 
 

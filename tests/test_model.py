@@ -180,7 +180,7 @@ def test_the_gradients_of_the_base_and_of_the_interventions(model, adapted):
 
 
 def test_a_module_that_the_adapter_trains_is_not_the_base(model):
-    config = pyreft.ReftConfig(layers=1, low_rank_dimension=2, modules_to_save=["lm_head"])
+    config = pyreft.ReftConfig(layers=1, low_rank_dimension=2, modules_to_save=["lm_head"], intervention="loreft")
     adapted = pyreft.get_reft_model(model, config)
     trained = set(adapted.get_trainable_parameters())
     assert len(trained) == 4
@@ -312,7 +312,9 @@ def test_the_model_card_shows_how_to_load(adapted, tmp_path):
 
 def test_a_stranger_can_use_what_the_model_card_shows(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
-    adapted = pyreft.get_reft_model(pocket.load()[0], pyreft.ReftConfig(layers=[2], low_rank_dimension=2))
+    adapted = pyreft.get_reft_model(
+        pocket.load()[0], pyreft.ReftConfig(layers=[2], low_rank_dimension=2, intervention="loreft")
+    )
     adapted.save(tmp_path)
     (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), flags=re.S)
     monkeypatch.chdir(tmp_path)

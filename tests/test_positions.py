@@ -110,7 +110,11 @@ def of_token_5(prompt, input_ids):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_rule_of_ones_own_is_a_function(model, prompts, side, tmp_path):
-    adapted = shaken(pyreft.get_reft_model(model, pyreft.ReftConfig(positions=every_other, low_rank_dimension=4)))
+    adapted = shaken(
+        pyreft.get_reft_model(
+            model, pyreft.ReftConfig(positions=every_other, low_rank_dimension=4, intervention="loreft")
+        )
+    )
     assert adapted.peft_config["default"].positions == "every_other"
     ids, mask = pad(prompts, side)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
@@ -125,7 +129,9 @@ def test_a_rule_of_ones_own_is_a_function(model, prompts, side, tmp_path):
 
 
 def test_a_rule_sees_the_ids(model):
-    adapted = shaken(pyreft.get_reft_model(model, pyreft.ReftConfig(positions=of_token_5, layers=[1])))
+    adapted = shaken(
+        pyreft.get_reft_model(model, pyreft.ReftConfig(positions=of_token_5, layers=[1], intervention="loreft"))
+    )
     ids = torch.tensor([[3, 5, 7, 5], [9, 9, 9, 5]])
     states = adapted(ids, output_hidden_states=True).hidden_states[2]
     with adapted.disable_adapter():
@@ -135,7 +141,7 @@ def test_a_rule_sees_the_ids(model):
 
 def test_a_rule_that_nobody_gave():
     with pytest.raises(ReftError, match=r"A rule of your own is made known by pyreft.positions.register_rule"):
-        pyreft.ReftConfig(positions="every_third")
+        pyreft.ReftConfig(positions="every_third", intervention="loreft")
 
 
 @pytest.mark.parametrize("name", ["l1", "prompt", "all", "f2l3", "<lambda>", "two words"])

@@ -55,7 +55,9 @@ def test_an_adapter_remembers_the_name(stand_in, tmp_path):
         assert run("generate", "--adapter", out, "--prompt", "What is a whale?", "--quiet").stdout.strip()
     model, _ = smollm2.load()
     get_peft_model(model, LoraConfig(r=1)).save_pretrained(tmp_path / "lora", save_embedding_layers=False)
-    pyreft.get_reft_model(smollm2.load()[0], pyreft.ReftConfig()).save_pretrained(tmp_path / "reft")
+    pyreft.get_reft_model(smollm2.load()[0], pyreft.ReftConfig(intervention="loreft")).save_pretrained(
+        tmp_path / "reft"
+    )
     assert base_of(tmp_path / "lora") == base_of(tmp_path / "reft") == "smollm2"
     assert load_adapted(tmp_path / "reft")[0].base_model.model.name_or_path == "smollm2"
 

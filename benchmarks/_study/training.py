@@ -63,11 +63,19 @@ def _curve(setting: Setting, data: Task, plan: Plan, lr: float, seed: int) -> Ro
 
 
 class Run:
-    """An adapter in training."""
+    """An adapter in training, on the embedded model or on what `load` returns."""
 
-    def __init__(self, setting: Setting, plan: Plan, pairs: Sequence[Pair], lr: float, seed: int) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        plan: Plan,
+        pairs: Sequence[Pair],
+        lr: float,
+        seed: int,
+        load: Callable[[], tuple[Any, Any]] = pocket.load,
+    ) -> None:
         set_seed(seed)
-        model, self.tokenizer = pocket.load()
+        model, self.tokenizer = load()
         self.model = setting.adapt(model)
         self._call: Callable[..., Any] = self.model if setting.method == "LoRA" else Reach(self.model)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -108,9 +116,9 @@ class Run:
         self.seconds += time.process_time() - begin
         self.steps += steps
 
-    def score(self, pairs: Sequence[Pair]) -> float:
+    def score(self, pairs: Sequence[Pair], max_new_tokens: int = 16) -> float:
         """The share of answers that are exactly right."""
         self.model.eval()
         prompts, expected = zip(*pairs, strict=True)
-        answers = generate_answers(self.model, self.tokenizer, prompts, batch_size=50, max_new_tokens=16)
+        answers = generate_answers(self.model, self.tokenizer, prompts, batch_size=50, max_new_tokens=max_new_tokens)
         return sum(answer == right for answer, right in zip(answers, expected, strict=True)) / len(pairs)

@@ -1,4 +1,4 @@
-"""`pyreft demo`: the main job on the embedded model, in a minute and without a network."""
+"""`pyreft demo`: the main job, on the embedded model in a minute and without a network, or on another one."""
 
 import time
 from pathlib import Path
@@ -16,19 +16,21 @@ OUTPUT = Path("pyreft-demo")  # the demo's own: a second run replaces what the f
 
 def demo(
     output: Annotated[Path, typer.Option(help="The directory for the adapter.")] = OUTPUT,
+    model: options.Model = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in another output.")] = False,
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
-    """Teach the embedded model to answer in emojis, from ten examples, and show what changed."""
+    """Teach a model, by default the embedded one, to answer in emojis, from ten examples, and show what changed."""
     shown = not (quiet or as_json)
     begin = time.perf_counter()
     if shown:
-        console.print("Loading a language model of 3.5 million parameters that ships with pyreft ...")
+        what = model or "a language model of 3.5 million parameters that ships with pyreft"
+        console.print(f"Loading {what} ...", markup=False)
     hush()
     from pyreft.jobs.demo import EmojiDemo
 
-    run = EmojiDemo(output, overwrite=overwrite or output == OUTPUT)
+    run = EmojiDemo(output, model, overwrite=overwrite or output == OUTPUT)
     before = run.ask()
     with progress_bar("Training on 10 examples", shown=shown) as move:
         move(0, None)

@@ -147,7 +147,7 @@ def _describe(prepared: Any) -> None:
         console.print(f"Left out, as the prompt fills --max-length: {counted(prepared.skipped, 'example')}.")
     console.print(
         f"{counted(len(prepared.rows), 'example')}, {len(prepared.validation)} to validate on; "
-        f"{trained:,} of {total:,} parameters ({100 * trained / total:.3f} %)."
+        f"{trained:,} of {total:,} parameters ({100 * trained / total:.3f} %), learning rate {prepared.job.lr:g}."
     )
     if prepared.reach is not None:
         console.print(cost_line(prepared), markup=False)

@@ -153,7 +153,7 @@ def test_every_answer_ends_with_eos_whatever_pads(pad):
 def test_the_side_and_the_token_of_the_padding_change_no_loss_and_no_gradient(pad):
     model, tokenizer = pocket.load()
     tokenizer.pad_token = getattr(tokenizer, pad)
-    config = pyreft.ReftConfig(layers=[1, 3], positions="l1", low_rank_dimension=4)
+    config = pyreft.ReftConfig(layers=[1, 3], positions="l1", low_rank_dimension=4, intervention="loreft")
     adapted = shaken(pyreft.get_reft_model(model, config))
     module = pyreft.make_multiple_position_supervised_data_module(
         tokenizer, None, PROMPTS, ANSWERS, positions="f1+l2", num_interventions=2, share_weights=True

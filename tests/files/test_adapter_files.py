@@ -19,7 +19,7 @@ from pyreft.files.record import read_format, read_record
 from pyreft.loading import base_of, check_generates
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
-UNIFORM = {"layers": [1], "positions": "f2+l2", "low_rank_dimension": 4}
+UNIFORM = {"intervention": "loreft", "layers": [1], "positions": "f2+l2", "low_rank_dimension": 4}
 ONE_BY_ONE = {
     "representations": [
         {"layer": 1, "positions": "l2", "low_rank_dimension": 2},

@@ -320,7 +320,9 @@ def test_what_cannot_be_loaded_leaves_the_interventions(copied, damage, message)
 
 
 def test_of_other_interventions(copied):
-    adapted = pyreft.get_reft_model(read_case(ONE)[2], pyreft.ReftConfig(layers=2, low_rank_dimension=2))
+    adapted = pyreft.get_reft_model(
+        read_case(ONE)[2], pyreft.ReftConfig(layers=2, low_rank_dimension=2, intervention="loreft")
+    )
     with pytest.raises(pyreft.ReftError, match=r"expected the tensors of LoreftIntervention, .*\[2, 32\].*\[4, 32\]"):
         adapted.load_intervention(ORACLE / "legacy" / ONE, include_model=False)
     # the same tensors, in another formula

@@ -217,7 +217,7 @@ def test_what_cannot_be_put_in_place_is_told(tmp_path, monkeypatch):
 
 def adapted(positions, seed):
     """A model with two adapters and a trained head."""
-    config = {"layers": [1], "positions": positions, "low_rank_dimension": 2}
+    config = {"intervention": "loreft", "layers": [1], "positions": positions, "low_rank_dimension": 2}
     model = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(**config))
     model.add_adapter("second", pyreft.ReftConfig(**config))
     model.get_base_model().lm_head.weight.requires_grad_(True)

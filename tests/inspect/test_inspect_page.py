@@ -39,7 +39,9 @@ def adapter(seed, **settings):
     """An adapter whose edits are large, without training."""
     torch.manual_seed(seed)
     model, tokenizer = pocket.load()
-    config = pyreft.ReftConfig(**{"layers": [1, 2], "positions": "l3", "low_rank_dimension": 2} | settings)
+    config = pyreft.ReftConfig(
+        **{"intervention": "loreft", "layers": [1, 2], "positions": "l3", "low_rank_dimension": 2} | settings
+    )
     return pyreft.get_reft_model(model, config).eval(), tokenizer
 
 

@@ -144,7 +144,9 @@ def test_an_encoder_is_told_before_it_is_loaded(tmp_path, monkeypatch):
     BertModel(config).save_pretrained(tmp_path / "base")
     pocket.load()[1].save_pretrained(tmp_path / "base")
     base = BertModel.from_pretrained(tmp_path / "base")
-    pyreft.get_reft_model(base, pyreft.ReftConfig(layers=[1], positions="f1")).save(tmp_path / "adapter")
+    pyreft.get_reft_model(base, pyreft.ReftConfig(layers=[1], positions="f1", intervention="loreft")).save(
+        tmp_path / "adapter"
+    )
     monkeypatch.setattr("pyreft.inspect.report.load_adapted", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(pyreft.ReftError, match="holds a BertModel, which has no unembedding"):
         inspect_adapter(tmp_path / "adapter", texts=QUESTIONS)
@@ -163,7 +165,9 @@ def test_models_that_cannot_be_looked_at():
     with pytest.raises(pyreft.ReftError, match="BertModel has no unembedding"):
         written_directions(encoder, pocket.load()[1], recorded)
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4))
-    both = pyreft.get_reft_model(t5, pyreft.ReftConfig(layers=[1], positions="f1", low_rank_dimension=2))
+    both = pyreft.get_reft_model(
+        t5, pyreft.ReftConfig(layers=[1], positions="f1", low_rank_dimension=2, intervention="loreft")
+    )
     with pytest.raises(pyreft.ReftError, match="a model with an encoder and a decoder cannot be looked at yet"):
         record_edits(both, ROWS)
 

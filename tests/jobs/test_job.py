@@ -19,7 +19,15 @@ from pyreft.jobs.job import PreparedJob
 from pyreft.jobs.settings import TrainingJob
 from pyreft.loading import base_of, load_adapted, load_base
 
-SMALL = {"layers": "3", "positions": "l1", "rank": 2, "epochs": 3, "batch_size": 5, "lr": 0.01}
+SMALL = {
+    "intervention": "loreft",
+    "layers": "3",
+    "positions": "l1",
+    "rank": 2,
+    "epochs": 3,
+    "batch_size": 5,
+    "lr": 0.01,
+}
 
 
 @pytest.fixture

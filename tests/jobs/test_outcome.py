@@ -95,7 +95,9 @@ def test_a_base_model_is_remembered_by_its_name_on_the_hub(path, name):
     model = tiny_llama()
     model.name_or_path = path or ""
     assert (
-        pyreft.get_reft_model(model, pyreft.ReftConfig(layers=[1])).peft_config["default"].base_model_name_or_path
+        pyreft.get_reft_model(model, pyreft.ReftConfig(layers=[1], intervention="loreft"))
+        .peft_config["default"]
+        .base_model_name_or_path
         == name
     )
 

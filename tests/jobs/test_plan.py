@@ -57,7 +57,7 @@ def saved(tmp_path, name, side="right"):
 
 
 def prepared(data, **settings):
-    defaults = {"layers": "2;3", "positions": "l4", "rank": 2, "batch_size": 4, "epochs": 1}
+    defaults = {"intervention": "loreft", "layers": "2;3", "positions": "l4", "rank": 2, "batch_size": 4, "epochs": 1}
     return PreparedJob(TrainingJob(data=str(data), **defaults | settings))
 
 
@@ -245,7 +245,9 @@ def test_what_cannot_be_planned(data, tmp_path):
 def test_the_command_prints_a_table(data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    printed = run("plan", "--data", data, "--layers", "2;3", "--positions", "f1+l2", "--batch-size", 4).stdout
+    printed = run(
+        "plan", "--data", data, "--intervention", "loreft", "--layers", "2;3", "--positions", "f1+l2", "--batch-size", 4
+    ).stdout
     lines = [line.split() for line in printed.splitlines()]
     assert [line[0] for line in lines if line and line[0] in (*RULES, "f1+l2")] == [*RULES, "f1+l2"]
     expected = make_plan(prepared(data, positions="f1+l2"), ["f1+l2"], timed=False)
@@ -261,7 +263,7 @@ def test_the_command_takes_the_file_of_a_training(data, tmp_path):
     settings = f"data: {data}\noutput: {tmp_path}\nlayers: 1\npositions: L2\nreach_memory: 100KB\n"
     (tmp_path / "a.yaml").write_text(settings)
     found = json.loads(run("plan", "--config", tmp_path / "a.yaml", "--epochs", 3, "--json").stdout)
-    assert (found["rows"], found["epochs"], found["skipped"], found["budget_bytes"]) == (10, 3, 2, 100_000)
+    assert (found["rows"], found["epochs"], found["skipped"], found["budget_bytes"]) == (10, 3, 1, 100_000)
     assert [cost["positions"] for cost in found["costs"]] == [*RULES, "L2"]
     printed = run("plan", "--config", tmp_path / "a.yaml").stdout
     assert "What does not fit in memory is computed again in each epoch; --reach-memory" in printed
@@ -288,7 +290,18 @@ def test_a_training_says_what_it_will_cost(tmp_path, positions, line):
     long = "Tell me what you know about the place where I can see a whale and a castle in the big blue sea."
     path = tmp_path / "long.jsonl"
     path.write_text("".join(json.dumps({"prompt": long, "completion": word}) + "\n" for word in ("yes", "no")))
-    arguments = ("train", "--data", path, "--positions", positions, "--epochs", 1, "--overwrite")
+    arguments = (
+        "train",
+        "--data",
+        path,
+        "--positions",
+        positions,
+        "--component",
+        "block_output",
+        "--epochs",
+        1,
+        "--overwrite",
+    )
     output = ("--output", tmp_path / "out")
     plan = make_plan(prepared(path, batch_size=8), ["l2", "l8", "l20"], timed=False)
     shares = {cost.positions: f"{100 * cost.share:.0f} %" for cost in plan.costs}
@@ -299,7 +312,20 @@ def test_a_training_says_what_it_will_cost(tmp_path, positions, line):
 
 def test_a_training_of_whole_rows_says_so(data, tmp_path):
     base = saved(tmp_path, "mamba")
-    arguments = ("train", "--data", data, "--model", base, "--epochs", 1, "--overwrite", "--output", tmp_path / "out")
+    arguments = (
+        "train",
+        "--data",
+        data,
+        "--model",
+        base,
+        "--intervention",
+        "loreft",
+        "--epochs",
+        1,
+        "--overwrite",
+        "--output",
+        tmp_path / "out",
+    )
     assert (
         "Rows of this model cannot be computed in part, so each step computes whole ones, whatever the rule, in 2 of 4 "
         "layers; the 2 below the first edit are computed once."

@@ -62,7 +62,7 @@ def test_padding_and_short_prompts(tokenizer, mode, added):
 
 def test_the_added_token_changes_no_number(tokenizer):
     model = pyreft.get_reft_model(
-        pocket.load()[0], pyreft.ReftConfig(positions="l1", layers=[2, 3], low_rank_dimension=4)
+        pocket.load()[0], pyreft.ReftConfig(positions="l1", layers=[2, 3], low_rank_dimension=4, intervention="loreft")
     )
     collate = pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer))
     losses = []

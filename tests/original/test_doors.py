@@ -78,5 +78,5 @@ def test_the_label_without_loss():
 
 
 def test_parameters_of_any_module_are_counted(model):
-    config = pyreft.ReftConfig(layers=1, positions="l1", low_rank_dimension=4)
+    config = pyreft.ReftConfig(layers=1, positions="l1", low_rank_dimension=4, intervention="loreft")
     assert count_parameters(pyreft.get_reft_model(model, config)) == 2 * 32 * 4 + 4

@@ -49,11 +49,13 @@ def test_interventions_by_the_originals_keys(model):
     ],
 )
 def test_each_intervention_has_a_key_of_its_own(model, places):
-    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(**{"low_rank_dimension": 2} | places))
+    adapted = pyreft.get_reft_model(
+        model, pyreft.ReftConfig(**{"intervention": "loreft", "low_rank_dimension": 2} | places)
+    )
     expected = adapted.peft_config["default"].expand(4)
     assert list(adapted.interventions) == legacy_keys(expected)
     assert len(set(adapted.interventions.values())) == len(expected)
-    adapted.add_adapter("other", pyreft.ReftConfig(layers=[0]))
+    adapted.add_adapter("other", pyreft.ReftConfig(layers=[0], intervention="loreft"))
     adapted.set_adapter("other")
     assert list(adapted.interventions) == ["layer_0_comp_block_output_unit_pos_nunit_1#0"]
 

@@ -47,7 +47,9 @@ def frozen(base):
 
 
 def adapt(model, **config):
-    return peft.get_peft_model(model, pyreft.ReftConfig(**{"low_rank_dimension": 2, "positions": "f1+l2"} | config))
+    return peft.get_peft_model(
+        model, pyreft.ReftConfig(**{"intervention": "loreft", "low_rank_dimension": 2, "positions": "f1+l2"} | config)
+    )
 
 
 def result(output):

@@ -141,7 +141,7 @@ def test_the_trainer_of_transformers_with_a_callback(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM"])
 def test_a_model_of_peft(tokenizer, tmp_path, capsys, task):
-    config = pyreft.ReftConfig(layers=[1], positions="l1", low_rank_dimension=2, task_type=task)
+    config = pyreft.ReftConfig(layers=[1], positions="l1", low_rank_dimension=2, task_type=task, intervention="loreft")
     trainer = pyreft.ReftTrainer(
         model=peft.get_peft_model(tiny_llama(), config),
         args=TrainingArguments(output_dir=str(tmp_path), num_train_epochs=1, report_to="none", disable_tqdm=True),

@@ -138,7 +138,9 @@ def test_what_an_epoch_did_without_makes_room():
 
 def test_what_each_adapter_needs_is_held():
     adapted = adapt(tiny_llama(), layers=[2], positions="l1")
-    adapted.add_adapter("other", pyreft.ReftConfig(layers=[0], positions="l3", low_rank_dimension=2))
+    adapted.add_adapter(
+        "other", pyreft.ReftConfig(layers=[0], positions="l3", low_rank_dimension=2, intervention="loreft")
+    )
     reach = Reach(adapted)
     batch = batch_of(rows_of(*LENGTHS), "left")
     for name in ("default", "other"):
@@ -332,7 +334,9 @@ def test_a_change_in_place_is_seen_within_an_epoch():
 def test_another_active_adapter():
     adapted = adapt(tiny_llama(), layers=[2], positions="l1")
     torch.manual_seed(5)
-    adapted.add_adapter("other", pyreft.ReftConfig(layers=[0], positions="l3", low_rank_dimension=2))
+    adapted.add_adapter(
+        "other", pyreft.ReftConfig(layers=[0], positions="l3", low_rank_dimension=2, intervention="loreft")
+    )
     reach = Reach(adapted)
     batch = batch_of(rows_of(*LENGTHS), "left")
     for name, kept in (("default", 3), ("other", 1), ("default", 3)):
@@ -722,7 +726,9 @@ def test_a_loss_of_the_base_models_own_is_kept():
 
 def test_active_adapters_of_different_sizes():
     adapted = adapt(tiny_llama(), layers=[1, 2], positions="l1")
-    adapted.add_adapter("other", pyreft.ReftConfig(layers=[2], positions="l3", low_rank_dimension=2))
+    adapted.add_adapter(
+        "other", pyreft.ReftConfig(layers=[2], positions="l3", low_rank_dimension=2, intervention="loreft")
+    )
     adapted.base_model.set_adapter(["default", "other"])
     assert_whole(adapted, "different numbers of interventions")
 

@@ -18,7 +18,16 @@ from pyreft.files.checkpoints import check_complete, last_complete
 from pyreft.jobs.job import PreparedJob, TrainingJob
 from pyreft.training.checkpointing import CheckpointingTrainer
 
-SMALL = {"layers": "3", "positions": "l1", "rank": 2, "epochs": 3, "batch_size": 5, "lr": 0.01, "save_steps": 2}
+SMALL = {
+    "intervention": "loreft",
+    "layers": "3",
+    "positions": "l1",
+    "rank": 2,
+    "epochs": 3,
+    "batch_size": 5,
+    "lr": 0.01,
+    "save_steps": 2,
+}
 NEEDED = [
     "adapter_config.json",
     "adapter_model.safetensors",
@@ -125,7 +134,9 @@ def test_where_none_is_left_it_is_told(out, tmp_path):
 
 def trainer_of(directory, kind, steps):
     torch.manual_seed(0)
-    adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(layers=[1], positions="l1", low_rank_dimension=2))
+    adapted = pyreft.get_reft_model(
+        tiny_llama(), pyreft.ReftConfig(layers=[1], positions="l1", low_rank_dimension=2, intervention="loreft")
+    )
     rows = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": [-100, 6, 7]}] * 4
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True}
     arguments = TrainingArguments(directory, max_steps=steps, save_steps=1, save_total_limit=2, **quiet)

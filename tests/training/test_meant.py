@@ -27,7 +27,13 @@ SEVERAL = ONE.masked_fill(torch.arange(8) == 5, -100)
 
 
 def adapted(**changes):
-    settings = {"layers": [2], "positions": "l2", "low_rank_dimension": 2, "task_type": "CAUSAL_LM"}
+    settings = {
+        "intervention": "loreft",
+        "layers": [2],
+        "positions": "l2",
+        "low_rank_dimension": 2,
+        "task_type": "CAUSAL_LM",
+    }
     return pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(**settings | changes)).train()
 
 
@@ -82,7 +88,7 @@ def test_trl_on_every_token_is_told(tmp_path):
         train_dataset=Dataset.from_dict(
             {"text": [pocket.PROMPT_TEMPLATE % p["prompt"] + p["completion"] for p in pairs]}
         ),
-        peft_config=pyreft.ReftConfig(layers=[3], positions="l4", low_rank_dimension=2),
+        peft_config=pyreft.ReftConfig(layers=[3], positions="l4", low_rank_dimension=2, intervention="loreft"),
     )
     with pytest.warns(UserWarning, match="no prompt is found in it.*completion_only_loss"):
         trainer.train()
@@ -92,7 +98,9 @@ def test_a_plain_collator_for_language_models_is_told():
     tokenizer = pocket.load()[1]
     rows = [tokenizer("What is a cat? A cat.")]
     batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)
-    model = pyreft.get_reft_model(pocket.load()[0], pyreft.ReftConfig(layers=[3], low_rank_dimension=2)).train()
+    model = pyreft.get_reft_model(
+        pocket.load()[0], pyreft.ReftConfig(layers=[3], low_rank_dimension=2, intervention="loreft")
+    ).train()
     with pytest.warns(UserWarning, match="no prompt is found"):
         model(**batch)
 
@@ -112,7 +120,12 @@ def classifier():
 @pytest.mark.parametrize("named", [None, ["score"]])
 def test_the_head_of_a_classifier_is_trained_and_saved(tmp_path, named):
     config = pyreft.ReftConfig(
-        layers=[1], positions="l1", low_rank_dimension=4, task_type="SEQ_CLS", modules_to_save=named
+        layers=[1],
+        positions="l1",
+        low_rank_dimension=4,
+        task_type="SEQ_CLS",
+        modules_to_save=named,
+        intervention="loreft",
     )
     model = pyreft.get_reft_model(classifier(), config)
     trained = [name for name, p in model.named_parameters() if p.requires_grad and "reft" not in name]
@@ -133,7 +146,7 @@ def test_resized_embeddings_are_saved_only_if_asked_for(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "base")
     base = type(tiny_llama()).from_pretrained(tmp_path / "base")
     base.resize_token_embeddings(100)
-    model = pyreft.get_reft_model(base, pyreft.ReftConfig(layers=[1], low_rank_dimension=2))
+    model = pyreft.get_reft_model(base, pyreft.ReftConfig(layers=[1], low_rank_dimension=2, intervention="loreft"))
     with pytest.warns(UserWarning, match=r"The embeddings have 100 rows, those of .*base 96. They are not saved with"):
         model.save(tmp_path / "plain")
     assert all("reft_" in name for name in load_file(tmp_path / "plain" / "adapter_model.safetensors"))

@@ -19,7 +19,9 @@ def rows(seed):
 
 def trainer(directory, **changes):
     torch.manual_seed(1)
-    model = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4))
+    model = pyreft.get_reft_model(
+        tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4, intervention="loreft")
+    )
     settings = {
         "num_train_epochs": 4,
         "per_device_train_batch_size": 8,

@@ -53,7 +53,7 @@ def arguments(directory, **changes):
 
 def trained(tokenizer, directory, locations=False, resume=None, **changes):
     torch.manual_seed(1)
-    config = pyreft.ReftConfig(positions="l1", low_rank_dimension=4)
+    config = pyreft.ReftConfig(positions="l1", low_rank_dimension=4, intervention="loreft")
     adapted = pyreft.get_reft_model(tiny_llama(), config)
     trainer = pyreft.ReftTrainerForCausalLM(
         model=adapted,
@@ -104,7 +104,7 @@ def test_a_second_training_into_the_same_directory_replaces_its_checkpoints(toke
 @pytest.mark.parametrize("number", [1, 3])
 def test_a_wrong_number_of_interventions_is_told_in_training(tokenizer, tmp_path, number):
     prompts, answers = [pocket.PROMPT_TEMPLATE % "Why?"] * 2, ["So.", "Thus."]
-    config = pyreft.ReftConfig(layers=[1, 2], positions="l1", low_rank_dimension=4)
+    config = pyreft.ReftConfig(layers=[1, 2], positions="l1", low_rank_dimension=4, intervention="loreft")
     trainer = pyreft.ReftTrainerForCausalLM(
         model=pyreft.get_reft_model(pocket.load()[0], config),
         tokenizer=tokenizer,
@@ -116,7 +116,9 @@ def test_a_wrong_number_of_interventions_is_told_in_training(tokenizer, tmp_path
 
 
 def test_transformers_own_trainer_takes_an_adapted_model(tokenizer, tmp_path):
-    adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4))
+    adapted = pyreft.get_reft_model(
+        tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4, intervention="loreft")
+    )
     trainer = Trainer(
         model=adapted,
         args=arguments(tmp_path, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True),
@@ -139,7 +141,9 @@ def test_the_original_s_signature_of_compute_loss(tokenizer, tmp_path):
 
     rows = examples(True).add_column("id", list(range(16)))
     trainer = Halved(
-        model=pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4)),
+        model=pyreft.get_reft_model(
+            tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4, intervention="loreft")
+        ),
         tokenizer=tokenizer,
         args=arguments(tmp_path, num_train_epochs=1, remove_unused_columns=False, gradient_accumulation_steps=2),
         train_dataset=rows,
@@ -157,7 +161,9 @@ def test_the_original_s_signature_of_compute_loss(tokenizer, tmp_path):
 
 
 def test_trained_parameters_that_no_adapter_holds_are_told(tmp_path):
-    adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4))
+    adapted = pyreft.get_reft_model(
+        tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4, intervention="loreft")
+    )
     adapted.model.model.norm.weight.requires_grad = True
     with pytest.warns(UserWarning, match=r"1 trained parameters of the base model, such as model\.norm\.weight"):
         adapted.save(tmp_path / "saved")

@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*pin_memory.*"),
     pytest.mark.filterwarnings("ignore:.*(gradient|activation)_checkpointing.* is deprecated:FutureWarning"),
 ]
-CONFIG = {"layers": [1, 2, 3], "positions": "l4", "low_rank_dimension": 4}
+CONFIG = {"intervention": "loreft", "layers": [1, 2, 3], "positions": "l4", "low_rank_dimension": 4}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_packed_rows_train_what_padded_ones_do(tokenizer, tmp_path):
             processing_class=tokenizer,
             args=trl.SFTConfig(**arguments, **form),
             train_dataset=Dataset.from_dict(rows),
-            peft_config=pyreft.ReftConfig(positions="f2+l3", low_rank_dimension=4),
+            peft_config=pyreft.ReftConfig(positions="f2+l3", low_rank_dimension=4, intervention="loreft"),
         )
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])

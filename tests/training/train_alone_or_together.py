@@ -71,7 +71,7 @@ def main(base: str, directory: str, batch_size: int, way: str = "") -> None:
     arguments = arguments_of(directory, batch_size, way)
     model = AutoModelForCausalLM.from_pretrained(base)
     torch.manual_seed(1)
-    model = pyreft.get_reft_model(model, pyreft.ReftConfig(positions="l2", low_rank_dimension=4))
+    model = pyreft.get_reft_model(model, pyreft.ReftConfig(positions="l2", low_rank_dimension=4, intervention="loreft"))
     ids = torch.randint(3, 96, (32, 10), generator=torch.Generator().manual_seed(2)).tolist()
     rows = [{"input_ids": row, "labels": [-100] * 6 + row[6:]} for row in ids]
     held_out = rows[:8]

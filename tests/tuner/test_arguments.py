@@ -20,7 +20,7 @@ TEXT = RIGHT_MASK.bool()
 
 
 def adapt(positions="l2", **config):
-    config = {"positions": positions, "low_rank_dimension": 3, **config}
+    config = {"intervention": "loreft", "positions": positions, "low_rank_dimension": 3, **config}
     return shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(**config))).eval()
 
 
@@ -157,7 +157,7 @@ def test_an_adapter_that_goes_while_a_call_runs(rows, away):
 
 def test_an_adapter_that_no_call_uses_goes():
     adapted = adapt("all")
-    adapted.add_adapter("b", pyreft.ReftConfig(positions="all", low_rank_dimension=2))
+    adapted.add_adapter("b", pyreft.ReftConfig(positions="all", low_rank_dimension=2, intervention="loreft"))
     expected = logits(adapted.generate(IDS, **GREEDY))
 
     def drop(ids, scores):

@@ -9,7 +9,7 @@ import pyreft
 from conftest import tiny_llama
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
-CONFIG = {"positions": "f1+l2", "low_rank_dimension": 4}
+CONFIG = {"intervention": "loreft", "positions": "f1+l2", "low_rank_dimension": 4}
 
 
 def trained(model, steps=15):

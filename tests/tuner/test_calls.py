@@ -25,7 +25,8 @@ def tenants():
     """A model with three adapters of different rules, the first one active."""
     torch.manual_seed(0)
     first, *others = (
-        (name, pyreft.ReftConfig(layers=[1, 3], positions=rule, low_rank_dimension=2)) for name, rule in RULES.items()
+        (name, pyreft.ReftConfig(layers=[1, 3], positions=rule, low_rank_dimension=2, intervention="loreft"))
+        for name, rule in RULES.items()
     )
     adapted = pyreft.get_reft_model(tiny_llama(), first[1], adapter_name=first[0])
     for name, config in others:

@@ -31,7 +31,9 @@ def batch(prompts):
     ],
 )
 def test_one_graph_trains_the_same(prompts, rule, place):
-    config = pyreft.ReftConfig(positions=rule, low_rank_dimension=4, share_weights=False, **place)
+    config = pyreft.ReftConfig(
+        positions=rule, low_rank_dimension=4, share_weights=False, **{"intervention": "loreft"} | place
+    )
     model = shaken(pyreft.get_reft_model(tiny_llama(), config))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     results = []
@@ -49,7 +51,11 @@ def test_one_graph_trains_the_same(prompts, rule, place):
 
 def test_other_tokens_and_weights_need_no_other_graph(prompts):
     """Which tokens are edited, and with what, are inputs of the graph."""
-    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4)))
+    model = shaken(
+        pyreft.get_reft_model(
+            tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4, intervention="loreft")
+        )
+    )
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     inputs = batch(prompts)
     for ends in (2, 3, 4):
@@ -67,7 +73,10 @@ def test_other_tokens_and_weights_need_no_other_graph(prompts):
 def test_rows_with_adapters_of_their_own(prompts, names):
     """Two rules that are stacked and one that is not, and rows without any."""
     rules = {"a": "l2", "b": "l2", "c": "all"}
-    configs = {name: pyreft.ReftConfig(positions=rule, low_rank_dimension=4) for name, rule in rules.items()}
+    configs = {
+        name: pyreft.ReftConfig(positions=rule, low_rank_dimension=4, intervention="loreft")
+        for name, rule in rules.items()
+    }
     model = pyreft.get_reft_model(tiny_llama(), configs["a"], adapter_name="a")
     model.add_adapter("b", configs["b"])
     model.add_adapter("c", configs["c"])
@@ -81,7 +90,11 @@ def test_rows_with_adapters_of_their_own(prompts, names):
 
 
 def test_one_graph_without_a_mask_and_with_a_cache():
-    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4)))
+    model = shaken(
+        pyreft.get_reft_model(
+            tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4, intervention="loreft")
+        )
+    )
     ids = torch.randint(3, 96, (2, 7))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -96,7 +109,9 @@ def test_one_graph_without_a_mask_and_with_a_cache():
 def test_a_compiled_model_in_threads(prompts):
     """Of a graph that breaks, what is left in Python finds the call of its thread, too."""
     base = tiny_llama(num_hidden_layers=2)
-    model = shaken(pyreft.get_reft_model(base, pyreft.ReftConfig(positions="l2", low_rank_dimension=4)))
+    model = shaken(
+        pyreft.get_reft_model(base, pyreft.ReftConfig(positions="l2", low_rank_dimension=4, intervention="loreft"))
+    )
     base.model.layers[0].register_forward_hook(lambda *_: torch._dynamo.graph_break())
     compiled = torch.compile(model, backend="eager")
     rows = [torch.tensor([row]) for row in prompts[:2]]
@@ -115,7 +130,11 @@ def test_a_compiled_model_in_threads(prompts):
 
 
 def test_packed_rows_break_the_graph_and_are_right():
-    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4)))
+    model = shaken(
+        pyreft.get_reft_model(
+            tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4, intervention="loreft")
+        )
+    )
     inputs = {"input_ids": torch.randint(3, 96, (1, 9)), "use_cache": False}
     inputs["position_ids"] = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     with torch.no_grad():
@@ -125,14 +144,22 @@ def test_packed_rows_break_the_graph_and_are_right():
 
 @pytest.mark.slow  # the C++ compiler
 def test_with_the_default_compiler(prompts):
-    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4)))
+    model = shaken(
+        pyreft.get_reft_model(
+            tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4, intervention="loreft")
+        )
+    )
     output = torch.compile(model, fullgraph=True)(**batch(prompts))
     torch.testing.assert_close(output.logits, model(**batch(prompts)).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_one_step_of_decoding_is_the_base_models_graph():
     """With a static cache: prefill is edited, and what is compiled for decoding has no edit in it."""
-    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4)))
+    model = shaken(
+        pyreft.get_reft_model(
+            tiny_llama(), pyreft.ReftConfig(positions="f1+l2", low_rank_dimension=4, intervention="loreft")
+        )
+    )
     ids = torch.randint(3, 96, (2, 7))
     greedy = {"max_new_tokens": 6, "do_sample": False}
     expected = model.generate(input_ids=ids, **greedy)

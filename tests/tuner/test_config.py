@@ -10,19 +10,44 @@ READY = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2)
 TANH = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2, act_fn="tanh")
 
 
+def test_what_is_edited_if_nothing_is_said():
+    def said(**settings):
+        config = pyreft.ReftConfig(**settings)
+        return config.intervention, config.low_rank_dimension, config.component, config.positions
+
+    assert said() == ("lora", 1, ["value_output", "attention_output"], "l16")
+    assert said(intervention="lora", low_rank_dimension=3)[1] == 3
+    assert said(intervention="loreft") == ("loreft", 8, "block_output", "l16")
+    assert said(component="mlp_output") == ("loreft", 8, "mlp_output", "l16")
+    assert said(intervention="red")[1:3] == (None, "block_output")
+
+
+def test_places_that_name_no_formula_are_the_originals():
+    config = pyreft.ReftConfig(
+        representations=[{"layer": 1}, {"layer": 1, "intervention": "lora"}, {"layer": 2, "intervention": "bias"}]
+    )
+    found = [(place.intervention, place.component, place.low_rank_dimension) for place in config.representations]
+    lora = [("lora", component, 1) for component in ("value_output", "attention_output")]
+    assert found == [("loreft", "block_output", 8), *lora, ("bias", "block_output", None)]
+    ranked = pyreft.ReftConfig(
+        representations=[{"layer": 1}, {"layer": 1, "intervention": "lora"}], low_rank_dimension=5
+    )
+    assert {place.low_rank_dimension for place in ranked.representations} == {5}
+
+
 @pytest.mark.parametrize(
     ("layers", "expected"),
     [("all", "all"), (3, [3]), ([1, 2], [1, 2]), ((0,), [0]), ("3;9;18", [3, 9, 18]), ("1, 2", [1, 2])],
 )
 def test_layers(layers, expected):
-    assert pyreft.ReftConfig(layers=layers).layers == expected
+    assert pyreft.ReftConfig(layers=layers, intervention="loreft").layers == expected
 
 
 def test_layers_as_peft_calls_them():
-    assert pyreft.ReftConfig(layers_to_transform=[1, 2]).layers == [1, 2]
-    assert pyreft.ReftConfig(layers_to_transform=0).layers == [0]
+    assert pyreft.ReftConfig(layers_to_transform=[1, 2], intervention="loreft").layers == [1, 2]
+    assert pyreft.ReftConfig(layers_to_transform=0, intervention="loreft").layers == [0]
     with pytest.raises(pyreft.ReftError, match="layers: layers are 3 and layers_to_transform 4; give one"):
-        pyreft.ReftConfig(layers=3, layers_to_transform=4)
+        pyreft.ReftConfig(layers=3, layers_to_transform=4, intervention="loreft")
     with pytest.raises(pyreft.ReftError, match="each of the representations names its own layer"):
         pyreft.ReftConfig(representations={"layer": 1}, layers_to_transform=1)
 
@@ -72,16 +97,16 @@ def test_where_an_edit_cannot_begin(model, settings, message):
 
 
 def test_places_in_their_order():
-    tied = pyreft.ReftConfig(layers=[1, 3], positions="f2+l3").expand(4)
+    tied = pyreft.ReftConfig(layers=[1, 3], positions="f2+l3", intervention="loreft").expand(4)
     assert [(place.layer, place.side) for place in tied] == [(1, None), (3, None)]
-    untied = pyreft.ReftConfig(layers="all", positions="f2+l3", share_weights=False).expand(2)
+    untied = pyreft.ReftConfig(layers="all", positions="f2+l3", share_weights=False, intervention="loreft").expand(2)
     assert [(place.layer, place.side) for place in untied] == [
         (0, "prefix"),
         (1, "prefix"),
         (0, "suffix"),
         (1, "suffix"),
     ]
-    assert len(pyreft.ReftConfig(positions="l3", share_weights=False).expand(2)) == 2
+    assert len(pyreft.ReftConfig(positions="l3", share_weights=False, intervention="loreft").expand(2)) == 2
 
 
 def test_entries_take_what_they_do_not_say_from_the_config():

@@ -64,7 +64,7 @@ def test_a_rule_of_ones_own_sees_the_whole_prompt(many):
     def after_a_large_id(prompt, input_ids):
         return prompt & (input_ids.roll(1, -1) > 48) & (prompt.cumsum(-1) > 1)
 
-    config = pyreft.ReftConfig(positions=after_a_large_id, low_rank_dimension=4)
+    config = pyreft.ReftConfig(positions=after_a_large_id, low_rank_dimension=4, intervention="loreft")
     model = shaken(pyreft.get_reft_model(tiny_llama(), config))
     with model.disable_adapter():
         plain = alone(model, many)
@@ -74,7 +74,9 @@ def test_a_rule_of_ones_own_sees_the_whole_prompt(many):
 
 def test_another_adapter_finds_no_keys_of_the_first(many):
     """The manager and its cache live on, and the adapter is another."""
-    model = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="f4", low_rank_dimension=4))
+    model = pyreft.get_reft_model(
+        tiny_llama(), pyreft.ReftConfig(positions="f4", low_rank_dimension=4, intervention="loreft")
+    )
     model.add_adapter("other", pyreft.ReftConfig(positions="l2", intervention="red"))
     shaken(model)
     results = []
@@ -100,7 +102,7 @@ def test_a_manager_from_before_the_adapter_is_refused(many):
     config = small_blocks(max_batch_tokens=32)
     settings = {"generation_config": GenerationConfig(**GREEDY, eos_token_id=-1, pad_token_id=0), "warmup": False}
     base.generate_batch(inputs=many, continuous_batching_config=config, persistent_manager=True, **settings)
-    model = pyreft.get_reft_model(base, pyreft.ReftConfig(positions="l1"))
+    model = pyreft.get_reft_model(base, pyreft.ReftConfig(positions="l1", intervention="loreft"))
     with pytest.raises(pyreft.ReftError, match="keeps a manager from before it was adapted"):
         model.generate_batch(inputs=many, continuous_batching_config=config, **settings)
     base.destroy_cached_continuous_batching_manager()

@@ -24,7 +24,7 @@ def tokenizer():
 @pytest.fixture(params=["f1+l2", "all"])
 def adapted(request):
     torch.manual_seed(0)
-    config = pyreft.ReftConfig(positions=request.param, low_rank_dimension=2, layers=[1, 3])
+    config = pyreft.ReftConfig(positions=request.param, low_rank_dimension=2, layers=[1, 3], intervention="loreft")
     return shaken(pyreft.get_reft_model(pocket.load()[0], config))
 
 

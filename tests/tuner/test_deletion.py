@@ -19,7 +19,9 @@ def classifier():
 
 def reft(head=True):
     saved = ["score"] if head else None
-    return pyreft.ReftConfig(layers=[0, 1], positions="l2", low_rank_dimension=4, modules_to_save=saved)
+    return pyreft.ReftConfig(
+        layers=[0, 1], positions="l2", low_rank_dimension=4, modules_to_save=saved, intervention="loreft"
+    )
 
 
 def lora(head=True):

@@ -32,8 +32,8 @@ def test_a_walk_over_all_modules(component):
 
 
 def test_the_status_names_the_method():
-    model = peft.get_peft_model(tiny_llama(), pyreft.ReftConfig(layers=[1]))
-    model.add_adapter("second", pyreft.ReftConfig(layers=[2]))
+    model = peft.get_peft_model(tiny_llama(), pyreft.ReftConfig(layers=[1], intervention="loreft"))
+    model.add_adapter("second", pyreft.ReftConfig(layers=[2], intervention="loreft"))
     status = model.get_model_status()
     assert status.peft_types == {"default": "REFT", "second": "REFT"}
     assert status.num_adapter_layers == 2

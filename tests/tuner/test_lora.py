@@ -345,7 +345,7 @@ def test_several_components():
     for given in ("query_output, mlp_output", ["query_output", "mlp_output"], ("query_output", "mlp_output")):
         assert pyreft.ReftConfig(component=given).component == ["query_output", "mlp_output"]
     assert pyreft.ReftConfig(component=["mlp_output"]).component == "mlp_output"
-    assert pyreft.ReftConfig().component == "block_output"
+    assert pyreft.ReftConfig(intervention="loreft").component == "block_output"
     place = {"layer": 1, "component": ["query_output", "block_output"], "low_rank_dimension": 2}
     config = pyreft.ReftConfig(representations=[place, {"layer": 0, "intervention": "lora"}])
     assert [(entry.layer, entry.component) for entry in config.representations] == [

@@ -15,7 +15,9 @@ INTERVENTIONS += ["red", "bias", "reftr1", "road", "lofit", "jola", "lora"]
 
 
 def config(**changes):
-    return pyreft.ReftConfig(**{"layers": [1, 3], "positions": "l2", "low_rank_dimension": 4} | changes)
+    return pyreft.ReftConfig(
+        **{"intervention": "loreft", "layers": [1, 3], "positions": "l2", "low_rank_dimension": 4} | changes
+    )
 
 
 def logits(model):

@@ -44,7 +44,7 @@ def together(told_by, labels=True, groups=((0, 1, 2, 3),)):
 
 
 def adapted(rule, **changes):
-    config = pyreft.ReftConfig(positions=rule, low_rank_dimension=4, **changes)
+    config = pyreft.ReftConfig(positions=rule, low_rank_dimension=4, **{"intervention": "loreft"} | changes)
     return shaken(pyreft.get_reft_model(tiny_llama(), config))
 
 
@@ -129,7 +129,11 @@ def test_positions_that_count_on_are_one_text():
 def test_rows_packed_by_a_mask_of_four_dimensions(kind, positions):
     """Each example is edited as in a row of its own, whether its positions begin anew or not."""
     torch.manual_seed(0)
-    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l2", low_rank_dimension=2)))
+    model = shaken(
+        pyreft.get_reft_model(
+            tiny_llama(), pyreft.ReftConfig(positions="l2", low_rank_dimension=2, intervention="loreft")
+        )
+    )
     lengths, ids = (6, 4), torch.randint(3, 96, (1, 10))
     allowed = torch.block_diag(*(torch.ones(n, n).tril() for n in lengths)).bool()[None, None]
     mask = allowed if kind is torch.bool else torch.zeros(1, 1, 10, 10).masked_fill(~allowed, -1e9)
@@ -142,6 +146,10 @@ def test_rows_packed_by_a_mask_of_four_dimensions(kind, positions):
 
 
 def test_examples_that_see_each_other_through_a_cache_are_told():
-    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l2", low_rank_dimension=2)))
+    model = shaken(
+        pyreft.get_reft_model(
+            tiny_llama(), pyreft.ReftConfig(positions="l2", low_rank_dimension=2, intervention="loreft")
+        )
+    )
     with pytest.warns(UserWarning, match="with a cache transformers lets each of them see those before it"):
         model(input_ids=torch.randint(3, 96, (1, 5)), position_ids=torch.tensor([[0, 1, 2, 0, 1]]), use_cache=True)

@@ -121,7 +121,9 @@ def test_adapters_of_one_kind_are_edited_at_once(edits, formula, calls):
 
 def test_adapters_with_other_settings_are_a_kind_of_their_own(edits):
     adapted = many(positions="l2", adapters=["a", "b"])
-    adapted.add_adapter("c", pyreft.ReftConfig(layers=[1, 3], positions="l1", low_rank_dimension=4))
+    adapted.add_adapter(
+        "c", pyreft.ReftConfig(layers=[1, 3], positions="l1", low_rank_dimension=4, intervention="loreft")
+    )
     shaken(adapted)(torch.randint(3, 96, (3, 9)), adapter_names=["a", "b", "c"])
     assert [list(shape) for shape in edits] == [[2, 2, 32], [1, 32]] * 2
 

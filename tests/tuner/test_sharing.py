@@ -15,7 +15,9 @@ GONE = "This model's edits were taken off its base model"
 
 
 def config(**changes):
-    return pyreft.ReftConfig(**{"layers": [1, 3], "positions": "l2", "low_rank_dimension": 4} | changes)
+    return pyreft.ReftConfig(
+        **{"intervention": "loreft", "layers": [1, 3], "positions": "l2", "low_rank_dimension": 4} | changes
+    )
 
 
 def logits(model):

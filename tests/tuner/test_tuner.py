@@ -26,7 +26,7 @@ GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 def adapt(base, **config):
     ranked = "low_rank_dimension" in intervention_class(config.get("intervention", "loreft")).setting_names()
-    rank = {"low_rank_dimension": 4} if ranked else {}
+    rank = {"intervention": "loreft", **({"low_rank_dimension": 4} if ranked else {})}
     return shaken(peft.get_peft_model(base, pyreft.ReftConfig(**rank | config)))
 
 
@@ -266,7 +266,7 @@ def test_every_way_to_reload_is_bit_exact(model, tmp_path, intervention, share_w
 
 def test_saving_what_transformers_loaded_is_bit_exact(model, tmp_path):
     ids = torch.randint(3, 96, (2, 10))
-    model.add_adapter(pyreft.ReftConfig(positions="l2", low_rank_dimension=4))
+    model.add_adapter(pyreft.ReftConfig(positions="l2", low_rank_dimension=4, intervention="loreft"))
     expected = shaken(model)(ids).logits
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path)
@@ -299,7 +299,9 @@ def test_two_adapters_in_one_model(model, tmp_path):
 
 def test_training_one_step_changes_the_edits_alone(model):
     before = copy.deepcopy(model.state_dict())
-    adapted = peft.get_peft_model(model, pyreft.ReftConfig(positions="l2", low_rank_dimension=4)).train()
+    adapted = peft.get_peft_model(
+        model, pyreft.ReftConfig(positions="l2", low_rank_dimension=4, intervention="loreft")
+    ).train()
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert len(trained) == 4 * 3
     assert all("reft_" in name for name in trained)
@@ -396,7 +398,9 @@ def test_the_backbone_may_be_called_without_the_head(model):
 
 
 def test_rotations_stay_orthonormal_through_training_and_reload(model, tmp_path):
-    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(positions="l2", low_rank_dimension=4))
+    adapted = pyreft.get_reft_model(
+        model, pyreft.ReftConfig(positions="l2", low_rank_dimension=4, intervention="loreft")
+    )
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
     for _ in range(30):
         optimizer.zero_grad()
@@ -451,7 +455,9 @@ def test_several_places_of_one_layer_act_in_their_order(model):
 
 def three_adapters(rules=("l1", "f3", "all")):
     """A model with adapters a, b and c that have different places, rules and formulas."""
-    adapted = peft.get_peft_model(tiny_llama(), pyreft.ReftConfig(positions=rules[0], layers=[0, 2]), "a")
+    adapted = peft.get_peft_model(
+        tiny_llama(), pyreft.ReftConfig(positions=rules[0], layers=[0, 2], intervention="loreft"), "a"
+    )
     adapted.add_adapter("b", pyreft.ReftConfig(positions=rules[1], intervention="red", share_weights=False))
     adapted.add_adapter("c", pyreft.ReftConfig(positions=rules[2], layers=[2, 3], intervention="direft"))
     return shaken(adapted)
@@ -503,7 +509,7 @@ def test_wrong_adapter_names(names, message):
 def test_the_edits_of_active_adapters_are_summed(model):
     ids = torch.randint(3, 96, (2, 8))
     base = model(ids, output_hidden_states=True).hidden_states[3]
-    adapted = peft.get_peft_model(model, pyreft.ReftConfig(layers=[2], positions="l3"), "a")
+    adapted = peft.get_peft_model(model, pyreft.ReftConfig(layers=[2], positions="l3", intervention="loreft"), "a")
     adapted.add_adapter("b", pyreft.ReftConfig(layers=[2], positions="f6", intervention="nodireft"))
     shaken(adapted)
     states = {}
@@ -519,7 +525,9 @@ def test_the_edits_of_active_adapters_are_summed(model):
 def test_strength_multiplies_the_edit(model, strength):
     ids = torch.randint(3, 96, (2, 8))
     base = model(ids, output_hidden_states=True).hidden_states[3]
-    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(layers=[2], positions="l2", low_rank_dimension=4))
+    adapted = pyreft.get_reft_model(
+        model, pyreft.ReftConfig(layers=[2], positions="l2", low_rank_dimension=4, intervention="loreft")
+    )
     shaken(adapted)
     full = adapted(ids, output_hidden_states=True).hidden_states[3]
     weighted = adapted(ids, output_hidden_states=True, strength=strength).hidden_states[3]

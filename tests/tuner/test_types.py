@@ -12,7 +12,7 @@ HALF, FULL = torch.bfloat16, torch.float32
 
 
 def config():
-    return pyreft.ReftConfig(layers=[1, 3], positions="l2", low_rank_dimension=4)
+    return pyreft.ReftConfig(layers=[1, 3], positions="l2", low_rank_dimension=4, intervention="loreft")
 
 
 def ready(dtype):

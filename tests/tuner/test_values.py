@@ -13,7 +13,9 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
 def made(directory, base):
-    return pyreft.get_reft_model(base, pyreft.ReftConfig(layers=[1], positions="l2", low_rank_dimension=4))
+    return pyreft.get_reft_model(
+        base, pyreft.ReftConfig(layers=[1], positions="l2", low_rank_dimension=4, intervention="loreft")
+    )
 
 
 def over(directory, base):
@@ -41,7 +43,11 @@ def loaded(directory, base):
 @pytest.mark.parametrize("reader", [made, loaded, over, second, by_peft])
 def test_what_is_loaded_in_inference_mode_can_be_used_and_trained(tmp_path, reader, base_too):
     config = pyreft.ReftConfig(
-        layers=[1], positions="l2", low_rank_dimension=4, modules_to_save=["lm_head"] if reader is loaded else None
+        layers=[1],
+        positions="l2",
+        low_rank_dimension=4,
+        modules_to_save=["lm_head"] if reader is loaded else None,
+        intervention="loreft",
     )
     shaken(pyreft.get_reft_model(tiny_llama(), config)).save(tmp_path)
     torch.manual_seed(1)

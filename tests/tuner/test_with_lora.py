@@ -22,7 +22,7 @@ def with_lora():
 
 
 def config():
-    return pyreft.ReftConfig(layers=[1, 3], positions="l2", low_rank_dimension=4)
+    return pyreft.ReftConfig(layers=[1, 3], positions="l2", low_rank_dimension=4, intervention="loreft")
 
 
 def by_pyreft(lora, name):

@@ -39,7 +39,7 @@ from ..tasks.suites import GENERATED, GLUE
 from ..training.checkpointing import Checkpointing, CheckpointingTrainer, check_same_training, disk_full_as_os_error
 from ..tuner.config import ReftConfig
 from .loss_curve import PICTURE, Losses, losses_of, write_losses
-from .methods import attach, count, make_config, save
+from .methods import attach, count, learning_rate, make_config, save
 from .output import CHECKPOINTS, check_output, check_same, check_unfinished
 from .publish import check_repository, publish
 from .settings import LORA, TrainingJob, check_settings
@@ -155,6 +155,7 @@ class PreparedJob:
         self.rows = [row for _, row, out in pairs if not out]
 
     def _attach(self, model: Any) -> None:
+        self.job = replace(self.job, lr=learning_rate(self.job, model))
         set_seed(self.job.seed)
         self.model: Any = attach(model, self.config, self.job.model)
         self.reach: Reach | None = None

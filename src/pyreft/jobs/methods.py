@@ -16,11 +16,12 @@ from ..files.together import save_together
 from ..interventions import intervention_class, setting_names
 from ..model import ReftModel, get_reft_model
 from ..tuner.config import ReftConfig, ReftPeftType
-from .settings import LORA, METHODS, TrainingJob
+from ..tuner.injection import base_model_shape
+from .settings import LORA, TrainingJob
 
 _REFT_ALONE = ("layers", "positions", "component", "intervention", "share_weights")
 _LORA_ALONE = ("target_modules",)
-_ALPHA = 16  # of the method lora
+_RANK, _ALPHA = 8, 16  # of the method lora
 
 
 def make_config(job: TrainingJob) -> PeftConfig:
@@ -32,19 +33,20 @@ def make_config(job: TrainingJob) -> PeftConfig:
     if job.method == LORA:
         _refuse(job, _REFT_ALONE, "LoRA has no such setting")
         modules = job.target_modules.split(";") if job.target_modules else None
-        if job.rank < 1:
-            raise ReftError(f"expected 1 or more, got {job.rank}.", setting="rank")
+        rank = _RANK if job.rank is None else job.rank
+        if rank < 1:
+            raise ReftError(f"expected 1 or more, got {rank}.", setting="rank")
         return LoraConfig(
-            r=job.rank,
+            r=rank,
             lora_alpha=_ALPHA if job.alpha is None else job.alpha,
             lora_dropout=job.dropout,
             target_modules=modules,
         )
-    formula = METHODS[job.method] if job.method else None
-    scaled = "alpha" in setting_names(intervention_class(formula or job.intervention))[0]
+    formula = job.formula or ""
+    scaled = "alpha" in setting_names(intervention_class(formula))[0]
     alone = _LORA_ALONE if scaled else ("alpha", *_LORA_ALONE)
     _refuse(job, alone, "it is LoRA's; representation edits have no such setting")
-    if formula and job.intervention not in (formula, _default("intervention")):
+    if job.intervention not in (formula, None):
         raise ReftError(
             f"the method {job.method!r} is the formula {formula!r}, got {job.intervention!r}.", setting="intervention"
         )
@@ -52,12 +54,26 @@ def make_config(job: TrainingJob) -> PeftConfig:
         layers=job.layers,
         positions=job.positions,
         component=job.component,
-        intervention=formula or job.intervention,
-        low_rank_dimension=None if job.rank == _default("rank") else job.rank,  # a formula may have none
+        intervention=formula,
+        low_rank_dimension=job.rank,
         share_weights=job.share_weights,
         dropout=job.dropout,
         intervention_kwargs=None if job.alpha is None else {"alpha": job.alpha},
     )
+
+
+def learning_rate(job: TrainingJob, model: nn.Module) -> float:
+    """The learning rate of a job, or if it has none what suits its formula and the base model.
+
+    It is 0.001, and for LoRA at located tokens 0.008, which served widths of 192 and 576 (`benchmarks/RESULTS.md`). On
+    wider models that falls as 1/width, since a step of A is felt by as many numbers at once; that is not measured.
+    """
+    if job.lr is not None:
+        return job.lr
+    if job.formula != "lora":
+        return 1e-3
+    width = base_model_shape(model)["hidden_size"] or 0
+    return float(f"{8e-3 * 576 / max(width, 576):.2g}")
 
 
 def attach(model: nn.Module, config: PeftConfig, base: str | None) -> PeftModel:

@@ -14,6 +14,7 @@ from ..data.tally import OnError
 from ..errors import ReftError, did_you_mean
 from ..tasks.suites import GLUE, check_suite
 from ..tuner.config import DEFAULT_POSITIONS
+from ..tuner.representation import default_intervention
 
 # the paper's names, and the formula that each stands for; LoRA is here to be compared with
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
@@ -41,13 +42,15 @@ class TrainingJob:
         limit: train on the first so many examples.
         decoding: how an evaluation on the suite generates answers, if not as its shipped recipe; see `check_decoding`.
         model: the base model, see `loading.load_base`.
-        method: `loreft`, `direft` (of the paper: the formula `nodireft`) or `lora`; else as `intervention` says.
-        layers, positions, component, intervention, rank, share_weights, dropout: see `ReftConfig`; `rank` and `dropout`
-            are LoRA's, too.
+        method: `loreft`, `direft` (of the paper: the formula `nodireft`) or `lora`, PEFT's at every token; else as
+            `intervention` says.
+        layers, positions, component, intervention, rank, share_weights, dropout: see `ReftConfig`; `rank`, 8 if not
+            given, and `dropout` are the method lora's, too.
         alpha: the scale of the method `lora`, 16 if not given, or of the formula `lora`, twice the rank if not given.
         target_modules: the modules that the method `lora` adapts, as `q_proj;v_proj`; by default as PEFT knows the
             model.
-        epochs, lr, batch_size, gradient_accumulation, warmup_ratio, weight_decay, seed: of the training.
+        epochs, lr, batch_size, gradient_accumulation, warmup_ratio, weight_decay, seed: of the training; for the
+            learning rate, if it is not given, see `jobs.methods.learning_rate`.
         max_length: the most tokens of a row, the model's context if not given.
         long_rows: what becomes of rows with more: `refuse`, `cut` their prompts from the left, or `skip` them.
         format: how prompts are written: `text`, `chat` or `alpaca`; by default as the data and tokenizer suggest.
@@ -82,14 +85,14 @@ class TrainingJob:
     layers: str = "all"
     positions: str = DEFAULT_POSITIONS
     component: str | None = None
-    intervention: str = "loreft"
-    rank: int = 8
+    intervention: str | None = None
+    rank: int | None = None
     share_weights: bool = True
     dropout: float = 0.0
     alpha: float | None = None
     target_modules: str | None = None
     epochs: float = 10
-    lr: float = 1e-3
+    lr: float | None = None
     batch_size: int = 8
     gradient_accumulation: int = 1
     warmup_ratio: float = 0.0
@@ -111,6 +114,11 @@ class TrainingJob:
     report_to: str = "none"
     resume: bool = False
     overwrite: bool = False
+
+    @property
+    def formula(self) -> str | None:
+        """The formula of the edits; none if the method is LoRA at every token."""
+        return METHODS[self.method] if self.method else self.intervention or default_intervention(self.component)
 
     @property
     def reading(self) -> Reading:

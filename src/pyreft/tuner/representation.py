@@ -210,6 +210,16 @@ def read_components(given: Any) -> list[str]:
     return names
 
 
+def default_intervention(beside: Any = None) -> str:
+    """The formula if none is named: LoReFT, as in the original, beside components or places; else what learns best."""
+    return "lora" if beside is None else "loreft"
+
+
+def default_rank(cls: type[Any]) -> int:
+    """The rank of an intervention's class if none is given."""
+    return 1 if getattr(cls, "reads_input", False) else 8
+
+
 def default_component(kind: Any) -> str | list[str]:
     """Where an intervention edits, a class, its name or a ready one, if nothing is said."""
     known = kind if isinstance(kind, nn.Module) else intervention_class(kind)

@@ -12,12 +12,13 @@ from torch import nn
 
 from ..errors import ReftError
 from ..interventions import intervention_class, setting_names
-from ..jobs.methods import make_config
+from ..jobs.methods import learning_rate, make_config
 from ..jobs.settings import TrainingJob
 from ..places.components import number_of_layers
 from ..places.structure import hidden_width
 from ..positions import IGNORED, Positions
 from ..tuner.injection import make_interventions
+from ..tuner.representation import default_rank
 
 Point = dict[str, Any]
 Sizes = dict[tuple[str, str], tuple[int, int]]  # of an edit in a choice of layers, beside and for each rank
@@ -65,8 +66,9 @@ class Space:
 
     def settings(self, point: Point) -> dict[str, Any]:
         """The settings of a training that a point stands for."""
-        plain = {name: point[name] for name in ("positions", "rank", "lr", "epochs")}
-        return {**self.edits[point["edit"]], "layers": self.layers[point["layers"]], **plain}
+        edit = self.edits[point["edit"]]
+        plain = {name: point[name] for name in ("positions", "lr", "epochs", *(["rank"] if _takes_rank(edit) else []))}
+        return {**edit, "layers": self.layers[point["layers"]], **plain}
 
     def count(self, point: Point) -> int:
         """How many parameters a point has."""
@@ -120,11 +122,12 @@ def find_space(
     Raises:
         ReftError: nothing has so few parameters, or a setting that does not fit the model.
     """
-    kept = set(given)
+    kept, lr = set(given), learning_rate(job, model)
+    job = replace(job, lr=lr)
     steps = math.ceil(len(rows) / (job.batch_size * job.gradient_accumulation))
     edits = _edits(job, kept)
     layers = {job.layers: job.layers} if "layers" in kept else _layers(number_of_layers(model))
-    rank = (job.rank, job.rank)
+    rank = (own := _rank(job), own)
     if "rank" not in kept and any(_takes_rank(settings) for settings in edits.values()):
         rank = _RANKS[0], min(_RANKS[1], hidden_width(model))
     sizes = {key: size for edit in edits for key, size in _sizes(model, edit, edits[edit], job, layers).items()}
@@ -135,7 +138,7 @@ def find_space(
         layers={name: layers[name] for name in layers if any(name == own for _, own in sizes)},
         positions=(job.positions,) if "positions" in kept else _positions(rows, job.positions),
         rank=rank,
-        lr=(job.lr, job.lr) if "lr" in kept else (min(_LRS[0], job.lr), max(_LRS[1], job.lr)),
+        lr=(lr, lr) if "lr" in kept else (min(_LRS[0], lr), max(_LRS[1], lr)),
         epochs=(_whole(job.epochs), _whole(job.epochs)) if "epochs" in kept else _epochs(steps, job.epochs),
         starts=(),
         sizes=sizes,
@@ -146,7 +149,7 @@ def find_space(
 
 def _starts(space: Space, job: TrainingJob, kept: set[str]) -> tuple[Point, ...]:
     """What nobody has tuned, and what was found to do well elsewhere, each with as many parameters as it may have."""
-    default = {name: getattr(job, name) for name in ("positions", "rank", "lr")}
+    default = {"positions": job.positions, "rank": _rank(job), "lr": job.lr}
     default |= {"epochs": _whole(job.epochs), "edit": next(iter(space.edits)), "layers": next(iter(space.layers))}
     middle = _whole(round(math.sqrt(math.prod(space.epochs))))
     known = default | {name: value for name, value in (_KNOWN | {"epochs": middle}).items() if name not in kept}
@@ -184,7 +187,7 @@ def _within(sizes: Sizes, rank: tuple[int, int], most: int) -> tuple[Sizes, tupl
 def _edits(job: TrainingJob, kept: set[str]) -> dict[str, dict[str, str]]:
     """By name; the first is the job's own."""
     own = job.component or make_config(job).component
-    default = job.intervention, own if isinstance(own, str) else ",".join(own)
+    default = str(job.formula), own if isinstance(own, str) else ",".join(own)
     asked = [place for name, place in (("intervention", 0), ("component", 1)) if name in kept]
     pairs = [p for p in dict.fromkeys((default, *_EDITS)) if all(p[place] == default[place] for place in asked)]
     return {f"{formula} at {place}": {"intervention": formula, "component": place} for formula, place in pairs}
@@ -234,6 +237,11 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
+def _rank(job: TrainingJob) -> int:
+    """The rank of a job's edits, also where their formula has none and nobody asks."""
+    return default_rank(intervention_class(job.formula or "")) if job.rank is None else job.rank
+
+
 def _takes_rank(settings: Mapping[str, str]) -> bool:
     return "low_rank_dimension" in setting_names(intervention_class(settings["intervention"]))[0]
 
@@ -247,18 +255,18 @@ def _sizes(
         ReftError: the edit is the job's own, and does not fit.
     """
     whole = next(iter(layers.values()))  # which has all that are in the others
-    ranks = (1, 2) if _takes_rank(settings) else (job.rank, job.rank)
+    ranks = (1, 2) if _takes_rank(settings) else (None, None)
     try:
         one, two = (_by_layer(model, TrainingJob(layers=whole, rank=rank, **settings)) for rank in ranks)
     except ReftError:
-        if settings["intervention"] == job.intervention:
+        if settings["intervention"] == job.formula:
             raise
         return {}
     found: Sizes = {}
     for name, numbers in layers.items():
         chosen = one if numbers == whole else [int(number) for number in numbers.split(";")]
         each = sum(two[layer] - one[layer] for layer in chosen)
-        found[edit, name] = sum(one[layer] for layer in chosen) - ranks[0] * each, each
+        found[edit, name] = sum(one[layer] for layer in chosen) - each, each  # which is 0 where there is no rank
     return found
 
 

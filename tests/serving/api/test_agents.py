@@ -54,7 +54,9 @@ def served(tmp_path_factory):
         prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
         rest = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
         rows.append((torch.tensor([prompt + rest]), torch.tensor([[-100] * len(prompt) + rest])))
-    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(positions="all", low_rank_dimension=8))
+    adapted = pyreft.get_reft_model(
+        model, pyreft.ReftConfig(positions="all", low_rank_dimension=8, intervention="loreft")
+    )
     optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.01)
     for _ in range(150):
         loss = sum(adapted(input_ids=ids, labels=labels).loss for ids, labels in rows)

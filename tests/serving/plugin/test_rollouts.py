@@ -75,7 +75,7 @@ def trainer_of(rollouts, tmp_path, **more):
         reward_funcs=brief,
         args=trl.GRPOConfig(**arguments | more),
         train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
-        peft_config=pyreft.ReftConfig(layers=[1, 2, 3], positions="l4", low_rank_dimension=4),
+        peft_config=pyreft.ReftConfig(layers=[1, 2, 3], positions="l4", low_rank_dimension=4, intervention="loreft"),
         rollout_func=rollouts,
     )
 
