@@ -17,6 +17,7 @@ from ..positions import IGNORED
 from .caches import cache_of, counts, serves_requests
 from .call import GIVEN, LENGTHS, LOCATIONS, STRENGTH, Call, Reading, innermost, running
 from .continuous import Batches
+from .direct import close_door, open_door
 from .edits import Edits
 from .located import Located
 from .packed import find_packed, tell_of_cache, tokens_of
@@ -48,6 +49,7 @@ def attach(edits: Edits, batches: Batches, stacks: dict[str, nn.Module]) -> None
 def detach(edits: Edits) -> None:
     """Take every hook off a model."""
     for module in edits.model.modules():
+        close_door(edits, module)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number in [n for n, hook in hooks.items() if getattr(_owner(hook), "edits", None) is edits]:
                 del hooks[number]
@@ -78,6 +80,7 @@ class Entry:
         """Enter and leave at this module."""
         module.register_forward_pre_hook(self.before, with_kwargs=True)
         module.register_forward_hook(self.after, always_call=True)
+        open_door(self, module)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Enter a call: the one that runs, if this forward is a part of it, or a new one."""
@@ -95,6 +98,7 @@ class Entry:
             call.height, call.is_forward = len(running.frames), True
             running.frames.append(call)
         outermost = not call.entered
+        call.waiting.append((self.depth, module))
         call.entered.append(self.depth)  # from here on `after` leaves again, whatever happens
         if outermost:
             self._begin_forward(call, module)
@@ -102,12 +106,20 @@ class Entry:
             self._read(call, self.stack, module, args, named)
         return args, kwargs
 
+    def admits(self) -> nn.Module | None:
+        """The module whose forward begins now, if `before` has announced it, and none the next time."""
+        call = self._frame()
+        waits = isinstance(call, Call) and call.waiting and call.waiting[-1][0] == self.depth
+        return call.waiting.pop()[1] if waits else None
+
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Leave a call where it was entered."""
         call = self._frame()
         if not isinstance(call, Call) or not call.entered or call.entered[-1] != self.depth:
             return
         call.entered.pop()
+        if call.waiting and call.waiting[-1][0] == self.depth:  # its forward did not begin, or another took its place
+            call.waiting.pop()
         call.left.append((self.depth, self.stack))
         if self.stack is not None and (reading := call.readings.get(self.stack)) is not None:
             self._remember(call, reading, output)
