@@ -5,7 +5,7 @@ the located tokens are found, and of these the ones that lie in what the forward
 """
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .call import GIVEN, LENGTHS, LOCATIONS, STRENGTH, Call, Reading, innermost,
 from .continuous import Batches
 from .direct import close_door, open_door
 from .edits import Edits
-from .located import Located
+from .located import Located, times_of
 from .packed import find_packed, tell_of_cache, tokens_of
 from .recompute import bind, recomputes, unbind
 from .resolve import resolve
@@ -102,8 +102,11 @@ class Entry:
         call.entered.append(self.depth)  # from here on `after` leaves again, whatever happens
         if outermost:
             self._begin_forward(call, module)
-        if call.active and self.stack is not None and (outermost or self.stack):
-            self._read(call, self.stack, module, args, named)
+        if self.stack is not None and (outermost or self.stack):
+            if call.active:
+                self._read(call, self.stack, module, args, named)
+            elif call.row_adapters is not None and call.located is None:
+                self._check_rows(call, module, args, named)
         return args, kwargs
 
     def admits(self) -> nn.Module | None:
@@ -186,6 +189,11 @@ class Entry:
             needed = [one for layer in self.edits.layers if layer.stack == stack for one in layer.rotations(reading)]
             call.rotations |= orthonormalize(needed, call.rotations)
             call.rotated |= reading.at.keys()
+
+    def _check_rows(self, call: Call, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Refuse another number of names than rows where no row has an adapter, too."""
+        if (inputs := _inputs(module, args, kwargs)) is not None:
+            times_of(cast(list[str], call.row_adapters), len(inputs), call.generating and self.stack != "encoder")
 
     def _locate(self, call: Call, stack: str, past: int, inputs: Tensor, kwargs: dict) -> Located:
         if serves_requests(kwargs):
