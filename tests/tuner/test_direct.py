@@ -227,10 +227,7 @@ def test_a_library_that_calls_it(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]")
     tiny_bert().save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    modules = sentences.models.Transformer(str(tmp_path / "base"))
-    encoder = sentences.SentenceTransformer(
-        modules=[modules, sentences.models.Pooling(modules.get_word_embedding_dimension())], device="cpu"
-    )
+    encoder = sentences.SentenceTransformer(str(tmp_path / "base"), device="cpu")  # with the mean of all tokens
     texts = ["whales are old and tall", "oaks"]
     before = torch.from_numpy(encoder.encode(texts))
     encoder.add_adapter(config("f1+l1"))

@@ -95,6 +95,7 @@ class ReftTuner(BaseTuner):
                 self.check_attached()
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 representations, sites, self._sites = make_interventions(model, config)
+            self._check_places(state_dict)
         except ReftError:
             del self.peft_config[adapter_name]
             raise
@@ -106,6 +107,17 @@ class ReftTuner(BaseTuner):
         self.edits.kinds[adapter_name] = representations if stackable else None
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         leave_inference(model)
+
+    def _check_places(self, state_dict: dict[str, Tensor] | None) -> None:
+        """Refuse tensors, by whose names PEFT would choose the places, that are not those of the config."""
+        mark = f".{self.prefix}"
+        found = {key.rsplit(mark, 1)[0].removeprefix("_orig_mod.") for key in state_dict or () if mark in key}
+        if state_dict is not None and found != self._sites.keys():
+            raise ReftError(
+                f"expected tensors of the places that the config edits ({', '.join(sorted(self._sites))}), got those "
+                f"of {', '.join(sorted(found)) or 'none'}.",
+                setting="state_dict",
+            )
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
         return key in self._sites
