@@ -29,6 +29,8 @@ from .injection import check_free, detach, leave_inference, make_interventions, 
 from .layer import ReftLayer, device_of, refuse_merge, type_of
 from .values import check_values
 
+_COMPILED = "_orig_mod."  # before the paths in a model that `torch.compile` has wrapped
+
 
 class ReftTuner(BaseTuner):
     """Adds representation edits to a model, in the manner of every PEFT tuner.
@@ -111,10 +113,11 @@ class ReftTuner(BaseTuner):
     def _check_places(self, state_dict: dict[str, Tensor] | None) -> None:
         """Refuse tensors, by whose names PEFT would choose the places, that are not those of the config."""
         mark = f".{self.prefix}"
-        found = {key.rsplit(mark, 1)[0].removeprefix("_orig_mod.") for key in state_dict or () if mark in key}
-        if state_dict is not None and found != self._sites.keys():
+        found = {key.rsplit(mark, 1)[0].removeprefix(_COMPILED) for key in state_dict or () if mark in key}
+        wanted = {path.removeprefix(_COMPILED) for path in self._sites}
+        if state_dict is not None and found != wanted:
             raise ReftError(
-                f"expected tensors of the places that the config edits ({', '.join(sorted(self._sites))}), got those "
+                f"expected tensors of the places that the config edits ({', '.join(sorted(wanted))}), got those "
                 f"of {', '.join(sorted(found)) or 'none'}.",
                 setting="state_dict",
             )
@@ -132,7 +135,8 @@ class ReftTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        for site, index, intervention in self._sites[current_key]:
+        places = self._sites.get(current_key) or self._sites[_COMPILED + current_key]  # PEFT takes it off, at times
+        for site, index, intervention in places:
             name = f"{self.prefix}{site.side}"
             if not hasattr(target, name):
                 layer = ReftLayer(target, site.side, self.edits, site.stack, len(self.edits.layers))
