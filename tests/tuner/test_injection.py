@@ -69,3 +69,15 @@ def test_a_step_trains_the_edits_alone(model, ids):
     assert all("reft_" in name for name in trained)
     model.train()(input_ids=ids, labels=ids).loss.backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:While injecting the PEFT adapters:RuntimeWarning"
+)  # by paths with _orig_mod. in them
+def test_into_a_model_that_is_compiled(model, ids):
+    state = peft.get_peft_model_state_dict(model)
+    compiled = torch.compile(tiny_llama(), backend="aot_eager")
+    peft.inject_adapter_in_model(config(), compiled, state_dict=state).eval()
+    peft.set_peft_model_state_dict(compiled, {f"_orig_mod.{name}": tensor for name, tensor in state.items()})
+    expected = logits(model, ids, use_cache=False)
+    torch.testing.assert_close(logits(compiled, ids, use_cache=False), expected)
