@@ -13,7 +13,7 @@ from transformers import BatchEncoding
 
 import pyreft
 from conftest import pad, shaken, tiny_llama
-from pyreft import pocket
+from pyreft import pocket, smollm2
 
 IDS = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(5))
 OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -310,13 +310,20 @@ def test_the_model_card_shows_how_to_load(adapted, tmp_path):
     assert "loreft at the tokens" in card
 
 
-def test_a_stranger_can_use_what_the_model_card_shows(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", [None, "pocket", "smollm2"])
+def test_a_stranger_can_use_what_the_model_card_shows(tmp_path, monkeypatch, capsys, name):
+    """Also of a base model by a name that transformers does not know; the embedded one stands in for SmolLM2."""
     torch.manual_seed(0)
-    adapted = pyreft.get_reft_model(
-        pocket.load()[0], pyreft.ReftConfig(layers=[2], low_rank_dimension=2, intervention="loreft")
-    )
+    monkeypatch.setattr(smollm2, "path", pocket.path)
+    model = pocket.load()[0]
+    model.name_or_path = name or model.name_or_path
+    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(layers=[2], low_rank_dimension=2, intervention="loreft"))
     adapted.save(tmp_path)
-    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), flags=re.S)
+    card = (tmp_path / "README.md").read_text()
+    assert "base_model:" not in card
+    assert f"base = {name or 'pocket'}.path()" in card
+    assert ("pip install pyreft[smollm2]" in card) == (name == "smollm2")
+    (program,) = re.findall(r"```python\n(.*?)```", card, flags=re.S)
     monkeypatch.chdir(tmp_path)
     exec(program, {})
     assert len(capsys.readouterr().out.strip()) > 2

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 
 from . import pocket, smollm2
 from .errors import ReftError, is_disk_full
-from .files.adapter import EMBEDDED, read_config, read_config_data, read_shapes
+from .files.adapter import EMBEDDED, packaged, read_config, read_config_data, read_shapes
 from .files.record import read_record
 from .files.together import reading
 from .model import ReftModel
@@ -168,8 +167,8 @@ def base_of(adapter: str | os.PathLike) -> str:
     if name is None:
         raise ReftError(f"{adapter}: the adapter does not say what its base model is; name it.")
     # an adapter of the embedded model may come from another machine, where the package lies elsewhere
-    if not os.path.isdir(name) and Path(name).parts[-3:] == Path(pocket.path()).parts[-3:]:
-        return EMBEDDED
+    if not os.path.isdir(name) and (own := packaged(name)) is not None:
+        return own
     if os.path.isabs(name) and not os.path.isdir(name):
         raise ReftError(f"{adapter}: its base model {name!r} is not there any more; name the place where it is now.")
     return name

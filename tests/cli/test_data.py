@@ -60,7 +60,10 @@ finally:
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "a.jsonl, line 1: the field 'completion' is missing. Did you mean 'completon'?" in done.stderr
+    assert (
+        "a.jsonl, line 1: the field 'completion' is missing; the row has prompt, completon. Did you mean 'completon'?"
+        in done.stderr
+    )
     if command == "data":
         assert "the file has no examples that are right" in done.stderr
 

@@ -49,7 +49,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
     ("name", "content", "message"),
     [
         ("a.jsonl", GOOD + '\n{"prompt": "a", "compl', "a.jsonl, line 3: this is not valid JSON"),
-        ("a.jsonl", GOOD + '{"prompt": "a", "completon": "b"}', "line 2: the field 'completion' is missing. Did you"),
+        ("a.jsonl", GOOD + '{"prompt": "a", "completon": "b"}', "is missing; the row has prompt, completon. Did you"),
         (
             "a.jsonl",
             GOOD + '{"prompt": "a", "completion": 3}',
@@ -67,7 +67,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ("a.json", '[{"prompt": "a", "completion": "b"}, 3]', "row 2: expected an object with fields, got int"),
         ("a.csv", "prompt,completion\na,b\nc\n", "line 3: expected 2 columns as in the first line"),
         ("a.csv", f"prompt,completion\na,{'b' * 140_000}\n", "line 1: this is not valid CSV (field larger than"),
-        ("a.csv", "prompt,answer\na,b\n", "line 2: the field 'completion' is missing"),
+        ("a.csv", "prompt,answer\na,b\n", "line 2: the field 'completion' is missing; the row has prompt, answer."),
         ("a.jsonl", "", "the file has no examples"),
         ("a.json", " \n", "the file has no examples"),
         ("a.csv", "prompt,completion\n", "the file has no examples"),

@@ -94,7 +94,7 @@ def over(directory):
         ({"layers": "9" * 5000}, "layers: expected 'all', .*, got '9{5}"),
         ({"positions": ["l1"]}, r"positions: expected f<n>, .*, got \['l1'\]"),
         ({"positions": "l" + "9" * 5000}, "positions: expected f<n>"),
-        ({"task_type": "causal_lm"}, "task_type: expected one of .*, got 'causal_lm'"),
+        ({"task_type": "causal_lm"}, "task_type: Invalid task type: 'causal_lm'. Must be one of"),
         ({"base_model_name_or_path": 0.5}, "base_model_name_or_path: expected text, got 0.5"),
         ({"modules_to_save": "lm_head"}, "modules_to_save: expected a list.*, got 'lm_head'"),
         ({"modules_to_save": [1]}, "modules_to_save: expected text, got 1"),

@@ -494,6 +494,8 @@ def test_each_row_of_a_batch_has_its_own_adapter(prompts, rules, side):
     [
         (["a", "d"], "expected adapters of this model (a, b, c) or '__base__', got 'd'."),
         (["a"], "expected one name for each of the 2 rows, got 1."),
+        (["__base__"], "expected one name for each of the 2 rows, got 1."),
+        (["__base__"] * 4, "expected one name for each of the 2 rows, got 4."),
         ([], "expected one name for each row, got none."),
     ],
 )
@@ -503,6 +505,8 @@ def test_wrong_adapter_names(names, message):
     base = adapted(ids).logits
     with pytest.raises(pyreft.ReftError, match=re.escape(message)):
         adapted(ids, adapter_names=names)
+    with pytest.raises(pyreft.ReftError, match=re.escape(message)):
+        adapted.generate(input_ids=ids, adapter_names=names, **GREEDY)
     assert torch.equal(adapted(ids).logits, base)
 
 

@@ -127,18 +127,22 @@ def _form(row: dict[str, Any], where: str, fields: tuple[str, str] | None) -> tu
     elif "instruction" in row:
         form, used = "instruction", ("instruction", "output")
     else:
-        names = ", ".join(map(str, row)) or "none"
         pairs = " They are pairs of a better and a worse answer, for TRL's DPOTrainer." if "chosen" in row else ""
         raise ReftError(
-            f"{where}: expected the fields {'; or '.join(_FORMS)}, got {names}.{pairs} Two of other names are given "
-            "by `prompt_field` and `completion_field`.",
+            f"{where}: expected the fields {'; or '.join(_FORMS)}, got {_names(row)}.{pairs} Two of other names are "
+            "given by `prompt_field` and `completion_field`.",
             also=["prompt_field", "completion_field"],
         )
     for name in used:
         if name not in row:
             hint = did_you_mean(name, row.keys() - {*used})
-            raise ReftError(f"{where}: the field {name!r} is missing.{hint}")
+            raise ReftError(f"{where}: the field {name!r} is missing; the row has {_names(row)}.{hint}")
     return form, (*used, "input") if form == "instruction" else used
+
+
+def _names(row: dict[str, Any]) -> str:
+    """The fields of a row that say something, for messages."""
+    return ", ".join(map(str, row)) or "none"
 
 
 def _pair(row: dict[str, Any], form: str, used: tuple[str, ...], extras: dict[str, Any], where: str) -> Example:

@@ -28,6 +28,7 @@ from .text import LARGEST, parse_fields, read_text
 from .together import reading
 
 EMBEDDED = "pocket"  # the name of the model that ships with the package
+PACKAGED = (EMBEDDED, "smollm2")  # those that pip brings; `path()` of our modules of these names says where they are
 WEIGHTS = (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)  # either, the first one preferred
 
 _PREFIX = "base_model.model."  # of the names in an adapter's file
@@ -49,7 +50,7 @@ _CARD = """---
 # An adapter of representation finetuning (ReFT)
 
 Small learned edits of the hidden states of `{base}`: {edits}. Made with pyreft {version}.
-To load them, install that version or a later one.
+To load them, install that version or a later one{extra}.
 
 ```python
 import pyreft  # makes PEFT know the method{also}
@@ -72,22 +73,29 @@ def model_card(config: ReftConfig, model: Any) -> str:
     """A model card that a stranger can use: what it is, its base model, and how to load and ask it."""
     base = config.base_model_name_or_path or ""
     front = {"library_name": "peft", "tags": ["reft", "representation-finetuning"]}
-    embedded = base == EMBEDDED
-    if base and not embedded and not os.path.isabs(base):
+    own = packaged(base)
+    if base and not own and not os.path.isabs(base):
         front["base_model"] = base
     places = config.expand((config.base_model_shape or {}).get("num_hidden_layers", 0))
     found = {f"{place.intervention} at the tokens {place.positions or 'that each call names'}" for place in places}
     answers = hasattr(model, "can_generate") and model.can_generate()
     return _CARD.format(
         header="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()),
-        base=base or "BASE_MODEL",
-        also="\nfrom pyreft import pocket" if embedded else "",
-        place="pocket.path()" if embedded else json.dumps(base or "BASE_MODEL"),
+        base=own or base or "BASE_MODEL",
+        extra=f", with the base model: `pip install pyreft[{own}]`" if own and own != EMBEDDED else "",
+        also=f"\nfrom pyreft import {own}" if own else "",
+        place=f"{own}.path()" if own else json.dumps(base or "BASE_MODEL"),
         edits="; ".join(sorted(found)),
         version=version("pyreft"),
         kind=type(model).__name__,
         call=_GENERATE if answers else "print(model(**inputs)[0])",
     )
+
+
+def packaged(base: str) -> str | None:
+    """The name of a base model that pip brings, also of the embedded one's place on any machine; none of others."""
+    embedded = Path(base).parts[-3:] == ("pyreft", EMBEDDED, "model")
+    return EMBEDDED if embedded else base if base in PACKAGED else None
 
 
 def remembered(name: str | None) -> str | None:

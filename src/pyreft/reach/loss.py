@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from .origin import functions_of, module_of
 
 _LOSSES = "transformers.loss.loss_utils"
-_WITH_THAT_LOSS = ("transformers.", "accelerate.", "trl.", "torch.utils.")  # whose code leaves it as it is
+# whose code leaves it as it is
+_WITH_THAT_LOSS = ("transformers.", "accelerate.", "trl.", "torch.utils.", "pyreft.tuner.")
 CHUNK_BYTES = 128 * 2**20  # of float32 logits at a time
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from ..tuner.direct import Door
+
 Forward = Callable[..., Any]
 Copies = dict[int, nn.Module]  # by the `id` of a module
 
@@ -36,7 +38,7 @@ def view(model: nn.Module, forwards: Mapping[str, Forward]) -> Any:
         ends.append(at)
     for module in copies.values():
         for name, value in vars(module).items():
-            if isinstance(value, types.MethodType | types.FunctionType | functools.partial):
+            if isinstance(value, types.MethodType | types.FunctionType | functools.partial | Door):
                 vars(module)[name] = rebound(value, copies)
     for module, forward in zip(ends, forwards.values(), strict=True):
         vars(module)["forward"] = forward
@@ -67,6 +69,9 @@ def rebound(value: Any, copies: Copies, inside: tuple = ()) -> Any:
         function, *args = (rebound(part, copies, inside) for part in (value.func, *value.args))
         keywords = {name: rebound(part, copies, inside) for name, part in value.keywords.items()}
         return functools.partial(function, *args, **keywords)
+    if isinstance(value, Door):
+        module, own = (rebound(part, copies, inside) for part in (value.module, value.own))
+        return value if module is value.module else Door(value.entry, module, own)
     if isinstance(value, types.FunctionType) and value.__closure__:
         return _enclosing(value, copies, inside)
     return value

@@ -66,6 +66,7 @@ class Call:
         self.active = list(dict.fromkeys(name for names in enabled for name in names))  # as they are summed
         self._strengths = strengths
         self.entered: list[int] = []  # the entries whose forward runs, from the outermost
+        self.waiting: list[tuple[int, Any]] = []  # those of them, and their modules, whose forward has yet to begin
         self.left: list[tuple[int, str | None]] = []  # those whose forward ran within the one that runs
         self.gone = 0  # how many adapters had been deleted when it began
         self.readings: dict[str, Reading | None] = {}  # by stack; none: only the states say how many tokens there are

@@ -136,7 +136,11 @@ class ReftConfig(PeftConfig):
             self.layers = layers_to_transform
         check_fields(self, _TYPES)
         if self.task_type is not None and self.task_type not in list(TaskType):
-            raise ReftError(f"expected one of {', '.join(TaskType)}, got {self.task_type!r}.", setting="task_type")
+            raise ReftError(  # in the words of PEFT
+                f"Invalid task type: {self.task_type!r}. Must be one of the following task types: "
+                f"{', '.join(TaskType)}.",
+                setting="task_type",
+            )
         super().__post_init__()
         self.peft_type = ReftPeftType.REFT
         self.layers = read_layers(self.layers)

@@ -5,7 +5,7 @@ the located tokens are found, and of these the ones that lie in what the forward
 """
 
 import inspect
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from ..positions import IGNORED
 from .caches import cache_of, counts, serves_requests
 from .call import GIVEN, LENGTHS, LOCATIONS, STRENGTH, Call, Reading, innermost, running
 from .continuous import Batches
+from .direct import close_door, open_door
 from .edits import Edits
-from .located import Located
+from .located import Located, times_of
 from .packed import find_packed, tell_of_cache, tokens_of
 from .recompute import bind, recomputes, unbind
 from .resolve import resolve
@@ -48,6 +49,7 @@ def attach(edits: Edits, batches: Batches, stacks: dict[str, nn.Module]) -> None
 def detach(edits: Edits) -> None:
     """Take every hook off a model."""
     for module in edits.model.modules():
+        close_door(edits, module)
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number in [n for n, hook in hooks.items() if getattr(_owner(hook), "edits", None) is edits]:
                 del hooks[number]
@@ -78,6 +80,7 @@ class Entry:
         """Enter and leave at this module."""
         module.register_forward_pre_hook(self.before, with_kwargs=True)
         module.register_forward_hook(self.after, always_call=True)
+        open_door(self, module)
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Enter a call: the one that runs, if this forward is a part of it, or a new one."""
@@ -95,12 +98,22 @@ class Entry:
             call.height, call.is_forward = len(running.frames), True
             running.frames.append(call)
         outermost = not call.entered
+        call.waiting.append((self.depth, module))
         call.entered.append(self.depth)  # from here on `after` leaves again, whatever happens
         if outermost:
             self._begin_forward(call, module)
-        if call.active and self.stack is not None and (outermost or self.stack):
-            self._read(call, self.stack, module, args, named)
+        if self.stack is not None and (outermost or self.stack):
+            if call.active:
+                self._read(call, self.stack, module, args, named)
+            elif call.row_adapters is not None and call.located is None:
+                self._check_rows(call, module, args, named)
         return args, kwargs
+
+    def admits(self) -> nn.Module | None:
+        """The module whose forward begins now, if `before` has announced it, and none the next time."""
+        call = self._frame()
+        waits = isinstance(call, Call) and call.waiting and call.waiting[-1][0] == self.depth
+        return call.waiting.pop()[1] if waits else None
 
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Leave a call where it was entered."""
@@ -108,6 +121,8 @@ class Entry:
         if not isinstance(call, Call) or not call.entered or call.entered[-1] != self.depth:
             return
         call.entered.pop()
+        if call.waiting and call.waiting[-1][0] == self.depth:  # its forward did not begin, or another took its place
+            call.waiting.pop()
         call.left.append((self.depth, self.stack))
         if self.stack is not None and (reading := call.readings.get(self.stack)) is not None:
             self._remember(call, reading, output)
@@ -174,6 +189,11 @@ class Entry:
             needed = [one for layer in self.edits.layers if layer.stack == stack for one in layer.rotations(reading)]
             call.rotations |= orthonormalize(needed, call.rotations)
             call.rotated |= reading.at.keys()
+
+    def _check_rows(self, call: Call, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Refuse another number of names than rows where no row has an adapter, too."""
+        if (inputs := _inputs(module, args, kwargs)) is not None:
+            times_of(cast(list[str], call.row_adapters), len(inputs), call.generating and self.stack != "encoder")
 
     def _locate(self, call: Call, stack: str, past: int, inputs: Tensor, kwargs: dict) -> Located:
         if serves_requests(kwargs):

@@ -296,8 +296,7 @@ def _reading(layer: ReftLayer) -> tuple[Call, Reading | None] | None:
     if call is None and layer.enabled_adapters:
         raise ReftError(
             "An edited module was called outside of a call of its model, so which tokens to edit is not known. Call "
-            "the model, as in model(...) and not model.forward(...); to compute blocks once more in the backward, use "
-            "model.gradient_checkpointing_enable()."
+            "the model; to compute blocks once more in the backward, use model.gradient_checkpointing_enable()."
         )
     return None
 

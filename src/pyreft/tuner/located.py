@@ -144,6 +144,25 @@ def _tokens(mask: Tensor, together: bool, only: Tensor | None) -> Tokens | None:
     return Tokens(rows[:, None], columns, valid) if most else None
 
 
+def times_of(row_adapters: list[str], rows: int, beams: bool = False) -> int:
+    """How many rows there are for each name.
+
+    Args:
+        row_adapters: a name for each row of a batch.
+        rows: those that there are.
+        beams: a row may have become several.
+
+    Raises:
+        ReftError: another number of names than rows.
+    """
+    times, rest = divmod(rows, len(row_adapters) or 1)
+    if rest or not times or (times > 1 and not beams):
+        raise ReftError(
+            f"expected one name for each of the {rows} rows, got {len(row_adapters)}.", setting="adapter_names"
+        )
+    return times
+
+
 def group_rows(
     row_adapters: list[str], kinds: dict[str, Any], tokens: Tensor, beams: bool = False
 ) -> dict[str, list[str | None]]:
@@ -161,11 +180,7 @@ def group_rows(
     Raises:
         ReftError: another number of names than rows.
     """
-    times, rest = divmod(len(tokens), len(row_adapters) or 1)
-    if rest or not times or (times > 1 and not beams):
-        raise ReftError(
-            f"expected one name for each of the {len(tokens)} rows, got {len(row_adapters)}.", setting="adapter_names"
-        )
+    times = times_of(row_adapters, len(tokens), beams)
     groups: dict[str, set[str]] = {}
     for name, kind in kinds.items():
         first = next((one for one in groups if kind is not None and kinds[one] == kind), name)

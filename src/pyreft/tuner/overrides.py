@@ -65,7 +65,7 @@ class Methods:
             self.edits.check_given(given)
             call = self.edits.begin(given)
             call.generating = True
-            if call.active and self.edits.stacks == ("",):
+            if (call.active or call.row_adapters is not None) and self.edits.stacks == ("",):
                 args, kwargs = self._locate(call, args, kwargs)
         with within(call):
             answers = type(self.model).generate(self.model, *args, **kwargs)

@@ -29,6 +29,8 @@ from .injection import check_free, detach, leave_inference, make_interventions, 
 from .layer import ReftLayer, device_of, refuse_merge, type_of
 from .values import check_values
 
+_COMPILED = "_orig_mod."  # before the paths in a model that `torch.compile` has wrapped
+
 
 class ReftTuner(BaseTuner):
     """Adds representation edits to a model, in the manner of every PEFT tuner.
@@ -95,6 +97,7 @@ class ReftTuner(BaseTuner):
                 self.check_attached()
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 representations, sites, self._sites = make_interventions(model, config)
+            self._check_places(state_dict)
         except ReftError:
             del self.peft_config[adapter_name]
             raise
@@ -106,6 +109,18 @@ class ReftTuner(BaseTuner):
         self.edits.kinds[adapter_name] = representations if stackable else None
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         leave_inference(model)
+
+    def _check_places(self, state_dict: dict[str, Tensor] | None) -> None:
+        """Refuse tensors, by whose names PEFT would choose the places, that are not those of the config."""
+        mark = f".{self.prefix}"
+        found = {key.rsplit(mark, 1)[0].removeprefix(_COMPILED) for key in state_dict or () if mark in key}
+        wanted = {path.removeprefix(_COMPILED) for path in self._sites}
+        if state_dict is not None and found != wanted:
+            raise ReftError(
+                f"expected tensors of the places that the config edits ({', '.join(sorted(wanted))}), got those "
+                f"of {', '.join(sorted(found)) or 'none'}.",
+                setting="state_dict",
+            )
 
     def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
         return key in self._sites
@@ -120,7 +135,8 @@ class ReftTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        for site, index, intervention in self._sites[current_key]:
+        places = self._sites.get(current_key) or self._sites[_COMPILED + current_key]  # PEFT takes it off, at times
+        for site, index, intervention in places:
             name = f"{self.prefix}{site.side}"
             if not hasattr(target, name):
                 layer = ReftLayer(target, site.side, self.edits, site.stack, len(self.edits.layers))

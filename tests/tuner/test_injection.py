@@ -1,0 +1,83 @@
+"""`peft.inject_adapter_in_model`, and what PEFT has for the tensors of a model that is adapted so."""
+
+import peft
+import pytest
+import torch
+
+import pyreft
+from conftest import shaken, tiny_llama
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+def config(**changes):
+    return pyreft.ReftConfig(**{"layers": [1, 3], "positions": "f1+l2", "low_rank_dimension": 2} | changes)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 96, (2, 9))
+
+
+@pytest.fixture
+def model():
+    return shaken(peft.inject_adapter_in_model(config(), tiny_llama()))
+
+
+@torch.no_grad()
+def logits(model, ids, **given):
+    return model(input_ids=ids, **given).logits
+
+
+def test_the_edits_are_those_of_a_wrapped_model(model, ids):
+    wrapped = pyreft.get_reft_model(tiny_llama(), config()).eval()
+    state = peft.get_peft_model_state_dict(model)
+    assert not torch.allclose(logits(model, ids), logits(tiny_llama(), ids), atol=1e-3)
+    loaded = peft.set_peft_model_state_dict(wrapped, {f"base_model.model.{name}": one for name, one in state.items()})
+    assert not loaded.unexpected_keys
+    assert torch.equal(logits(wrapped, ids), logits(model, ids))
+    given = {"prompt_lengths": torch.tensor([4, 6])}
+    assert torch.equal(logits(wrapped, ids, **given), logits(model, ids, **given))
+    assert torch.equal(wrapped.generate(input_ids=ids, **GREEDY), model.generate(input_ids=ids, **GREEDY))
+
+
+def test_its_tensors_go_into_another_one(model, ids):
+    state = peft.get_peft_model_state_dict(model)
+    assert {name.split(".reft_output")[0] for name in state} == {"model.layers.1", "model.layers.3"}
+    again = peft.inject_adapter_in_model(config(), tiny_llama(), low_cpu_mem_usage=True, state_dict=state).eval()
+    loaded = peft.set_peft_model_state_dict(again, state, low_cpu_mem_usage=True)
+    assert not loaded.unexpected_keys
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+@pytest.mark.parametrize(("layers", "got"), [([1], "model.layers.1"), ([1, 2], "model.layers.1, model.layers.2")])
+def test_tensors_of_other_places_are_refused(ids, layers, got):
+    state = peft.get_peft_model_state_dict(peft.inject_adapter_in_model(config(layers=layers), tiny_llama()))
+    base = tiny_llama()
+    expected = (
+        rf"state_dict: expected tensors of the places that the config edits \(model.layers.1, .*got those of {got}\."
+    )
+    with pytest.raises(pyreft.ReftError, match=expected):
+        peft.inject_adapter_in_model(config(), base, state_dict=state)
+    assert not any("reft_" in name for name, _ in base.named_modules())
+    assert torch.equal(logits(base, ids), logits(tiny_llama(), ids))
+
+
+def test_a_step_trains_the_edits_alone(model, ids):
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("reft_" in name for name in trained)
+    model.train()(input_ids=ids, labels=ids).loss.backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:While injecting the PEFT adapters:RuntimeWarning"
+)  # by paths with _orig_mod. in them
+def test_into_a_model_that_is_compiled(model, ids):
+    state = peft.get_peft_model_state_dict(model)
+    compiled = torch.compile(tiny_llama(), backend="aot_eager")
+    peft.inject_adapter_in_model(config(), compiled, state_dict=state).eval()
+    peft.set_peft_model_state_dict(compiled, {f"_orig_mod.{name}": tensor for name, tensor in state.items()})
+    expected = logits(model, ids, use_cache=False)
+    torch.testing.assert_close(logits(compiled, ids, use_cache=False), expected)
