@@ -12,7 +12,8 @@ from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from ...errors import ReftError
-from ..catalog import Catalog
+from ..api.faults import not_served
+from ..catalog import Catalog, StoreError
 from .front import Front, catalog_of
 
 ALLOW = "PYREFT_ALLOW_LOADING"
@@ -70,7 +71,7 @@ def _describe(catalog: Catalog) -> list[dict[str, Any]]:
             found.append({"name": name, "digest": catalog.resolve(name).digest})
         except KeyError:  # it has gone just now
             continue
-        except ReftError as error:
+        except (ReftError, OSError) as error:
             found.append({"name": name, "error": str(error)})
     return found
 
@@ -81,6 +82,9 @@ async def load_adapter(request: Request, adapter_name: str = Body(), adapter_pat
         return refused
     try:
         adapter = await asyncio.to_thread(catalog_of(request.app.state).load, adapter_name, adapter_path)
+    except StoreError as error:
+        fault = not_served(adapter_name, error)
+        return JSONResponse(fault.body(), fault.status, fault.headers)
     except (ReftError, OSError) as error:
         return _error(400, str(error))
     return JSONResponse({"name": adapter_name, "digest": adapter.digest, "created": int(time.time())})
