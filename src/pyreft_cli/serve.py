@@ -107,14 +107,7 @@ def serve_fleet(options: dict[str, Any], more: list[str]) -> None:
     """Serve from several processes of this machine, on Ray."""
     from pyreft.errors import ReftError
 
-    if options["engine"] == "vllm":
-        if options["show"]:
-            raise ReftError("is for a single server; a fleet has no command of vLLM's.", setting="print")
-        check_port(options["host"], options["port"])
-    else:
-        check_for_transformers(options, more)
-    if options["allow_loading"]:
-        raise ReftError("is for a single server: replicas share a directory or URL.", setting="allow_loading")
+    check_for_fleet(options, more)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to others
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # none of its threads starts it again at the end
     try:
@@ -156,6 +149,22 @@ def serve_fleet(options: dict[str, Any], more: list[str]) -> None:
             fleet.delete("pyreft")  # what runs has half a minute to end, which `shutdown` does not give it
         fleet.shutdown()
         ray.shutdown()
+
+
+def check_for_fleet(options: dict[str, Any], more: list[str]) -> None:
+    """Refuse what no fleet can do, or not on its engine."""
+    from pyreft.errors import ReftError
+    from pyreft.serving.vllm import launch
+
+    if options["engine"] == "vllm":
+        if options["show"]:
+            raise ReftError("is for a single server; a fleet has no command of vLLM's.", setting="print")
+        check_port(options["host"], options["port"])
+        launch.check_installed()
+    else:
+        check_for_transformers(options, more)
+    if options["allow_loading"]:
+        raise ReftError("is for a single server: replicas share a directory or URL.", setting="allow_loading")
 
 
 def check_for_transformers(options: dict[str, Any], more: list[str]) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from ..errors import ReftError, did_you_mean
 from ..files.user_cache import user_cache
 from .served import CONFIG, WEIGHTS, Adapter, digest_of, read_adapter
-from .sources import NAME, Directory, Folder, LocalFolder, Stamp, find_source
+from .sources import NAME, Directory, Folder, LocalFolder, RemoteFolder, Stamp, find_source
 
 _log = logging.getLogger(__name__)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -217,6 +217,12 @@ class Catalog:
         except OSError as error:  # such as a disk that may not be written; the copy is there
             _log.warning("%s: %s", self.store.root, error)
         return known[1]
+
+    def peek(self, name: str) -> Adapter | None:
+        """The same, but none for an adapter at a URL that nobody has asked for: it is not fetched to be listed."""
+        if name not in self._resolved and isinstance(self._folder(name), RemoteFolder):
+            return None
+        return self.resolve(name)
 
     def load(self, name: str, path: str | os.PathLike) -> Adapter:
         """Give a name to an adapter's directory, or to a folder of this one, until it is unloaded.

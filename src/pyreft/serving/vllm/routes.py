@@ -55,7 +55,10 @@ async def list_models(request: Request) -> JSONResponse:
 
 
 async def list_adapters(request: Request) -> JSONResponse:
-    """Each adapter's name and digest, or why it is refused; and what the workers have in their slots."""
+    """Each adapter's name and digest, or why it is refused; and what the workers have in their slots.
+
+    One at a URL that nobody has asked for has no digest yet.
+    """
     state = request.app.state
     described = await asyncio.to_thread(_describe, catalog_of(state))
     workers = await state.reft_engine.collective_rpc("reft_stats")
@@ -68,7 +71,8 @@ def _describe(catalog: Catalog) -> list[dict[str, Any]]:
     found = []
     for name in catalog.names():
         try:
-            found.append({"name": name, "digest": catalog.resolve(name).digest})
+            adapter = catalog.peek(name)
+            found.append({"name": name} | ({} if adapter is None else {"digest": adapter.digest}))
         except KeyError:  # it has gone just now
             continue
         except (ReftError, OSError) as error:
