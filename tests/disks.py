@@ -6,8 +6,6 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-import pytest
-
 
 class Disk:
     """A file system of a few megabytes at a folder, which becomes full and has room again."""
@@ -33,11 +31,12 @@ class Disk:
 
 @contextmanager
 def small_disk(path):
-    """Mount one for a `with` block; where the user may not, the test is skipped."""
+    """Mount one for a `with` block; none where the user may not."""
     path.mkdir(parents=True, exist_ok=True)
     words = ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(path)]
     if not sys.platform.startswith("linux") or subprocess.run(words, capture_output=True).returncode:
-        pytest.skip("no file system may be mounted here")
+        yield None
+        return
     try:
         yield Disk(path)
     finally:

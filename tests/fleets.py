@@ -1,5 +1,6 @@
 """A fleet of two real replicas on this machine, for the tests that ask one."""
 
+import os
 import shutil
 import socket
 import time
@@ -13,6 +14,12 @@ from pyreft import pocket
 
 SAY = [{"role": "user", "content": "What is a whale?"}]
 PROMPT = pocket.PROMPT_TEMPLATE % SAY[0]["content"]
+# on a busy machine a replica answers late how many requests it has, and Ray's router would choose another
+PATIENT = {
+    "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10",
+    "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10",
+    "RAY_SERVE_MULTIPLEXED_MODEL_ID_MATCHING_TIMEOUT_S": "30",
+}
 SECRET = {"authorization": "Bearer secret"}
 
 
@@ -28,6 +35,7 @@ def started_cluster():
     import ray
     from ray import serve
 
+    os.environ.update(PATIENT)
     ray.init(
         num_cpus=4,
         include_dashboard=False,

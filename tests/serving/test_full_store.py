@@ -24,6 +24,8 @@ def disk(request, tmp_path):
     """A place for a store that can take no more once it is told to, and what the system says then."""
     kind = request.param
     with (limited if kind == "limited" else small_disk)(tmp_path / "store") as found:
+        if found is None:
+            pytest.skip("no file system may be mounted here")
         found.refuse = found.protect if kind == "protected" else found.fill
         found.cause = CAUSES[kind]
         yield found
