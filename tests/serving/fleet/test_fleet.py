@@ -34,6 +34,7 @@ from fleets import (
     until,
     which,
 )
+from running import healthy
 from served import RULES, save, save_all
 from snippets import blocks
 
@@ -298,7 +299,7 @@ def test_the_file_of_the_docs_runs_and_a_queue_brings_a_replica(cluster, root, t
     words = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", address, str(tmp_path / "fleet.yaml")]
     process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     try:
-        until(lambda: process.poll() is None and httpx.get(f"{cluster}/health", timeout=60).status_code == 200, 120)
+        until(lambda: process.poll() is None and healthy(cluster), 300)
         assert len(replicas()) == 1
         end = time.monotonic() + 90
         while len(replicas()) < 2 and time.monotonic() < end:
