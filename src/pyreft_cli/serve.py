@@ -83,7 +83,7 @@ def serve(
         raise ReftError(f"expected {expected}, got {engine!r}.{did_you_mean(engine, ENGINES)}", setting="engine")
     hush()
     options["name"] = name or model or "pocket"
-    how = serve_with_vllm if engine == "vllm" else serve_here if replicas == 1 else serve_fleet
+    how = serve_fleet if replicas > 1 else serve_with_vllm if engine == "vllm" else serve_here
     how(options, context.args)
 
 
@@ -107,9 +107,7 @@ def serve_fleet(options: dict[str, Any], more: list[str]) -> None:
     """Serve from several processes of this machine, on Ray."""
     from pyreft.errors import ReftError
 
-    check_for_transformers(options, more)
-    if options["allow_loading"]:
-        raise ReftError("is for a single server: replicas share a directory or URL.", setting="allow_loading")
+    check_for_fleet(options, more)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to others
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # none of its threads starts it again at the end
     try:
@@ -124,7 +122,10 @@ def serve_fleet(options: dict[str, Any], more: list[str]) -> None:
     count, gpus = options["replicas"], torch.cuda.device_count()
     if 0 < gpus < count:
         raise ReftError(f"expected {gpus} at most, one on each GPU, got {count}.", setting="replicas")
-    args = {name: options[name] for name in ARGUMENTS if name in options} | {"api_key": options["api_key"] or ()}
+    args = {name: options[name] for name in ARGUMENTS if name in options} | {
+        "api_key": options["api_key"] or (),
+        "vllm": more,
+    }
     application = build(args | {"min_replicas": count, "max_replicas": count, "gpus": min(gpus, 1)})
     told = threading.Event()
     ray.init(
@@ -150,6 +151,22 @@ def serve_fleet(options: dict[str, Any], more: list[str]) -> None:
         ray.shutdown()
 
 
+def check_for_fleet(options: dict[str, Any], more: list[str]) -> None:
+    """Refuse what no fleet can do, or not on its engine."""
+    from pyreft.errors import ReftError
+    from pyreft.serving.vllm import launch
+
+    if options["engine"] == "vllm":
+        if options["show"]:
+            raise ReftError("is for a single server; a fleet has no command of vLLM's.", setting="print")
+        check_port(options["host"], options["port"])
+        launch.check_installed()
+    else:
+        check_for_transformers(options, more)
+    if options["allow_loading"]:
+        raise ReftError("is for a single server: replicas share a directory or URL.", setting="allow_loading")
+
+
 def check_for_transformers(options: dict[str, Any], more: list[str]) -> None:
     """Refuse what is vLLM's alone, and a port that is taken."""
     from pyreft.errors import ReftError
@@ -162,30 +179,21 @@ def check_for_transformers(options: dict[str, Any], more: list[str]) -> None:
 def serve_with_vllm(options: dict[str, Any], more: list[str]) -> None:
     """Become vLLM's server."""
     from pyreft.errors import ReftError
-    from pyreft.loading import base_path
-    from pyreft.serving.catalog import Catalog, default_store
     from pyreft.serving.vllm import launch
-    from pyreft.serving.vllm.flags import Settings
 
     asked = [option for option, default in OF_TRANSFORMERS.items() if (options[option] or None) != default]
     if asked:
         raise ReftError("is for --engine transformers; vLLM has options of its own, behind --.", setting=asked[0])
-    adapters, model = options["adapters"], options["model"]
-    if adapters is None:
-        raise ReftError("expected a directory whose folders are the adapters.", setting="adapters")
-    if "://" in adapters:
-        raise ReftError("a URL is for --engine transformers; vLLM wants a directory.", setting="adapters")
-    launch.check_installed()
-    catalog = Catalog(adapters)
-    settings = Settings(
-        adapters=str(Path(adapters).resolve()),
+    command, variables, catalog = launch.prepare(
+        options["model"],
+        options["name"],
+        options["adapters"],
         slots=options["slots"],
-        rank=options["rank"] or catalog.rank(),
-        store=str((options["store"] or default_store()).absolute()),
+        rank=options["rank"],
+        store=options["store"],
+        more=["--host", options["host"], "--port", str(options["port"]), *more],
     )
-    words = ["--host", options["host"], "--port", str(options["port"]), "--served-model-name", options["name"], *more]
-    command = [base_path(model), *launch.vllm_arguments(settings, launch.architecture_of(model), words)]
-    variables = launch.environment(settings) | ({"PYREFT_ALLOW_LOADING": "1"} if options["allow_loading"] else {})
+    variables |= {"PYREFT_ALLOW_LOADING": "1"} if options["allow_loading"] else {}
     if options["show"]:
         words = [f"{key}={shlex.quote(value)}" for key, value in variables.items()]
         print(" ".join([*words, "vllm serve", *map(shlex.quote, command)]))

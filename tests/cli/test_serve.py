@@ -31,6 +31,7 @@ def test_what_cannot_work_is_told_at_once(tmp_path):
     assert refused("--model", "some/model") == "adapters: expected a directory whose folders are the adapters."
     assert refused("--", "--max-model-len", "9") == "engine: '--max-model-len' is for --engine vllm."
     assert refused("--engine", "vllm", "--rows", "3").startswith("rows: is for --engine transformers")
+    assert refused("--engine", "vllm", "--replicas", "2", "--print").startswith("print: is for a single server")
     assert refused("--api-key", "a=").startswith("api_key: a key names no model")
     assert refused("--dtype", "float8").startswith("dtype: expected ")
     assert refused("--host", "192.0.2.1").startswith("port: cannot listen at 192.0.2.1:")

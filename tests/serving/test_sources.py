@@ -58,6 +58,15 @@ def test_folders_at_a_url_are_adapters(catalog, url, made):
     shutil.rmtree(made / "store")
 
 
+def test_a_list_of_what_is_there_fetches_nothing(catalog):
+    assert [catalog.peek(name) for name in catalog.names()] == [None, None]
+    known = catalog.resolve("one")
+    assert [catalog.peek(name) for name in catalog.names()] == [known, None]
+    assert [path.name for path in catalog.store.root.iterdir()] == [known.digest]
+    with pytest.raises(KeyError):
+        catalog.peek("nobody")
+
+
 @pytest.mark.parametrize(
     "name", ["..", "../bucket/one", "one/", "", "one/../two", "/bucket/one", "memory://bucket/one"]
 )

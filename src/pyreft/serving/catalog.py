@@ -5,6 +5,7 @@ which every process finds the same copy of them in the store, so that an exchang
 old and new. Only names of its folders are known; a request cannot name a path. Knows no engine.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -19,8 +20,9 @@ from pathlib import Path
 from ..errors import ReftError, did_you_mean
 from ..files.user_cache import user_cache
 from .served import CONFIG, WEIGHTS, Adapter, digest_of, read_adapter
-from .sources import NAME, Directory, Folder, LocalFolder, Stamp, find_source
+from .sources import NAME, Directory, Folder, LocalFolder, RemoteFolder, Stamp, find_source
 
+_log = logging.getLogger(__name__)
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 SHARE = 20  # times as long as it takes to list a place, a list is good at least
 
@@ -28,6 +30,10 @@ SHARE = 20  # times as long as it takes to list a place, a list is good at least
 def default_store() -> Path:
     """Where copies are kept: `$PYREFT_STORE`, or a folder of the user's cache."""
     return Path(os.environ.get("PYREFT_STORE") or user_cache() / "served")
+
+
+class StoreError(OSError):
+    """A store cannot take an adapter: its disk is full, may not be written, or cannot be reached."""
 
 
 class Store:
@@ -45,6 +51,7 @@ class Store:
 
         Raises:
             ReftError: no adapter, one that cannot be served, or files that change while they are read.
+            StoreError: the store cannot take it.
             OSError: its files cannot be reached now.
         """
         folder = LocalFolder(where) if isinstance(where, Path) else where
@@ -55,28 +62,35 @@ class Store:
 
         Raises:
             ReftError: no adapter, or one that cannot be served.
+            StoreError: the store cannot take it.
         """
         digest = digest_of(config, weights)
-        target = self.root / digest
-        if not target.is_dir():
-            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            staged = Path(tempfile.mkdtemp(prefix=".new-", dir=self.root))
-            try:
-                (staged / CONFIG).write_bytes(config)
-                (staged / WEIGHTS).write_bytes(weights)
-                adapter = read_adapter(staged, digest)
-                adapter.edits()  # refused now, or never
-                os.replace(staged, target)
-                with self._lock:
-                    self._remember(replace(adapter, directory=target))
-            except ReftError as error:
-                raise ReftError(str(error).replace(str(staged), called)) from None
-            except OSError:
-                if not target.is_dir():  # or else another process was faster
-                    raise
-            finally:
-                shutil.rmtree(staged, ignore_errors=True)
+        try:
+            if not (self.root / digest).is_dir():
+                self._copy(digest, config, weights, called)
+        except OSError as error:
+            raise StoreError(f"{self.root} cannot take an adapter: {error.strerror or error}") from error
         return self.get(digest)
+
+    def _copy(self, digest: str, config: bytes, weights: bytes, called: str) -> None:
+        target = self.root / digest
+        self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        staged = Path(tempfile.mkdtemp(prefix=".new-", dir=self.root))
+        try:
+            (staged / CONFIG).write_bytes(config)
+            (staged / WEIGHTS).write_bytes(weights)
+            adapter = read_adapter(staged, digest)
+            adapter.edits()  # refused now, or never
+            os.replace(staged, target)
+            with self._lock:
+                self._remember(replace(adapter, directory=target))
+        except ReftError as error:
+            raise ReftError(str(error).replace(str(staged), called)) from None
+        except OSError:
+            if not target.is_dir():  # or else another process was faster
+                raise
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
 
     def get(self, digest: str) -> Adapter:
         """Return an adapter by its digest.
@@ -179,6 +193,7 @@ class Catalog:
         Raises:
             KeyError: nothing has this name.
             ReftError: what has it cannot be served.
+            StoreError: the store cannot take it now.
             OSError: its files cannot be reached now.
         """
         folder = self._folder(name)  # without the lock, as the files: requests for other adapters go on
@@ -197,15 +212,25 @@ class Catalog:
             raise known[1]
         try:
             self.store.touch(known[1].digest)
-        except OSError:  # its copy was deleted
+        except FileNotFoundError:  # its copy was deleted
             return self.store.add(folder)
+        except OSError as error:  # such as a disk that may not be written; the copy is there
+            _log.warning("%s: %s", self.store.root, error)
         return known[1]
+
+    def peek(self, name: str) -> Adapter | None:
+        """The same, but none for an adapter at a URL that nobody has asked for: it is not fetched to be listed."""
+        if name not in self._resolved and isinstance(self._folder(name), RemoteFolder):
+            return None
+        return self.resolve(name)
 
     def load(self, name: str, path: str | os.PathLike) -> Adapter:
         """Give a name to an adapter's directory, or to a folder of this one, until it is unloaded.
 
         Raises:
             ReftError: a name that is taken or none, or no adapter that can be served.
+            StoreError: the store cannot take it now.
+            OSError: its files cannot be reached now.
         """
         if not NAME.fullmatch(name) or ".." in name:
             raise ReftError(

@@ -5,65 +5,32 @@ import sys
 
 import pytest
 
-import pyreft
+from asking import both, close, said, scored
 from pyreft import pocket
-from pyreft.harness import ReftLM
 
-lm_eval_instance = pytest.importorskip("lm_eval.api.instance")
+pytest.importorskip("lm_eval.api.instance")
 pytest.importorskip("tenacity", reason="lm-eval's client of APIs is not installed: pip install tenacity")
-
-QUESTIONS = [pocket.PROMPT_TEMPLATE % row["prompt"] for row in pocket.emoji_questions()[:4]]
-PAIRS = [(question, answer) for question in QUESTIONS for answer in (" A whale is large.", " 🐳")]
-UNTIL = {"until": ["</s>", "."], "max_gen_toks": 12, "do_sample": False}
-
-
-def requests(kind, arguments):
-    return [
-        lm_eval_instance.Instance(request_type=kind, doc={}, arguments=pair, idx=n) for n, pair in enumerate(arguments)
-    ]
 
 
 @pytest.fixture
 def asked(running, monkeypatch):
     """Both, by the name of an adapter, none for the base."""
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
-
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-
-    def make(name):
-        model, tokenizer = pocket.load()
-        if name is not None:
-            model = pyreft.ReftModel.from_pretrained(model, str(running.root / name)).eval()
-        client = LocalCompletionsAPI(
-            model=name or "pocket",
-            base_url=f"{running.url}/v1/completions",
-            tokenizer=pocket.path(),
-            tokenizer_backend="huggingface",
-            add_bos_token=True,
-            batch_size=4,
-        )
-        return client, (HFLM if name is None else ReftLM)(pretrained=model, tokenizer=tokenizer)
-
-    return make
+    return lambda name: both(running.url, running.root, name)
 
 
 @pytest.mark.parametrize("name", [None, "l16", "all"])
 def test_what_is_said_is_what_the_harness_says(asked, name):
     client, own = asked(name)
-    given = [(question, UNTIL) for question in QUESTIONS]
-    found = [lm.generate_until(requests("generate_until", given), disable_tqdm=True) for lm in (client, own)]
-    assert found[0] == found[1]
+    assert said(client) == said(own)
 
 
 @pytest.mark.parametrize(("name", "same"), [(None, True), ("all", True), ("l4", False)])
 def test_given_answers_are_scored_as_prompts_behind_which_there_is_nothing(asked, name, same):
     """So a rule that counts from the prompt's end counts from the answer's, as docs/server.md says."""
-    client, own = asked(name)
-    found = [lm.loglikelihood(requests("loglikelihood", PAIRS), disable_tqdm=True) for lm in (client, own)]
-    close = [one[0] == pytest.approx(two[0], rel=1e-3) for one, two in zip(*found, strict=True)]
-    assert all(close) is same
-    assert not same or [one[1] for one in found[0]] == [two[1] for two in found[1]]
+    client, own = map(scored, asked(name))
+    assert all(close(client, own)) is same
+    assert not same or [one[1] for one in client] == [two[1] for two in own]
 
 
 @pytest.mark.slow  # lm-eval reads all its tasks

@@ -30,6 +30,59 @@ def test_what_cannot_work_is_told_before_anything_starts(tmp_path):
     assert refused(min_replicas=0).startswith("min_replicas: expected 1 or more, got 0")
 
 
+def test_what_is_of_one_engine_is_refused_with_the_other():
+    assert refused(engine="tgi") == "engine: Input should be 'transformers' or 'vllm', got 'tgi'."
+    assert refused(vllm="--max-model-len 9") == "engine: '--max-model-len' is for the engine vllm."
+    for name, value in {"dtype": "float32", "cache": 1, "max_prompt": 9, "max_tokens": 9}.items():
+        message = f"{name}: is for the engine transformers; vLLM has arguments of its own."
+        assert refused(engine="vllm", **{name: value}) == message
+    assert refused(engine="vllm", api_key="a=l4") == "api_key: keys for some models are for the engine transformers."
+    for word, own in {"--port": "port", "--api_key": "api_key", "--max-num-seqs": "rows"}.items():
+        message = f"vllm: {word}=9: a fleet has one of its own; set {own}."
+        assert refused(engine="vllm", vllm=f"--max-model-len 64 {word}=9") == message
+
+
+@pytest.mark.parametrize(
+    "words", ["--max-model-len 64 --dtype float32", ["--max-model-len", "64", "--dtype", "float32"]]
+)
+def test_arguments_of_vllm_are_words_or_text(words):
+    from pyreft.serving.fleet import build
+
+    gate = build({"engine": "vllm", "vllm": words, "rows": 9, "api_key": "a"})
+    replicas = gate._bound_deployment.init_args[0]._bound_deployment
+    options = replicas.init_args[0]
+    assert [*options.vllm] == ["--max-model-len", "64", "--dtype", "float32"]
+    assert (replicas.name, replicas.func_or_class.__name__, replicas.max_ongoing_requests) == (
+        "Replica",
+        "VllmReplica",
+        9,
+    )
+
+
+def test_figures_of_replicas_are_told_together():
+    pytest.importorskip("prometheus_client")
+    from pyreft.serving.api.gauges import Gauges
+    from pyreft.serving.fleet.figures import together
+
+    texts = []
+    for number in (1, 2):
+        gauges = Gauges({"answers_running": ("Answers that grow", lambda number=number: number)})
+        gauges.requests.labels('l"4', "done").inc(number)
+        gauges.first.labels("l4").observe(0.02)
+        texts.append((f"r{number}", gauges.text().decode()))
+    lines = together(texts).decode().splitlines()
+    assert next(line for line in lines if line.startswith("# TYPE pyreft_requests")) == (
+        "# TYPE pyreft_requests_total counter"
+    )
+    assert lines.count("# HELP pyreft_requests_total Requests by how they ended") == 1
+    for number in (1, 2):
+        assert f'pyreft_requests_total{{model="l\\"4",outcome="done",replica="r{number}"}} {number}.0' in lines
+        assert f'pyreft_first_token_seconds_bucket{{le="0.025",model="l4",replica="r{number}"}} 1.0' in lines
+        assert f'pyreft_answers_running{{replica="r{number}"}} {number}.0' in lines
+    assert "pyreft_replicas 2.0" in lines
+    assert together([]).decode().splitlines()[-1] == "pyreft_replicas 0.0"
+
+
 def test_arguments_are_values_or_text(monkeypatch):
     from pyreft.serving.fleet import build
 

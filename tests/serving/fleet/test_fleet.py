@@ -6,7 +6,6 @@ The API listens on 127.0.0.1; everything is stopped at the end.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,11 +16,25 @@ from pathlib import Path
 
 import httpx
 import pytest
-import torch
 import yaml
 
-import pyreft
-from pyreft import pocket
+from fleets import (
+    PROMPT,
+    SAY,
+    SECRET,
+    answers,
+    figures,
+    homes_of_new,
+    post,
+    replicas,
+    settled,
+    start,
+    started_cluster,
+    total,
+    until,
+    which,
+)
+from running import healthy
 from served import RULES, save, save_all
 from snippets import blocks
 
@@ -30,51 +43,27 @@ serve = pytest.importorskip("ray.serve")
 openai = pytest.importorskip("openai")
 pytestmark = pytest.mark.slow
 
-SAY = [{"role": "user", "content": "What is a whale?"}]
-PROMPT = pocket.PROMPT_TEMPLATE % SAY[0]["content"]
-SECRET = {"authorization": "Bearer secret"}
 LONG = {"prompt": "a", "max_tokens": 240, "ignore_eos": True}
 PREFIXES = "ray.llm._internal.serve.routing_policies.prefix_aware.prefix_aware_router.PrefixCacheAffinityRouter"
+RAYS = (  # as docs/fleet.md has them
+    "ray_serve_num_ongoing_http_requests",
+    "ray_serve_deployment_queued_queries",
+    "ray_serve_num_http_error_requests_total",
+    "ray_serve_deployment_replica_healthy",
+)
 SMALL = {"slots": 8, "cache": 0.5, "max_body": 0.1, "timeout": 120, "api_key": "secret mine=pocket,l4"}
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Ray on this machine; gives the address of its proxy."""
-    ray.init(
-        num_cpus=4,
-        include_dashboard=False,
-        object_store_memory=80 * 2**20,
-        log_to_driver=False,
-        logging_level="error",
-    )
-    try:
-        port = free_port()
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        serve.shutdown()
-        ray.shutdown()
-
-
-def start(root, store, change=lambda app: app, **more):
-    """Run a fleet of two, in the place of one that runs."""
-    from pyreft.serving.fleet import build
-
-    args = {"adapters": str(root), "store": str(store), "min_replicas": 2, "max_replicas": 2, **SMALL, **more}
-    serve.run(change(build(args)), name="pyreft")
+    with started_cluster() as url:
+        yield url
 
 
 @contextmanager
 def running(*args):
-    """The same, until the end of the block."""
-    start(*args)
+    """Run a fleet until the end of the block."""
+    start(*args, **SMALL)
     try:
         yield
     finally:
@@ -88,82 +77,13 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fleet(cluster, root, tmp_path_factory):
-    start(root, tmp_path_factory.mktemp("store"), rows=4, queue=4)
+    start(root, tmp_path_factory.mktemp("store"), rows=4, queue=4, **SMALL)
     return cluster
 
 
 @pytest.fixture(scope="module")
 def answer(root):
-    """What `generate` answers with an adapter, none for the base."""
-    known = {}
-
-    def find(name):
-        if name not in known:
-            model, tokenizer = pocket.load()
-            if name is not None:
-                model = pyreft.ReftModel.from_pretrained(model, str(root / name)).eval()
-            ids = tokenizer(PROMPT, return_tensors="pt")
-            with torch.no_grad():
-                made = model.generate(**ids, max_new_tokens=12)
-            known[name] = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
-        return known[name]
-
-    return find
-
-
-def post(url, data, path="/v1/completions", key="secret", **more):
-    return httpx.post(url + path, json=data, headers={"authorization": f"Bearer {key}"}, timeout=120, **more)
-
-
-def which(url, model, prompt="a"):
-    """The replica that answers."""
-    found = post(url, {"model": model, "prompt": prompt, "max_tokens": 1})
-    assert found.status_code == 200, found.text
-    return found.headers["x-reft-replica"]
-
-
-def settled(ask, times=10, most=120):
-    """What the same question leads to once it always leads to the same: Ray tells its router some time later."""
-    found = []
-    while len(found) < most:
-        found.append(ask())
-        if len(found) >= times and len(set(found[-times:])) == 1:
-            return found[-1]
-    raise AssertionError(found)
-
-
-def replicas():
-    """Ray's actors by the replicas' ids."""
-    named = [found["name"] for found in ray.util.list_named_actors(all_namespaces=True)]
-    names = [name for name in named if name and name.startswith("SERVE_REPLICA::pyreft#Replica#")]
-    return {name.rpartition("#")[2]: ray.get_actor(name, namespace="serve") for name in names}
-
-
-def until(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not (found := condition()) and time.monotonic() < end:
-        time.sleep(0.1)
-    assert found
-    return found
-
-
-def figures(name, most=60):
-    """One figure of both replicas, summed up: each is asked past the gate until both have answered."""
-    from pyreft.serving.fleet.passing import Passed
-
-    headers = [(b"authorization", b"Bearer secret")]
-    scope = {"type": "http", "method": "GET", "path": "/metrics", "query_string": b"", "headers": headers}
-    handle = serve.get_deployment_handle("Replica", "pyreft").options(stream=True)
-    found = {}
-    try:
-        while len(found) < 2 and (most := most - 1):
-            start, body = list(handle.answer.remote(Passed(scope, b"", "-")))[:2]
-            lines = [line.rsplit(" ", 1) for line in body["body"].decode().splitlines()]
-            which = dict(start["headers"])[b"x-reft-replica"]
-            found[which] = sum(float(number) for key, number in lines if key == name)
-    finally:
-        handle.shutdown()  # its thread would start Ray again at the end
-    return sum(found.values())
+    return answers(root)
 
 
 def test_answers_are_those_of_generate(fleet, answer):
@@ -189,8 +109,8 @@ def test_answers_are_those_of_generate(fleet, answer):
     assert "<html" in httpx.get(fleet, timeout=60).text
 
 
-def test_an_adapter_is_asked_where_it_is(fleet):
-    homes = {name: settled(lambda name=name: which(fleet, name)) for name in RULES}
+def test_an_adapter_is_asked_where_it_is(fleet, root):
+    homes = homes_of_new(fleet, root, 3)
     assert set(homes.values()) == set(replicas())  # those that hold fewest got the new ones
     for name, home in homes.items():
         assert {which(fleet, name, "another question") for _ in range(5)} == {home}
@@ -211,9 +131,10 @@ def test_what_the_server_refuses_is_refused(fleet):
     found = httpx.post(f"{fleet}/v1/completions", content=b"{", headers={**SECRET, "content-type": "application/json"})
     assert found.json()["error"]["message"] == "The body is no valid JSON."
     assert httpx.post(f"{fleet}/v1/completions", content=b"{}", headers=SECRET).status_code == 415
-    assert "figures are not those of all" in httpx.get(f"{fleet}/metrics", headers=SECRET).text
     for path in ("load_adapter", "unload_adapter", "nothing"):
-        assert post(fleet, {}, f"/v1/{path}").status_code == 404
+        found = post(fleet, {}, f"/v1/{path}")
+        assert found.status_code == 404
+        assert ("share a directory or URL" in found.json()["error"]["message"]) is (path != "nothing")
 
 
 def test_a_replaced_adapter_is_seen(fleet, root, answer):
@@ -240,16 +161,40 @@ def test_more_than_wait_are_told_when_to_come_again(fleet):
 
 
 def test_clients_that_go_free_their_places(fleet):
-    name = 'pyreft_requests_total{model="f3l3",outcome="cancelled"}'
-    before, data = figures(name), {**LONG, "model": "f3l3", "stream": True}
+    cancelled = {"model": "f3l3", "outcome": "cancelled"}
+    before, data = total(fleet, "pyreft_requests_total", **cancelled), {**LONG, "model": "f3l3", "stream": True}
     streams = [httpx.stream("POST", f"{fleet}/v1/completions", json=data, headers=SECRET) for _ in range(3)]
     for stream in streams:
         found = stream.__enter__()
         assert found.status_code == 200
         next(found.iter_lines())
         stream.__exit__(None, None, None)
-    until(lambda: figures(name) == before + len(streams), 20)
-    until(lambda: figures("pyreft_answers_running") == 0, 20)
+    until(lambda: total(fleet, "pyreft_requests_total", **cancelled) == before + len(streams), 20)
+    until(lambda: total(fleet, "pyreft_answers_running") == 0, 20)
+
+
+def test_figures_are_those_of_all_replicas(fleet):
+    """Each with the replica that it is of; their sum is what was asked, wherever it was answered."""
+    assert httpx.get(f"{fleet}/metrics").status_code == 401
+    assert httpx.get(f"{fleet}/metrics", headers={"authorization": "Bearer mine"}).status_code == 403
+    before = total(fleet, "pyreft_requests_total", model="pocket", outcome="done")
+    homes = [which(fleet, "pocket") for _ in range(30)]
+    assert len(set(homes)) == 2
+    until(lambda: total(fleet, "pyreft_requests_total", model="pocket", outcome="done") == before + 30)
+    found = figures(fleet)
+    assert found["pyreft_replicas"] == 2
+    for home in set(homes):
+        labels = f'{{model="pocket",outcome="done",replica="{home}"}}'
+        assert found[f"pyreft_requests_total{labels}"] >= homes.count(home)
+        assert found[f'pyreft_first_token_seconds_count{{model="pocket",replica="{home}"}}'] >= homes.count(home)
+        assert found[f'pyreft_answers_running{{replica="{home}"}}'] == 0
+
+
+def test_ray_tells_of_requests_that_no_replica_has_seen(fleet):
+    """What docs/fleet.md names of Ray's own figures is at Ray's own address."""
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    until(lambda: all(name in httpx.get(url, timeout=60).text for name in RAYS), 30)
 
 
 def test_a_killed_replica_takes_no_whole_answer_with_it(fleet):
@@ -354,7 +299,7 @@ def test_the_file_of_the_docs_runs_and_a_queue_brings_a_replica(cluster, root, t
     words = [sys.executable, "-m", "ray.serve.scripts", "run", "--address", address, str(tmp_path / "fleet.yaml")]
     process = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     try:
-        until(lambda: process.poll() is None and httpx.get(f"{cluster}/health", timeout=60).status_code == 200, 120)
+        until(lambda: process.poll() is None and healthy(cluster), 300)
         assert len(replicas()) == 1
         end = time.monotonic() + 90
         while len(replicas()) < 2 and time.monotonic() < end:

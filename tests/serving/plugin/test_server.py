@@ -13,6 +13,7 @@ import urllib.request
 
 import openai
 
+from disks import small_disk
 from pyreft import pocket
 from running import ENVIRONMENT, command, serving
 from served import save, save_all
@@ -25,8 +26,19 @@ GREEDY = {"max_tokens": 12, "temperature": 0}
 def server(tmp_path_factory):
     root = save_all(tmp_path_factory.mktemp("served"))
     folder = tmp_path_factory.mktemp("server")
-    with serving(folder, root, "--allow-loading", engine=("--api-key", "secret")) as (url, _):
-        yield url, root
+    with (
+        small_disk(folder / "store") as disk,
+        serving(folder, root, "--allow-loading", engine=("--api-key", "secret")) as made,
+    ):
+        yield made[0], root, disk
+
+
+@pytest.fixture
+def disk(server):
+    """That of the store, where one could be mounted."""
+    if server[2] is None:
+        pytest.skip("no file system may be mounted here")
+    return server[2]
 
 
 @pytest.fixture
@@ -36,6 +48,11 @@ def client(server):
 
 def say(client, model, **more):
     return client.chat.completions.create(model=model, messages=SAY, **{**GREEDY, **more})
+
+
+def get(url, path):
+    request = urllib.request.Request(url + path, headers={"authorization": "Bearer secret"})
+    return json.load(urllib.request.urlopen(request))
 
 
 def post(url, path, data, key="secret"):
@@ -68,11 +85,10 @@ def test_chat_streams_and_completions_answer_under_the_name(client, name):
 
 
 def test_what_a_client_says_of_adapters_itself_has_no_effect(server, client):
-    url, _ = server
+    url, _, _ = server
     base, adapted = (say(client, name).choices[0].message.content for name in ("pocket", "all"))
     assert base != adapted
-    request = urllib.request.Request(f"{url}/v1/adapters", headers={"authorization": "Bearer secret"})
-    digests = {entry["name"]: entry["digest"] for entry in json.load(urllib.request.urlopen(request))["adapters"]}
+    digests = {entry["name"]: entry["digest"] for entry in get(url, "/v1/adapters")["adapters"]}
     own = {"vllm_xargs": {"reft": digests["all"]}}
     assert say(client, "pocket", extra_body=own).choices[0].message.content == base
     own = {"vllm_xargs": {"reft": digests["l4"]}}
@@ -87,13 +103,13 @@ def test_an_unknown_model_is_404(client, name):
 
 
 def test_no_key_no_answer(server):
-    url, _ = server
+    url, _, _ = server
     for path, data in (("/v1/chat/completions", {"model": "l4", "messages": SAY}), ("/v1/load_adapter", {})):
         assert post(url, path, data, key="wrong")[0] == 401
 
 
 def test_adapters_are_loaded_replaced_and_unloaded_while_it_runs(server, client, tmp_path):
-    url, root = server
+    url, root, _ = server
     path = save(tmp_path / "elsewhere", seed=31, positions="all")
     assert post(url, "/v1/load_adapter", {"adapter_name": "tenant/7", "adapter_path": str(path)})[0] == 200
     first = say(client, "tenant/7")
@@ -119,7 +135,7 @@ def test_adapters_are_loaded_replaced_and_unloaded_while_it_runs(server, client,
 
 
 def test_a_bad_request_is_an_error_of_its_own(server, client):
-    url, root = server
+    url, root, _ = server
     shutil.copytree(root / "l4", root / "bad")
     (root / "bad" / "adapter_model.safetensors").write_bytes(b"x" * 50)
     time.sleep(0.6)
@@ -134,8 +150,29 @@ def test_a_bad_request_is_an_error_of_its_own(server, client):
     assert say(client, "l4").model == "l4"
 
 
+def test_a_full_store_is_told_and_the_others_go_on(server, client, disk):
+    url, root, _ = server
+    known = say(client, "l4").choices[0].message.content
+    save(root / "later", seed=41)
+    time.sleep(0.6)
+    disk.fill()
+    try:
+        status, answer = post(url, "/v1/chat/completions", {"model": "later", "messages": SAY})
+        assert (status, answer["error"]["code"]) == (503, "store_cannot_take")
+        assert "No space left on device" in answer["error"]["message"]
+        more = {"adapter_name": "more", "adapter_path": str(root / "later")}
+        assert post(url, "/v1/load_adapter", more)[1]["error"]["code"] == "store_cannot_take"
+        listed = {one["name"]: one for one in get(url, "/v1/adapters")["adapters"]}
+        assert "No space left on device" in listed["later"]["error"]
+        assert say(client, "l4").choices[0].message.content == known
+    finally:
+        disk.free()
+    assert say(client, "later").model == "later"
+    shutil.rmtree(root / "later")
+
+
 def test_what_cannot_start_says_so_in_a_line(server, tmp_path):
-    url, root = server
+    url, root, _ = server
     port = url.rpartition(":")[2]
     for words, message in (
         (["--adapters", root, "--port", port], f"--port: cannot listen at 127.0.0.1:{port}"),
@@ -151,7 +188,7 @@ def test_what_cannot_start_says_so_in_a_line(server, tmp_path):
 
 
 def test_print_shows_what_vllm_serve_needs(server):
-    _, root = server
+    _, root, _ = server
     words = command("--adapters", root, "--print", "--slots", 3, "--", "--max-model-len", 64)
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **ENVIRONMENT}, check=True)
     shown = done.stdout.strip().splitlines()[-1]

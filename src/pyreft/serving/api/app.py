@@ -14,11 +14,12 @@ from starlette.exceptions import HTTPException
 
 from ...data.encode import token_texts
 from ...errors import ReftError
+from ..catalog import StoreError
 from ..laptop.requests import Piece
 from ..laptop.requests import Request as Work
 from .bodies import ChatBody, CompletionBody, LoadBody, LocateBody, ResponseBody, UnloadBody
 from .completing import ChatWriting, CompletionWriting
-from .faults import Fault, unknown_model
+from .faults import Fault, not_served, unknown_model
 from .guard import Guard, Keys
 from .responding import ResponseWriting, messages_of, tools_of
 from .service import Asked, Service
@@ -248,6 +249,8 @@ async def load_adapter(body: LoadBody, http: Request) -> JSONResponse:
         raise ReftError(f"{body.adapter_name!r} is the base model's name.", setting="adapter_name")
     try:
         adapter = await asyncio.to_thread(service.catalog.load, body.adapter_name, body.adapter_path)
+    except StoreError as error:
+        raise not_served(body.adapter_name, error) from None
     except (OSError, ValueError) as error:  # such as a path that cannot be
         raise error if isinstance(error, ReftError) else ReftError(str(error), setting="adapter_path") from None
     return JSONResponse({"name": body.adapter_name, "digest": adapter.digest})

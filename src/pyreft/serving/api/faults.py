@@ -1,7 +1,14 @@
 """What goes wrong with a request, as the OpenAI API tells it."""
 
+import logging
+import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from ...errors import ReftError
+from ..catalog import StoreError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -34,3 +41,19 @@ class Fault(Exception):
 def unknown_model(message: str) -> Fault:
     """No model has the name that a request asks for."""
     return Fault(404, message, "model", "model_not_found")
+
+
+def not_served(name: str, error: ReftError | OSError) -> Fault:
+    """What a client is told of an adapter that cannot be served, now or at all: without the server's paths."""
+    _log.warning("%s: %s", name, error)
+    if isinstance(error, ReftError):
+        told = re.sub(r"(?<![^\s'(])/\S+(?=: )", repr(name), str(error))
+        return Fault(400, told, "model", "adapter_refused")
+    again = {"Retry-After": "5"}
+    if isinstance(error, StoreError):
+        cause = error.__cause__
+        why = (cause.strerror if isinstance(cause, OSError) else None) or "its disk cannot be reached"
+        told = f"The server's store cannot take {name!r} now: {why}. Adapters that are in it are answered."
+        return Fault(503, told, "model", "store_cannot_take", again)
+    told = f"The files of {name!r} cannot be reached now; ask again later."
+    return Fault(503, told, "model", "adapter_unreachable", again)

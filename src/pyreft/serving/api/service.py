@@ -1,8 +1,6 @@
 """From the fields of a request to what the engine computes, and its pieces as they come back."""
 
 import asyncio
-import logging
-import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -21,11 +19,10 @@ from ..laptop.requests import Piece, Request
 from ..laptop.scheduling import QueueFull
 from ..served import Adapter
 from .bodies import ChatBody, Choosing, CompletionBody, Generating, Message, ResponseBody
-from .faults import Fault, unknown_model
+from .faults import Fault, not_served, unknown_model
 from .gauges import Gauges
 from .tools import check_takes_tools, template_message
 
-_log = logging.getLogger(__name__)
 Allowed = frozenset[str] | None
 
 
@@ -91,14 +88,8 @@ class Service:
             with suppress(KeyError):
                 try:
                     return self.catalog.resolve(name)
-                except ReftError as error:  # without the server's paths
-                    _log.warning("%s: %s", name, error)
-                    text = re.sub(r"(?<![^\s'(])/\S+(?=: )", repr(name), str(error))
-                    raise Fault(400, text, "model", "adapter_refused") from None
-                except OSError as error:
-                    _log.warning("%s: %s", name, error)
-                    told = f"The files of {name!r} cannot be reached now; ask again later."
-                    raise Fault(503, told, "model", "adapter_unreachable", {"Retry-After": "5"}) from None
+                except (ReftError, OSError) as error:
+                    raise not_served(name, error) from None
         known = did_you_mean(name, self.names(allowed))
         raise unknown_model(f"The model {name[:200]!r} does not exist.{known}")
 

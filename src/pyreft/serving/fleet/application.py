@@ -1,8 +1,10 @@
 """A fleet from its arguments, as `serve run` or a file of Ray Serve's gives them."""
 
 import os
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 from ray import serve
@@ -11,12 +13,27 @@ from ...errors import ReftError, did_you_mean
 from ..api.guard import Keys
 from ..api.listening import Options, make_catalog
 from .gate import make_gate
-from .replica import Replica
+from .with_transformers import TransformersReplica
+from .with_vllm import VllmReplica
 
 NOT_HERE = {
     "host": "set it in Ray Serve's http_options",
     "port": "set it in Ray Serve's http_options",
     "allow_loading": "replicas share a directory or URL; put adapters there",
+}
+OF_TRANSFORMERS = ("dtype", "cache", "max_prompt", "max_tokens")
+# what vLLM's server in a replica has no use for, and what is to be said instead
+NOT_FOR_VLLM = {
+    "--host": "host",
+    "--port": "port",
+    "--uds": "port",
+    "--api-key": "api_key",
+    "--served-model-name": "name",
+    "--max-num-seqs": "rows",
+    "--api-server-count": "max_replicas",
+    "--headless": "max_replicas",
+    "--ssl-keyfile": "port",
+    "--ssl-certfile": "port",
 }
 
 
@@ -27,8 +44,12 @@ class FleetOptions(Options):
     Args:
         min_replicas, max_replicas: how many servers there are; between the two, as many as the requests ask for.
         gpus: of each.
+        engine: what computes in a replica, transformers or vllm.
+        vllm: further arguments of vLLM's server, as words or as text.
     """
 
+    engine: Literal["transformers", "vllm"] = "transformers"
+    vllm: Sequence[str] = ()
     min_replicas: int = 1
     max_replicas: int = 1
     gpus: float = 0
@@ -53,7 +74,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     options = _read(args)
     Keys(options.api_key)
     make_catalog(options)
-    replicas = serve.deployment(Replica).options(
+    replicas = serve.deployment(VllmReplica if options.engine == "vllm" else TransformersReplica).options(
         name="Replica",
         max_ongoing_requests=options.rows,  # who waits, waits at the gate, and for any replica
         max_queued_requests=options.queue,
@@ -93,6 +114,8 @@ def _read(args: dict[str, Any]) -> FleetOptions:
     given = dict(args)
     keys = given.get("api_key", os.environ.get("PYREFT_API_KEY", ""))
     given["api_key"] = keys.split() if isinstance(keys, str) else keys
+    if isinstance(words := given.get("vllm", ()), str):
+        given["vllm"] = shlex.split(words)
     try:
         options = TypeAdapter(FleetOptions).validate_python(given)
     except ValidationError as error:
@@ -103,4 +126,22 @@ def _read(args: dict[str, Any]) -> FleetOptions:
             raise ReftError(f"expected 1 or more, got {getattr(options, name)}.", setting=name)
     if options.max_replicas < options.min_replicas:
         raise ReftError(f"expected {options.min_replicas} or more, got {options.max_replicas}.", setting="max_replicas")
+    _check_engine(options)
     return options
+
+
+def _check_engine(options: FleetOptions) -> None:
+    """Refuse what the other engine takes, and what is the fleet's."""
+    if options.engine != "vllm":
+        if options.vllm:
+            raise ReftError(f"{options.vllm[0]!r} is for the engine vllm.", setting="engine")
+        return
+    default = FleetOptions()
+    for name in OF_TRANSFORMERS:
+        if getattr(options, name) != getattr(default, name):
+            raise ReftError("is for the engine transformers; vLLM has arguments of its own.", setting=name)
+    if any("=" in key for key in options.api_key):
+        raise ReftError("keys for some models are for the engine transformers.", setting="api_key")
+    for word in options.vllm:
+        if (own := NOT_FOR_VLLM.get(word.split("=")[0].replace("_", "-"))) is not None:
+            raise ReftError(f"{word}: a fleet has one of its own; set {own}.", setting="vllm")

@@ -11,7 +11,7 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..api.faults import Fault
@@ -19,11 +19,14 @@ from ..api.guard import Guard, Keys
 from ..api.listening import Options, make_catalog
 from ..catalog import Catalog
 from ..laptop.scheduling import LATE
+from .figures import together
 from .passing import Passed, plain_scope, prompt_text
 from .replica import Message
 
 _log = logging.getLogger(__name__)
 SECONDS = 5.0  # between two looks at the adapters' names
+READING = 10.0  # seconds for the figures of all replicas
+ONE_PLACE = "The replicas of a fleet share a directory or URL: put adapters there, or take them away."
 LOST = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 
 
@@ -47,11 +50,11 @@ class Gate:
 
     def __init__(self, handle: Any, catalog: Catalog, seconds: float) -> None:
         self.handle, self.catalog, self.seconds = handle.options(stream=True), catalog, seconds
+        self._all = handle
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["path"] == "/metrics":
-            fault = Fault(404, "One replica's figures are not those of all; Ray has metrics of requests and queues.")
-            return await JSONResponse(fault.body(), fault.status)(scope, receive, send)
+        if (own := OWN.get(scope["path"])) is not None:
+            return await (await own(self, scope))(scope, receive, send)
         body = await Request(scope, receive).body()
         fields = _fields(body)
         passed = Passed(plain_scope(scope), body, prompt_text(fields))
@@ -63,12 +66,24 @@ class Gate:
             try:
                 held = await asyncio.wait_for(_beginning(answer), self.seconds)
             except Exception as error:
-                fault = _fault(error)
-                await JSONResponse(fault.body(), fault.status, fault.headers)(scope, receive, send)
-                return
+                return await _told(_fault(error))(scope, receive, send)
             await self._pass_on(held, answer, send)
         finally:
             answer.cancel()
+
+    async def _figures(self, scope: Any) -> Response:
+        """Those of all replicas, for those who may ask all models."""
+        if scope["state"]["allowed"] is not None:
+            return _told(Fault(403, "This key is for its models alone."))
+        try:
+            told = await self._all.broadcast("figures").results_async(timeout_s=READING, return_exceptions=True)
+        except Exception as error:
+            return _told(_fault(error))
+        known = [one for one in told if not isinstance(one, BaseException)]  # the others have just gone
+        return Response(together(known), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _by_hand(self, scope: Any) -> Response:
+        return _told(Fault(404, ONE_PLACE))
 
     async def _pass_on(self, held: list[Message], answer: AsyncIterator[Message], send: Any) -> None:
         headers = dict(held[0]["headers"])
@@ -83,6 +98,17 @@ class Gate:
                 raise  # the connection is cut: a part is no whole
             text = b"data: " + json.dumps(_fault(error).body()).encode() + b"\n\n"  # and no [DONE]
             await send({"type": "http.response.body", "body": text, "more_body": False})
+
+
+OWN = {
+    "/metrics": Gate._figures,
+    "/v1/load_adapter": Gate._by_hand,
+    "/v1/unload_adapter": Gate._by_hand,
+}
+
+
+def _told(fault: Fault) -> Response:
+    return JSONResponse(fault.body(), fault.status, fault.headers)
 
 
 async def _beginning(answer: AsyncIterator[Message]) -> list[Message]:

@@ -1,4 +1,4 @@
-"""One server of a fleet: that of `pyreft serve`, asked by Ray instead of a socket."""
+"""One server of a fleet, asked by Ray instead of a socket."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -6,9 +6,6 @@ from typing import Any
 
 from ray import serve
 
-from ..api.app import make_app
-from ..api.guard import Keys
-from ..api.listening import Options, make_service
 from .passing import Passed
 
 Message = dict[str, Any]
@@ -19,22 +16,18 @@ class Replica:
     """A base model with adapters in slots, and the routes of its server.
 
     Args:
-        options: what it is made of.
-
-    Raises:
-        ReftError: one of the options cannot work.
+        app: the routes.
+        slots: of its engine.
     """
 
-    def __init__(self, options: Options) -> None:
-        self.service = make_service(options)
-        self.app = make_app(self.service, Keys(options.api_key), body=int(options.max_body * 2**20))
+    def __init__(self, app: Any, slots: int) -> None:
+        self.app = app
 
         async def hold(name: str) -> str:
             return name  # the server loads and replaces adapters itself; Ray is told who was here last
 
-        self._which = serve.get_replica_context().replica_id.unique_id.encode()
-        self._hold = serve.multiplexed(max_num_models_per_replica=options.slots)(hold)
-        self.service.engine.start()
+        self._which = serve.get_replica_context().replica_id.unique_id
+        self._hold = serve.multiplexed(max_num_models_per_replica=slots)(hold)
 
     async def answer(self, passed: Passed) -> AsyncIterator[Message]:
         """Yield what the server says, as messages of ASGI. Whoever stops to listen is a client that has gone."""
@@ -55,19 +48,16 @@ class Replica:
         try:
             while (message := await told.get()) is not None:
                 if message["type"] == "http.response.start":
-                    message["headers"] = [*message["headers"], (WHICH, self._which)]
+                    message["headers"] = [*message["headers"], (WHICH, self._which.encode())]
                 yield message
             await answering
         finally:
             gone.set()
 
-    def check_health(self) -> None:
-        """Have Ray replace a replica that no longer answers."""
-        if not self.service.engine.scheduler.alive:
-            raise RuntimeError("the scheduler has ended")
+    async def figures(self) -> tuple[str, str]:
+        """Which replica this is, and its figures as Prometheus reads them."""
+        return self._which, self.read_figures().decode()
 
-    def __del__(self) -> None:
-        """Ray has waited for the requests that run; the rest gets an error."""
-        if (service := getattr(self, "service", None)) is not None:
-            service.ending = True
-            service.engine.stop()
+    def read_figures(self) -> bytes:
+        """Those of its server."""
+        raise NotImplementedError

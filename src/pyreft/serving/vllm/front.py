@@ -6,12 +6,11 @@ of adapters is taken out of its request.
 
 import asyncio
 import json
-import logging
-import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from ...errors import ReftError
+from ..api.faults import Fault, not_served
 from ..catalog import Catalog, Store
 from .flags import KEY, STRENGTH, Settings, check_adapter
 
@@ -21,7 +20,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-_log = logging.getLogger(__name__)
 LIMIT = 64 * 2**20  # bytes of a request's body
 EXTRAS = ("vllm_xargs", "extra_args")  # where a body may hold a request's extra arguments
 # paths whose answers hold the model's name
@@ -59,7 +57,7 @@ class Front:
         if body is None:  # the client has gone
             return None
         if len(body) > LIMIT:
-            return await _refuse(send, 413, f"The request is larger than {LIMIT} bytes.", "invalid_request_error")
+            return await _refuse(send, Fault(413, f"The request is larger than {LIMIT} bytes."))
         try:
             data = json.loads(body)
         except (ValueError, RecursionError):  # vLLM reads it the same way, and says so
@@ -70,8 +68,8 @@ class Front:
             state = scope["app"].state
             try:
                 name = await self._choose(state, data)
-            except ReftError as error:
-                return await _refuse(send, 400, str(error), "invalid_request_error")
+            except Fault as fault:
+                return await _refuse(send, fault)
             body = json.dumps(data).encode()
         headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
@@ -80,7 +78,11 @@ class Front:
         return await self.app(scope, _replay(body, receive), send)
 
     async def _choose(self, state: Any, data: dict[str, Any]) -> str | None:
-        """Put the digest of the adapter that a body names into it; return the name, none for any other model."""
+        """Put the digest of the adapter that a body names into it; return the name, none for any other model.
+
+        Raises:
+            Fault: an adapter that cannot be served, now or at all, or not in this way.
+        """
         name = data.get("model")
         strength = data.pop(STRENGTH, None)
         if not isinstance(name, str) or name == served_name(state):
@@ -89,17 +91,17 @@ class Front:
             adapter = await asyncio.to_thread(catalog_of(state).resolve, name)
         except KeyError:
             return None  # vLLM answers that there is no such model
-        except ReftError as error:  # without the server's paths
-            _log.warning("%s: %s", name, error)
-            raise ReftError(re.sub(r"(?<![^\s'(])/\S+(?=: )", repr(name), str(error))) from None
+        except (ReftError, OSError) as error:
+            raise not_served(name, error) from None
         if data.get("use_beam_search"):
-            raise ReftError("beams cannot have an adapter; sample, or ask the base model.", setting="use_beam_search")
+            told = "use_beam_search: beams cannot have an adapter; sample, or ask the base model."
+            raise Fault(400, told, "use_beam_search")
         extra = data.get("vllm_xargs")
         data["model"] = served_name(state)
         data["vllm_xargs"] = {**(extra if isinstance(extra, dict) else {}), KEY: adapter.digest}
         if strength is not None:
             if isinstance(strength, bool) or not isinstance(strength, int | float) or not abs(strength) < 1e6:
-                raise ReftError(f"{STRENGTH}: expected a number, got {strength!r}.")
+                raise Fault(400, f"{STRENGTH}: expected a number, got {strength!r}.", STRENGTH)
             data["vllm_xargs"][STRENGTH] = float(strength)
         return name
 
@@ -196,9 +198,10 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return again
 
 
-async def _refuse(send: Send, status: int, text: str, kind: str) -> None:
+async def _refuse(send: Send, fault: Fault) -> None:
     """Answer with an error as the OpenAI API has it."""
-    body = json.dumps({"error": {"message": text, "type": kind, "param": None, "code": status}}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    body = json.dumps(fault.body()).encode()
+    about = {"content-type": "application/json", "content-length": str(len(body)), **fault.headers}
+    headers = [(name.lower().encode(), value.encode()) for name, value in about.items()]
+    await send({"type": "http.response.start", "status": fault.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -5,11 +5,14 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
+from ... import pocket
 from ...errors import ReftError
-from ...loading import check_language_model, read_model_config
+from ...loading import EMBEDDED, base_path, check_language_model, read_model_config
+from ..catalog import Catalog, default_store
 from .flags import Settings, flags
 from .private import OLDEST, TOO_NEW, check_vllm
 
@@ -40,6 +43,46 @@ def vllm_arguments(settings: Settings, architecture: str, more: Sequence[str] = 
     if torch.cuda.is_available() and not given & {"--compilation-config", "-cc", "--enforce-eager"}:
         arguments += ["--compilation-config", json.dumps({"cudagraph_mode": "NONE"})]  # see docs/serving.md
     return [*arguments, *more]
+
+
+def prepare(
+    model: str | None,
+    name: str,
+    adapters: str | os.PathLike | None,
+    *,
+    slots: int,
+    rank: int | None = None,
+    store: str | os.PathLike | None = None,
+    more: Sequence[str] = (),
+) -> tuple[list[str], dict[str, str], Catalog]:
+    """Return what stands behind `vllm serve`, the variables that its processes need, and the adapters' names.
+
+    Args:
+        model: the base model, none for the embedded one.
+        name: what clients call it.
+        adapters: a directory or URL whose folders are the adapters, none for those of the embedded model.
+        slots, rank, store: see `Settings`; a rank of none is that of the adapters in the directory.
+        more: further arguments of vLLM's server.
+
+    Raises:
+        ReftError: there is no such place or model, no vLLM that was read, or an argument that the plug-in needs.
+    """
+    if adapters is None and model not in (None, EMBEDDED):
+        raise ReftError("expected a directory whose folders are the adapters.", setting="adapters")
+    check_installed()
+    adapters = adapters or pocket.adapters()
+    catalog = Catalog(adapters)
+    if name in catalog.names():
+        raise ReftError(f"an adapter has the base model's name {name!r}; give another --name.", setting="name")
+    place = os.fspath(adapters)
+    settings = Settings(
+        adapters=place if "://" in place else str(Path(place).resolve()),
+        slots=slots,
+        rank=rank or catalog.rank(),
+        store=str(Path(store or default_store()).absolute()),
+    )
+    words = vllm_arguments(settings, architecture_of(model), ["--served-model-name", name, *more])
+    return [base_path(model), *words], environment(settings), catalog
 
 
 def environment(settings: Settings) -> dict[str, str]:

@@ -1,12 +1,15 @@
 """All that the plug-in uses of vLLM beyond its documented interfaces, and for which versions it was read.
 
-`SYMBOLS` names each of them; `check_vllm` refuses a version that was not read, or one in which a symbol moved.
+`SYMBOLS` and `SERVER` name each of them; `check_vllm` refuses a version that was not read, or one in which something
+moved.
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple, NoReturn
 
 from ...errors import ReftError
 from ..tokens import Spans
@@ -42,6 +45,15 @@ SYMBOLS = (
     ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcessor"),
     ("vllm.v1.core.sched.output", "NewRequestData.prompt_len"),
 )
+# for the server without a socket
+SERVER = (
+    ("vllm.entrypoints.launchers.api_server.entry", "build_async_engine_client"),
+    ("vllm.entrypoints.launchers.api_server.app_state", "init_app_state"),
+    ("vllm.entrypoints.launchers.app", "build_app"),
+    ("vllm.entrypoints.launchers.launcher", "validate_api_server_args"),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.errored"),
+    ("vllm.v1.metrics.prometheus", "get_prometheus_registry"),
+)
 # what a scheduler has once it is made, and of what type
 ATTRIBUTES = {
     "encoder_cache_mismatch_reqs": set,
@@ -52,10 +64,10 @@ ATTRIBUTES = {
 }
 
 
-def missing() -> list[str]:
+def missing(symbols: Sequence[tuple[str, str]] = SYMBOLS) -> list[str]:
     """The symbols that the installed vLLM does not have."""
     found = []
-    for module, path in SYMBOLS:
+    for module, path in symbols:
         try:
             owner: Any = importlib.import_module(module)
             for name in path.split("."):
@@ -77,8 +89,8 @@ def vllm_version() -> tuple[int, ...]:
     return tuple(int(part) for part in vllm.__version__.split(".")[:2])
 
 
-def check_vllm() -> None:
-    """Refuse a vLLM that is too old or too new, or in which something moved.
+def check_vllm(symbols: Sequence[tuple[str, str]] = SYMBOLS) -> None:
+    """Refuse a vLLM that is too old or too new, or in which one of these symbols moved.
 
     Raises:
         ReftError: one of these.
@@ -90,7 +102,7 @@ def check_vllm() -> None:
             f"found {'.'.join(map(str, found))}; install one of them, or a newer pyreft.",
             setting="vLLM",
         )
-    if moved := missing():
+    if moved := missing(symbols):
         raise ReftError(f"this build has no {', '.join(moved)}, which the plug-in needs.", setting="vLLM")
 
 
@@ -209,3 +221,65 @@ def fail_request(scheduler: Any, request: Any) -> None:
     """Let a waiting request end with an error of its own, in the engine's next step."""
     # where vLLM itself puts requests that it finds in error while they wait; the one such set of all versions
     scheduler.encoder_cache_mismatch_reqs.add(request.request_id)
+
+
+@asynccontextmanager
+async def server_within(words: Sequence[str]) -> AsyncIterator[tuple[Any, Any]]:
+    """Run vLLM's server in this process and its engine in others, without a socket; give its ASGI app and its engine.
+
+    Args:
+        words: what stands behind `vllm serve`.
+
+    Raises:
+        ReftError: words that it does not take, or a vLLM in which something moved.
+    """
+    check_vllm(SERVER)
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.launcher import validate_api_server_args
+
+    args = _arguments(words)
+    try:
+        validate_api_server_args(args)
+    except KeyError as error:  # a parser of tools or of reasoning that is not known
+        raise ReftError(str(error.args[0]), setting="vllm") from None
+    async with build_async_engine_client(args) as engine:
+        tasks = await engine.get_supported_tasks()
+        app = build_app(args, tasks, engine.model_config)
+        app.state.server = SimpleNamespace(should_exit=False)  # what it would tell to end with the engine
+        await init_app_state(engine, app.state, args, tasks)
+        yield app, engine
+
+
+def _arguments(words: Sequence[str]) -> Any:
+    """The words of a server's command, read by vLLM's own parser."""
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.tool_parsers import ToolParserManager
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    try:
+        cli: Any = importlib.import_module("vllm.entrypoints.common.cli_args")  # from 0.33 on
+    except ModuleNotFoundError:
+        cli = importlib.import_module("vllm.entrypoints.launchers.cli_args")
+
+    def refuse(message: str) -> NoReturn:
+        raise ReftError(message, setting="vllm")
+
+    parser = cli.make_arg_parser(FlexibleArgumentParser())
+    parser.error = refuse
+    args = parser.parse_args(["--model", *words])
+    cli.validate_parsed_serve_args(args)
+    if args.tool_parser_plugin:
+        ToolParserManager.import_tool_parser(args.tool_parser_plugin)
+    if args.reasoning_parser_plugin:
+        ReasoningParserManager.import_reasoning_parser(args.reasoning_parser_plugin)
+    return args
+
+
+def server_figures() -> bytes:
+    """The figures of a server in this process, as Prometheus reads them."""
+    from prometheus_client import generate_latest
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    return generate_latest(get_prometheus_registry())

@@ -12,7 +12,8 @@ from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from ...errors import ReftError
-from ..catalog import Catalog
+from ..api.faults import not_served
+from ..catalog import Catalog, StoreError
 from .front import Front, catalog_of
 
 ALLOW = "PYREFT_ALLOW_LOADING"
@@ -54,7 +55,10 @@ async def list_models(request: Request) -> JSONResponse:
 
 
 async def list_adapters(request: Request) -> JSONResponse:
-    """Each adapter's name and digest, or why it is refused; and what the workers have in their slots."""
+    """Each adapter's name and digest, or why it is refused; and what the workers have in their slots.
+
+    One at a URL that nobody has asked for has no digest yet.
+    """
     state = request.app.state
     described = await asyncio.to_thread(_describe, catalog_of(state))
     workers = await state.reft_engine.collective_rpc("reft_stats")
@@ -67,10 +71,11 @@ def _describe(catalog: Catalog) -> list[dict[str, Any]]:
     found = []
     for name in catalog.names():
         try:
-            found.append({"name": name, "digest": catalog.resolve(name).digest})
+            adapter = catalog.peek(name)
+            found.append({"name": name} | ({} if adapter is None else {"digest": adapter.digest}))
         except KeyError:  # it has gone just now
             continue
-        except ReftError as error:
+        except (ReftError, OSError) as error:
             found.append({"name": name, "error": str(error)})
     return found
 
@@ -81,6 +86,9 @@ async def load_adapter(request: Request, adapter_name: str = Body(), adapter_pat
         return refused
     try:
         adapter = await asyncio.to_thread(catalog_of(request.app.state).load, adapter_name, adapter_path)
+    except StoreError as error:
+        fault = not_served(adapter_name, error)
+        return JSONResponse(fault.body(), fault.status, fault.headers)
     except (ReftError, OSError) as error:
         return _error(400, str(error))
     return JSONResponse({"name": adapter_name, "digest": adapter.digest, "created": int(time.time())})
