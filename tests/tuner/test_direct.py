@@ -18,7 +18,7 @@ LENGTHS = torch.tensor([4, 6])
 
 
 def config(positions="l2"):
-    return pyreft.ReftConfig(layers=[1, 3], positions=positions, low_rank_dimension=2)
+    return pyreft.ReftConfig(layers=[1, 3], positions=positions, low_rank_dimension=2, intervention="loreft")
 
 
 def tiny_bert():
