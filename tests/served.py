@@ -9,6 +9,8 @@ import pyreft
 from pyreft import pocket
 
 RULES = {"l4": "l4", "l16": "l16", "f3l3": "f3+l3", "prompt": "prompt", "all": "all"}
+LORA = {"lora": "l16", "lora-all": "all"}  # edits inside of blocks, by name their rule
+PARTS = ["query_output", "key_output", "value_output", "attention_output", "gate_output", "up_output", "mlp_output"]
 
 
 def save(directory, *, seed=0, scale=0.3, **config):
@@ -26,17 +28,19 @@ def save(directory, *, seed=0, scale=0.3, **config):
     return directory
 
 
-def save_all(root):
-    """Write an adapter for each kind of rule into a directory."""
+def save_all(root, parts=PARTS):
+    """Write an adapter for each kind of rule into a directory, and `LORA`'s, which edit these parts of blocks."""
     for seed, (name, rule) in enumerate(RULES.items()):
         save(root / name, seed=seed, positions=rule)
+    for name, rule in LORA.items():
+        save(root / name, seed=9, positions=rule, intervention="lora", component=parts)
     return root
 
 
 def engine(settings, *, graphs=False):
     """An engine's configuration as far as the plug-in reads it, for the embedded model."""
     model = SimpleNamespace(
-        hf_config=SimpleNamespace(model_type="llama"),
+        hf_config=pocket.load()[0].config,
         hf_text_config=SimpleNamespace(hidden_size=192, num_hidden_layers=7),
     )
     return SimpleNamespace(
