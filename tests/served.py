@@ -9,6 +9,8 @@ import pyreft
 from pyreft import pocket
 
 RULES = {"l4": "l4", "l16": "l16", "f3l3": "f3+l3", "prompt": "prompt", "all": "all"}
+LORA = {"lora": "l16", "lora-all": "all"}  # edits inside of blocks, by name their rule
+PARTS = ["query_output", "key_output", "value_output", "attention_output", "gate_output", "up_output", "mlp_output"]
 
 
 def save(directory, *, seed=0, scale=0.3, **config):
@@ -33,10 +35,17 @@ def save_all(root):
     return root
 
 
+def save_lora(root):
+    """Write those of `LORA` into a directory, which edit all parts of blocks that can be served."""
+    for name, rule in LORA.items():
+        save(root / name, seed=9, positions=rule, intervention="lora", component=PARTS)
+    return root
+
+
 def engine(settings, *, graphs=False):
     """An engine's configuration as far as the plug-in reads it, for the embedded model."""
     model = SimpleNamespace(
-        hf_config=SimpleNamespace(model_type="llama"),
+        hf_config=pocket.load()[0].config,
         hf_text_config=SimpleNamespace(hidden_size=192, num_hidden_layers=7),
     )
     return SimpleNamespace(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import pyreft
 from pyreft import pocket
 from pyreft.errors import ReftError
+from pyreft.places.components import find_site
 from pyreft.positions import Positions
 from pyreft.serving.bank import Bank
 from pyreft.serving.served import read_adapter
@@ -62,6 +63,42 @@ def test_the_weights_are_those_of_the_interventions(tmp_path):
         torch.testing.assert_close(found[place], expected)
 
 
+def test_what_is_edited_inside_of_blocks_is_found_by_the_model(tmp_path):
+    model = pocket.load()[0]
+    directory = save(tmp_path, intervention="lora", positions="l3", layers=[1, 4], intervention_kwargs={"alpha": 6})
+    adapter = read_adapter(directory)
+    assert adapter.parts_inside == ["value_output", "attention_output"]
+    assert adapter.edits() == {}  # which is for a check of the file alone
+
+    def site(part, layer):
+        return find_site(model, part, layer, linear=True)
+
+    edits = adapter.edits(site)
+    assert set(edits) == {Place(layer, 0, part) for layer in (1, 4) for part in adapter.parts_inside}
+    own = pyreft.ReftModel.from_pretrained(model, str(directory)).eval()
+    at = own.get_base_model().model.layers[4].self_attn.v_proj
+    module = at.reft_output["default"][0]
+    x, h = torch.randn(5, module.input_dim), torch.randn(5, module.embed_dim)
+    edit = edits[Place(4, 0, "value_output")]
+    torch.testing.assert_close(h + (x @ edit.a.T + edit.b) @ edit.out, module(h, x=x).detach())
+
+    tensors = load_file(directory / "adapter_model.safetensors")
+    key = next(name for name in tensors if "v_proj" in name and "A.weight" in name)
+    save_file({**tensors, key: tensors[key][:, :-1].contiguous()}, directory / "adapter_model.safetensors")
+    read_adapter(directory).edits()  # how wide it is only the model knows
+    with pytest.raises(ReftError, match=r"the edit of layer 1 has .*191.* asks for .*192"):
+        read_adapter(directory).edits(site)
+    save_file(
+        {name: values for name, values in tensors.items() if name != key}, directory / "adapter_model.safetensors"
+    )
+    with pytest.raises(ReftError, match=r"expected A of the ranks \[4, 4, 4, 4\] and a B for each"):
+        read_adapter(directory).edits()
+    rest = {name: values for name, values in tensors.items() if "layers.1.self_attn.v_proj" not in name}
+    save_file(rest, directory / "adapter_model.safetensors")
+    with pytest.raises(ReftError, match="expected 4 edits inside of blocks, got 3"):
+        read_adapter(directory).edits()
+
+
 def test_a_prefix_and_a_suffix_of_their_own_stand_one_after_the_other(tmp_path):
     adapter = read_adapter(save(tmp_path, positions="f3+l3", share_weights=False, layers=[1, 4]))
     assert sorted(adapter.pattern) == [Place(1, 0), Place(1, 1), Place(4, 0), Place(4, 1)]
@@ -90,10 +127,13 @@ def changed(path, **values):
     [
         ({"intervention": "reftr1", "low_rank_dimension": None}, "intervention: 'reftr1' cannot be served"),
         (
-            {"intervention": "lora", "component": ["value_output"]},
-            "intervention: 'lora' cannot be served: it reads what",
+            {"intervention": "lora", "component": ["cross_attention_output"]},
+            "component: 'cross_attention_output' of 'lora' cannot be served, only query_output, .*mlp_output",
         ),
-        ({"component": "mlp_output"}, "component: 'mlp_output' cannot be served, only block_input and block_output"),
+        (
+            {"component": "mlp_output"},
+            "component: 'mlp_output' of 'loreft' cannot be served, only block_input, block_output",
+        ),
         ({"act_fn": "prelu"}, "act_fn: 'prelu' has parameters of its own|no activation is called 'prelu'"),
         ({"layers": [99]}, "layer: expected one of 0 to 6, got 99"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save: .*'lm_head'.* cannot be served"),

@@ -1,7 +1,7 @@
 """Every formula in one form, so that tokens with different adapters are edited in one product.
 
-h' - h = Bᵀ act(A h + b) + s ⊙ h + t ⊙ swap(h) + c, where swap exchanges the two of each pair of dimensions. Knows
-nothing of files, slots or tokens.
+h' - h = Bᵀ act(A h + b) + s ⊙ h + t ⊙ swap(h) + c, where swap exchanges the two of each pair of dimensions; of LoRA it
+is Bᵀ A x, where x is what the linear layer read that wrote h. Knows nothing of files, slots or tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -22,7 +22,7 @@ Tensors = Mapping[str, Tensor]
 class LowRank:
     """Bᵀ act(A h + b), with the activation `act` on the first `acted` of the r coordinates."""
 
-    a: Tensor  # [r, d]
+    a: Tensor  # [r, d], or [r, k] if it acts on x
     b: Tensor  # [r]
     out: Tensor  # B, [r, d]
     act: str | None = None
@@ -76,13 +76,14 @@ _FORMS: dict[str, Callable[[Tensors, str | None], Edit]] = {
     "direft": lambda t, act: _plus(*_source(t), t["R"], act),
     "nodireft": lambda t, act: _plus(*_source(t), t["proj_layer.weight"], act),
     "lobireft": lambda t, _: LowRank(torch.zeros_like(t["R"]), t["learned_source"], t["R"]),
+    "lora": lambda t, _: LowRank(t["A.weight"], torch.zeros(len(t["A.weight"])), t["scale"] * t["B.weight"].T),
     "red": lambda t, _: Vectors(scale=t["scale"] - 1, shift=t["bias"]),
     "bias": lambda t, _: Vectors(shift=t["bias"]),
     "lofit": lambda t, _: Vectors(scale=t["scale"]),
     "jola": lambda t, _: _jola(t),
     "road": lambda t, _: _road(t),
 }
-_RANKED = ("loreft", "noreft", "consreft", "direft", "nodireft", "lobireft")
+_RANKED = ("loreft", "noreft", "consreft", "direft", "nodireft", "lobireft", "lora")
 _DOUBLED = ("loreft", "noreft")  # with an activation
 
 
@@ -114,7 +115,8 @@ def affine(name: str, tensors: Tensors, act: str | None = None) -> Edit:
 
     Args:
         name: of its class in configs and files.
-        tensors: its parameters by their names, `rotate_layer.free` replaced by `R`, `[r, d]` with orthonormal rows.
+        tensors: its parameters by their names, `rotate_layer.free` replaced by `R`, `[r, d]` with orthonormal rows;
+            of LoRA also α/r, as `scale`.
         act: the name of its activation.
 
     Raises:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ReftError
 from .affine import Edit, LowRank, Vectors, activation
-from .tokens import Place, Step, Tile, by_layer
+from .tokens import Place, Step, Tile, by_layer, by_part
 
 Edits = Mapping[Place, Edit]
 
@@ -72,8 +72,8 @@ class Slots:
 class _LowRankLane:
     """A, b and B of all slots at one place, ranks below that of the slots filled up with zeros."""
 
-    def __init__(self, slots: int, rank: int, width: int, device: torch.device) -> None:
-        self.a = torch.zeros(slots, rank, width, device=device)
+    def __init__(self, slots: int, rank: int, read: int, width: int, device: torch.device) -> None:
+        self.a = torch.zeros(slots, rank, read, device=device)
         self.b = torch.zeros(slots, 1, rank, device=device)
         self.out = torch.zeros(slots, rank, width, device=device)
         self.acts: dict[str, Tensor] = {}  # by activation, which coordinates of which slots have it
@@ -89,6 +89,10 @@ class _LowRankLane:
             if edit.act not in self.acts:
                 self.acts[edit.act] = torch.zeros_like(self.b, dtype=torch.bool)
             self.acts[edit.act][slot, 0, : edit.acted] = True
+
+    def widths(self) -> tuple[int, int]:
+        """Of what is read, and of what is edited."""
+        return self.a.shape[-1], self.out.shape[-1]
 
     def delta(self, slots: Tensor | slice, h: Tensor) -> Tensor:
         c = torch.baddbmm(self.b[slots], h, self.a[slots].mT)
@@ -134,6 +138,7 @@ class Bank:
         self._low: dict[Place, _LowRankLane] = {}
         self._vectors: dict[Place, _VectorLane] = {}
         self.behind: dict[int, list[Place]] = {}  # the edited places by block
+        self.inside: dict[tuple[int, str], list[Place]] = {}  # and those inside of blocks, by block and part
         self._step: Step | None = None
 
     def bytes(self) -> int:
@@ -150,10 +155,12 @@ class Bank:
             ReftError: a rank above that of the slots, or another width; the slot is as it was.
         """
         for place, edit in edits.items():
-            parts = (edit.a,) if isinstance(edit, LowRank) else (edit.scale, edit.turn, edit.shift)
-            width = next(part.shape[-1] for part in parts if part is not None)
-            if width != self.width:
-                raise ReftError(f"An edit behind block {place.layer} is {width} wide, the states are {self.width}.")
+            found = _widths(edit)
+            lane = self._low.get(place) if place.part else None
+            widths = lane.widths() if lane is not None else found if place.part else (self.width, self.width)
+            if found != widths:
+                where = f"of {place.part} in" if place.part else "behind"
+                raise ReftError(f"An edit {where} block {place.layer} is {found[1]} wide, the states are {widths[1]}.")
             if isinstance(edit, LowRank) and len(edit.a) > self.rank:
                 raise ReftError(
                     f"an edit needs {len(edit.a)} coordinates, the slots have {self.rank}; start "
@@ -161,16 +168,16 @@ class Bank:
                     setting="low_rank_dimension",
                 )
             if isinstance(edit, LowRank) and place not in self._low:
-                self._low[place] = _LowRankLane(self.slots, self.rank, self.width, self.device)
+                self._low[place] = _LowRankLane(self.slots, self.rank, *found, self.device)
             if isinstance(edit, Vectors) and place not in self._vectors:
                 self._vectors[place] = _VectorLane(self.slots, self.width, self.device)
-        self.behind = by_layer({*self._low, *self._vectors})
+        self.behind, self.inside = by_layer({*self._low, *self._vectors}), by_part(self._low)
         for place, low in self._low.items():
-            found = edits.get(place)
-            low.write(slot, found if isinstance(found, LowRank) else None)
+            own = edits.get(place)
+            low.write(slot, own if isinstance(own, LowRank) else None)
         for place, vectors in self._vectors.items():
-            found = edits.get(place)
-            vectors.write(slot, found if isinstance(found, Vectors) else None)
+            own = edits.get(place)
+            vectors.write(slot, own if isinstance(own, Vectors) else None)
 
     @property
     def active(self) -> bool:
@@ -209,8 +216,17 @@ class Bank:
                 residual[at] = edited
                 hidden[at] = 0
 
+    def edit_part(self, step: Step, place: Place, read: Tensor, written: Tensor) -> None:
+        """Edit in place what a linear layer wrote, `[tokens, d]`, by what it read, `[tokens, k]`."""
+        for tile in step.tiles(place, written.device):
+            at = tile.at
+            edited = self.delta(place, tile, read[at]).add_(written[at]).to(written.dtype)
+            if tile.valid is not None:
+                at, edited = at[tile.valid], edited[tile.valid]
+            written[at] = edited
+
     def delta(self, place: Place, tile: Tile, h: Tensor) -> Tensor:
-        """Return h' - h for the states `[lines, width, d]` of a tile's tokens, float32."""
+        """Return h' - h for the states `[lines, width, d]` of a tile's tokens, float32; of LoRA for what was read."""
         h = h.float()
         low, vectors = self._low.get(place), self._vectors.get(place)
         made = None if low is None else low.delta(tile.slots, h)
@@ -220,3 +236,11 @@ class Bank:
         if made is None:
             return torch.zeros_like(h)
         return made if tile.strength is None else made * tile.strength
+
+
+def _widths(edit: Edit) -> tuple[int, int]:
+    """Of what an edit reads, and of what it writes."""
+    if isinstance(edit, LowRank):
+        return edit.a.shape[-1], edit.out.shape[-1]
+    width = next(part.shape[-1] for part in (edit.scale, edit.turn, edit.shift) if part is not None)
+    return width, width

@@ -6,7 +6,7 @@ Everything that cannot be served is refused here, by its name and before an engi
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,16 @@ from torch import Tensor
 from ..errors import ReftError
 from ..files.adapter import parse_config, read_config_text
 from ..interventions import orthonormal_columns
+from ..places.components import LINEAR
+from ..places.lookup import Site
 from ..positions import Positions
 from .affine import Edit, affine, check_form, rank_of
 from .tokens import Pattern, Place, Row, same
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COMPONENTS = ("block_input", "block_output")
+Sites = Callable[[str, int], Site]
+"""Where a component of a block is in the base model, as `places.components.find_site` tells of linear layers."""
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.reft_(input|output)\.(\d+)\.(.+)")
 
 
@@ -39,7 +43,8 @@ class _Part:
     intervention: str
     act: str | None
     rank: int  # of its form
-    shapes: dict[str, tuple[int, ...]]  # of its parameters
+    shapes: dict[str, tuple[int | None, ...]]  # of its parameters; none for widths that the config does not tell
+    scale: float | None = None  # α/r
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,11 @@ class Adapter:
         return Row(slot, self.pattern, self.rules, prompt, strength)
 
     @property
+    def parts_inside(self) -> list[str]:
+        """The components that it edits inside of blocks."""
+        return list(dict.fromkeys(part.place.part for part in self.parts if part.place.part))
+
+    @property
     def beyond_low_rank(self) -> str:
         """What of it is more than one product of low rank at each place, in words; an empty text for nothing."""
         for part in self.parts:
@@ -75,17 +85,24 @@ class Adapter:
                 return f"the intervention {part.intervention!r}"
             if part.act is not None and rank_of(part.intervention, 1, None):
                 return f"the activation {part.act!r}"
+            if part.place.part:
+                return f"an edit of {part.place.part}, inside of a block,"
             if part.place.stage:
                 return f"a second edit behind block {part.place.layer}"
         return ""
 
-    def edits(self) -> dict[Place, Edit]:
+    def edits(self, sites: Sites | None = None) -> dict[Place, Edit]:
         """Read the weights, as edits by place.
+
+        Args:
+            sites: where the base model has what is edited inside of blocks; without it such edits are checked alone,
+                as far as a file tells, and not among those that are returned.
 
         Raises:
             ReftError: a file that is damaged or does not fit its config.
         """
-        parts = _sort_tensors(self.directory, _read_tensors(self.directory), self.parts)
+        chosen = [part for part in self.parts if sites is not None or not part.place.part]
+        parts = _sort_tensors(self.directory, _read_tensors(self.directory), self.parts, sites)
         free: dict[tuple[int, ...], list[dict[str, Tensor]]] = {}
         for tensors in parts:
             if "rotate_layer.free" in tensors:
@@ -94,9 +111,12 @@ class Adapter:
             made = orthonormal_columns(torch.stack([tensors["rotate_layer.free"] for tensors in group])).mT
             for tensors, rotation in zip(group, made, strict=True):
                 tensors["R"] = rotation
+        for part, tensors in zip(chosen, parts, strict=True):
+            if part.scale is not None:
+                tensors["scale"] = torch.tensor(part.scale)
         return {
             part.place: affine(part.intervention, tensors, part.act)
-            for part, tensors in zip(self.parts, parts, strict=True)
+            for part, tensors in zip(chosen, parts, strict=True)
         }
 
 
@@ -142,23 +162,24 @@ def _describe(text: str, path: Path) -> Adapter:
     parts: list[_Part] = []
     rules: list[Positions] = []
     pattern: dict[Place, int] = {}
-    numbers: dict[tuple[int, str], int] = {}
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}  # by an edit's settings
+    numbers: dict[tuple[int, str], int] = {}  # of edits in one module
+    made: dict[str, tuple[dict[str, tuple[int | None, ...]], float | None]] = {}  # by an edit's settings
     entries = config.expand(shape["num_hidden_layers"])
     for entry in sorted(entries, key=lambda entry: entry.component != "block_output"):  # before the next block's input
         layer, rule = _check_entry(path, entry, shape["num_hidden_layers"])
-        side = entry.component.removeprefix("block_")
-        number = numbers[layer, side] = numbers.get((layer, side), -1) + 1
+        part = entry.component if entry.reads_input else ""
+        side = "output" if part else entry.component.removeprefix("block_")
+        number = numbers[layer, part or side] = numbers.get((layer, part or side), -1) + 1
         behind = layer if side == "output" else layer - 1
-        place = Place(behind, len([at for at in pattern if at.layer == behind]))
+        place = Place(behind, len([at for at in pattern if (at.layer, at.part) == (behind, part)]), part)
         if rule not in rules:
             rules.append(rule)
         pattern[place] = rules.index(rule)
         rank = rank_of(entry.intervention, entry.low_rank_dimension, entry.act_fn)
         settings = repr(replace(entry, layer=0, component="", positions=None, side=None))
-        if settings not in shapes:  # most adapters have one kind of edit, in many layers
-            shapes[settings] = _shapes(entry, shape["hidden_size"])
-        parts.append(_Part(place, layer, side, number, entry.intervention, entry.act_fn, rank, shapes[settings]))
+        if settings not in made:  # most adapters have one kind of edit, in many layers
+            made[settings] = _shapes(entry, shape["hidden_size"])
+        parts.append(_Part(place, layer, side, number, entry.intervention, entry.act_fn, rank, *made[settings]))
     return Adapter("", path, tuple(rules), same(pattern), max(part.rank for part in parts), shape, tuple(parts))
 
 
@@ -186,15 +207,11 @@ def check_fits(adapter: Adapter, rank: int, shape: dict[str, Any]) -> None:
 
 def _check_entry(path: Path, entry: Any, layers: int) -> tuple[int, Positions]:
     """The layer and the rule of a representation, if it can be served."""
-    if entry.reads_input:
+    known = LINEAR if entry.reads_input else COMPONENTS
+    if entry.component not in known:
         raise ReftError(
-            f"{path}: intervention: {entry.intervention!r} cannot be served: it reads what a linear layer inside of a "
-            "block reads, and an engine fuses what is inside."
-        )
-    if entry.component not in COMPONENTS:
-        raise ReftError(
-            f"{path}: component: {entry.component!r} cannot be served, only {' and '.join(COMPONENTS)}: an engine "
-            "fuses what is inside a block."
+            f"{path}: component: {entry.component!r} of {entry.intervention!r} cannot be served, only "
+            f"{', '.join(known)}."
         )
     if not isinstance(entry.layer, int) or not 0 <= entry.layer < layers:
         raise ReftError(f"{path}: layer: expected one of 0 to {layers - 1}, got {entry.layer!r}.")
@@ -212,9 +229,15 @@ def _check_entry(path: Path, entry: Any, layers: int) -> tuple[int, Positions]:
     return entry.layer, rule
 
 
-def _shapes(entry: Any, width: int) -> dict[str, tuple[int, ...]]:
+def _shapes(entry: Any, width: int) -> tuple[dict[str, tuple[int | None, ...]], float | None]:
+    """The shapes of an edit's parameters, and of LoRA its α/r."""
     with torch.device("meta"):
-        return {name: tuple(tensor.shape) for name, tensor in entry.make(width).state_dict().items()}
+        made = entry.make(width, width)
+    shapes = {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()}
+    if not entry.reads_input:
+        return shapes, None
+    rank = made.low_rank_dimension
+    return {"A.weight": (rank, None), "B.weight": (None, rank)}, made.alpha / rank
 
 
 def _weights_bytes(path: Path) -> bytes:
@@ -232,30 +255,72 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ReftError(message) from None
 
 
-def _sort_tensors(path: Path, tensors: dict[str, Tensor], parts: Sequence[_Part]) -> list[dict[str, Tensor]]:
-    """The tensors of each part by the names of its parameters, float32."""
+def _sort_tensors(
+    path: Path, tensors: dict[str, Tensor], parts: Sequence[_Part], sites: Sites | None
+) -> list[dict[str, Tensor]]:
+    """The tensors of each part by the names of its parameters, float32; without sites those between blocks alone."""
     tensors = {key: tensor.float() for key, tensor in tensors.items()}
     if tensors and not torch.cat([tensor.flatten() for tensor in tensors.values()]).isfinite().all():
         key = next(key for key, tensor in tensors.items() if not tensor.isfinite().all())
         raise ReftError(f"{path}: {key} has values that are not finite.")
-    found: dict[tuple[int, str, int], dict[str, Tensor]] = {}
+    found: dict[tuple[int | str, str, int], dict[str, Tensor]] = {}  # by block, or by the path of what is inside
     modules: dict[tuple[int, str], str] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        layer = match and re.search(r"\.(\d+)$", match[1])
-        if not match or not layer:
+        if not match:
             raise ReftError(f"{path}: the file does not fit its config: {key} is not known.")
-        if modules.setdefault((int(layer[1]), match[2]), match[1]) != match[1]:
+        layer = re.search(r"\.(\d+)$", match[1])
+        if layer and modules.setdefault((int(layer[1]), match[2]), match[1]) != match[1]:
             raise ReftError(f"{path}: edits of two stacks cannot be served, only those of a decoder alone.")
-        found.setdefault((int(layer[1]), match[2], int(match[3])), {})[match[4]] = tensor
-    asked = [(part.layer, part.side, part.number) for part in parts]
+        found.setdefault((int(layer[1]) if layer else match[1], match[2], int(match[3])), {})[match[4]] = tensor
+    if sites is None:
+        _check_inside(path, found, [part for part in parts if part.place.part])
+        parts = [part for part in parts if not part.place.part]
+        found = {key: values for key, values in found.items() if not isinstance(key[0], str)}
+    asked = _asked(parts, sites)
     if set(asked) != found.keys():
         raise ReftError(
             f"{path}: the file does not fit its config: {len(set(asked) - found.keys())} edits are missing, "
             f"{len(found.keys() - set(asked))} are not known."
         )
     for part, where in zip(parts, asked, strict=True):
-        shapes = {name: tuple(tensor.shape) for name, tensor in found[where].items()}
-        if shapes != part.shapes:
-            raise ReftError(f"{path}: the edit of layer {part.layer} has {shapes}, its config asks for {part.shapes}.")
+        shapes, expected = {name: tuple(tensor.shape) for name, tensor in found[where].items()}, part.shapes
+        if sites is not None and part.place.part:
+            site = sites(part.place.part, part.layer)
+            expected = {"A.weight": (part.rank, site.input_width), "B.weight": (site.width, part.rank)}
+        if shapes != expected:
+            raise ReftError(f"{path}: the edit of layer {part.layer} has {shapes}, its config asks for {expected}.")
     return [found[key] for key in asked]
+
+
+def _check_inside(
+    path: Path, found: dict[tuple[int | str, str, int], dict[str, Tensor]], parts: Sequence[_Part]
+) -> None:
+    """Check what is edited inside of blocks as far as a file tells; which module each part is in, the model will."""
+    there = [values for key, values in found.items() if isinstance(key[0], str)]
+    if len(there) != len(parts):
+        raise ReftError(
+            f"{path}: the file does not fit its config: expected {len(parts)} edits inside of blocks, got {len(there)}."
+        )
+    ranks = sorted(part.rank for part in parts)
+    try:
+        fits = ranks == sorted(len(values["A.weight"]) for values in there)
+        fits &= all(values["A.weight"].shape[0] == values["B.weight"].shape[1] and len(values) == 2 for values in there)
+    except (KeyError, IndexError, TypeError):
+        fits = False
+    if not fits:
+        raise ReftError(f"{path}: expected A of the ranks {ranks} and a B for each, as the config says.")
+
+
+def _asked(parts: Sequence[_Part], sites: Sites | None) -> list[tuple[int | str, str, int]]:
+    """Where in a file the tensors of each part are: block or path, side, and number among the edits there."""
+    found: list[tuple[int | str, str, int]] = []
+    counts: dict[str, int] = {}
+    for part in parts:
+        if sites is None or not part.place.part:
+            found.append((part.layer, part.side, part.number))
+        else:
+            path = sites(part.place.part, part.layer).path
+            found.append((path, part.side, counts.setdefault(path, 0)))
+            counts[path] += 1
+    return found

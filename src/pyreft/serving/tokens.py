@@ -20,15 +20,24 @@ Spans = tuple[tuple[int, int | None], ...]  # from token a to before token b; no
 class Place(NamedTuple):
     """Where an edit stands."""
 
-    layer: int  # behind this block; -1 is before the first
+    layer: int  # behind this block, or in it; -1 is before the first
     stage: int  # its turn among the edits there
+    part: str = ""  # the component that a linear layer of the block writes; empty between blocks
 
 
 def by_layer(places: Iterable[Place]) -> dict[int, list[Place]]:
     """The edited places behind each block, in their order."""
     found: dict[int, list[Place]] = {}
-    for place in sorted(places):
+    for place in sorted(place for place in places if not place.part):
         found.setdefault(place.layer, []).append(place)
+    return found
+
+
+def by_part(places: Iterable[Place]) -> dict[tuple[int, str], list[Place]]:
+    """The edited places inside of blocks, by block and part, in their order."""
+    found: dict[tuple[int, str], list[Place]] = {}
+    for place in sorted(place for place in places if place.part):
+        found.setdefault((place.layer, place.part), []).append(place)
     return found
 
 

@@ -11,7 +11,9 @@ from pyreft.serving.laptop.engine import Engine
 from pyreft.serving.laptop.requests import Request
 from pyreft.serving.laptop.sampling import Sampling
 from pyreft.serving.laptop.scheduling import QueueFull
-from served import RULES, save, save_all
+from served import LORA, RULES, save, save_all, save_lora
+
+NAMES = (*RULES, *LORA)
 
 QUESTIONS = ["What is a whale?", "Name three animals that live on a farm, please.", "Why?", "What color is the sky?"]
 NEW = 12
@@ -19,7 +21,7 @@ NEW = 12
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return save_all(tmp_path_factory.mktemp("adapters"))
+    return save_lora(save_all(tmp_path_factory.mktemp("adapters")))
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +39,14 @@ def expected(root):
     """By adapter, none for the base: what `generate` answers to each question, as ids."""
     model, tokenizer = pocket.load()
     model = pyreft.ReftModel.from_pretrained(model, str(root / "l4"), adapter_name="l4").eval()
-    for name in RULES:
+    for name in NAMES:
         if name != "l4":
             model.load_adapter(str(root / name), adapter_name=name)
     batch = tokenizer(
         [pocket.PROMPT_TEMPLATE % q for q in QUESTIONS], padding=True, padding_side="left", return_tensors="pt"
     )
     answers = {}
-    for name in (None, *RULES):
+    for name in (None, *NAMES):
         with torch.no_grad():
             if name is None:
                 with model.disable_adapter():
@@ -90,7 +92,7 @@ def test_answers_are_those_of_generate_with_adapters_mixed(base, catalog, expect
     """All at once, and some that come while others are answered; long prompts are read in parts."""
     engine = make_engine(base, slots=8)
     engine.scheduler.part = 40
-    asked = [(name, number) for number in range(len(QUESTIONS)) for name in (None, *RULES)]
+    asked = [(name, number) for number in range(len(QUESTIONS)) for name in (None, *NAMES)]
     made = []
     for count, (name, number) in enumerate(asked):
         request, pieces = ask(engine, catalog, name, QUESTIONS[number])
@@ -105,18 +107,18 @@ def test_answers_are_those_of_generate_with_adapters_mixed(base, catalog, expect
             expected[name][number], skip_special_tokens=True
         )
         assert pieces[-1].finish == ("stop" if tokens(pieces)[-1] == 3 else "length")
-    assert len({str(expected[name]) for name in (None, *RULES)}) == 6  # the edits can be told apart
+    assert len({str(expected[name]) for name in (None, *NAMES)}) == 8  # the edits can be told apart
     assert not engine.edits.slots._users
 
 
 def test_more_adapters_than_slots_wait_and_none_fails(base, catalog, expected):
     engine = make_engine(base, slots=2)
-    made = {name: ask(engine, catalog, name, QUESTIONS[0]) for name in RULES}
+    made = {name: ask(engine, catalog, name, QUESTIONS[0]) for name in NAMES}
     for request, _ in made.values():
         engine.submit(request)
     run(engine)
-    assert {name: tokens(pieces) for name, (_, pieces) in made.items()} == {n: expected[n][0] for n in RULES}
-    assert engine.edits.loads == len(RULES)
+    assert {name: tokens(pieces) for name, (_, pieces) in made.items()} == {n: expected[n][0] for n in NAMES}
+    assert engine.edits.loads == len(NAMES)
 
 
 def test_a_newcomer_does_not_wait_for_the_end_of_others(base, catalog, expected):

@@ -24,15 +24,16 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 import pyreft
 from conftest import pad
 from pyreft import pocket
+from pyreft.errors import ReftError
 from pyreft.serving.bank import Slots
 from pyreft.serving.catalog import Catalog
 from pyreft.serving.fixed import FixedBank
 from pyreft.serving.vllm import scheduler as scheduler_module
 from pyreft.serving.vllm import state as state_module
-from pyreft.serving.vllm.flags import Settings, flags
+from pyreft.serving.vllm.flags import Settings, check_adapter, flags
 from pyreft.serving.vllm.model_state import model_state_class
 from pyreft.serving.vllm.state import ReftState
-from served import RULES, save, save_all
+from served import LORA, RULES, save, save_all, save_lora
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # so that a test can look into the engine
@@ -45,6 +46,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 NEW, BLOCK, EOS = 24, 32, 3
 SYSTEM = "You are a friendly helper who knows the small world of this story very well. "
 MORE = {
+    "default": {"intervention": "lora", "positions": "l16", "low_rank_dimension": 1, "scale": 0.1},
     "own": {"positions": "f3+l3", "share_weights": False, "layers": [0, 3, 6]},
     "red": {"positions": "l8", "intervention": "red", "low_rank_dimension": None, "scale": 0.1},
     "act": {"positions": "f2+l5", "intervention": "nodireft", "act_fn": "gelu"},
@@ -69,7 +71,7 @@ MORE = {
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = save_all(tmp_path_factory.mktemp("adapters"))
+    root = save_lora(save_all(tmp_path_factory.mktemp("adapters")))
     for seed, (name, config) in enumerate(MORE.items(), 100):
         save(root / name, seed=seed, **config)
     return root
@@ -191,15 +193,15 @@ def parts(llm):
 
 
 def test_mixed_adapters_answer_as_generate_does_computed_and_from_the_cache(llm, catalog, prompts, expected):
-    asked = [(name, prompt) for prompt in prompts for name in (None, *RULES)]
-    assert len(asked) == 360
+    asked = [(name, prompt) for prompt in prompts for name in (None, *RULES, *LORA)]
+    assert len(asked) == 480
     llm.reset_prefix_cache()
     first, again = ask(llm, catalog, asked), ask(llm, catalog, asked)
     assert wrong(first, asked, expected) == []
     assert wrong(again, asked, expected) == []
     assert sum(output.num_cached_tokens for output in again) > 0.6 * sum(len(prompt) for _, prompt in asked)
     # the adapters are far from the base and from each other, so that this says something
-    answers = {name: [tuple(expected(name, prompt)) for prompt in prompts] for name in (None, *RULES)}
+    answers = {name: [tuple(expected(name, prompt)) for prompt in prompts] for name in (None, *RULES, *LORA)}
     for one in answers:
         for two in answers:
             assert one == two or sum(a == b for a, b in zip(answers[one], answers[two], strict=True)) < 20
@@ -421,10 +423,14 @@ def test_preempted_requests_answer_the_same(llm, catalog, prompts, expected):
 def test_compiled_and_over_the_transformers_backend(catalog, prompts, expected, fixed, changes):
     made = start(**changes)
     try:
-        asked = [(name, prompt) for prompt in prompts[:20] for name in (None, *RULES)]
+        asked = [(name, prompt) for prompt in prompts[:20] for name in (None, *RULES, "default")]
         for _ in range(2):
             assert wrong(ask(made, catalog, asked), asked, expected) == []
+        if not changes.get("enforce_eager", True):
+            with pytest.raises(ReftError, match="an edit of query_output cannot be served by a compiled model"):
+                check_adapter(catalog.resolve("lora"), made.llm_engine.vllm_config)
         fixed(made)
+        asked = [(name, prompt) for name, prompt in asked if name != "default"]
         assert wrong(ask(made, catalog, asked), asked, expected) == []
     finally:
         stop(made)

@@ -112,11 +112,17 @@ def test_what_a_graph_cannot_replay_is_refused_by_name(made, tmp_path):
         ({"act_fn": "relu"}, "the activation 'relu'"),
         ({"representations": [{"layer": 2, "component": "block_output", "positions": rule} for rule in ("f1", "l1")]},
          "a second edit behind block 2"),
+        ({"intervention": "lora"}, "an edit of value_output, inside of a block, cannot be replayed"),
     ):  # fmt: skip
         adapter = Store(tmp_path / "store").add(save(tmp_path / "made", **changes))
         check_adapter(adapter, engine(Settings(store=str(store))))
         with pytest.raises(ReftError, match=f"^vLLM: {message}"):
             check_adapter(adapter, config)
+    config.parallel_config.tensor_parallel_size = 2
+    with pytest.raises(
+        ReftError, match="an edit of value_output, inside of a block, cannot be served with tensor paral"
+    ):
+        check_adapter(adapter, config)
     with pytest.raises(ReftError, match="CUDA graphs replay no edits in vLLM's first model runner"):
         check_engine(config)
     config.use_v2_model_runner = True

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...places.components import find_site
+from ...places.lookup import Site
 from ...places.structure import find_blocks, hidden_width
 from ..bank import Bank, Slots
 from ..served import Adapter
@@ -34,6 +36,9 @@ class Edits:
         self.device = next(model.parameters()).device
         self.bank = Bank(slots=slots, rank=rank, width=hidden_width(model), device=self.device)
         self.loads = 0  # how often an adapter was put into a slot
+        self.model = model
+        self._sites: dict[tuple[str, int], Site] = {}
+        self._hooked: set[tuple[int, str]] = set()
         blocks = find_blocks(model)[1]
         blocks[0].register_forward_pre_hook(self._edit_input, with_kwargs=True)
         for number, block in enumerate(blocks):
@@ -69,8 +74,19 @@ class Edits:
         return step if edits is self else None
 
     def _load(self, adapter: Adapter, slot: int) -> None:
-        self.bank.write(slot, adapter.edits())
+        self.bank.write(slot, adapter.edits(self._site))
+        for layer, part in self.bank.inside.keys() - self._hooked:  # only what is edited costs a hook
+            site = self._site(part, layer)
+            hook = partial(self._edit_part, (layer, part), slice(*(site.columns or (None,))))
+            self.model.get_submodule(site.path).register_forward_hook(hook)
+            self._hooked.add((layer, part))
         self.loads += 1
+
+    def _site(self, part: str, layer: int) -> Site:
+        """Where a component of a block is that a linear layer writes."""
+        if (part, layer) not in self._sites:
+            self._sites[part, layer] = find_site(self.model, part, layer, linear=True)
+        return self._sites[part, layer]
 
     def _edit_output(self, layer: int, block: nn.Module, args: tuple, output: Any) -> Any:
         if (step := self._step()) is None:
@@ -95,3 +111,14 @@ class Edits:
         for place in places:
             self.bank.edit_in(step, place, h)
         return h.view_as(states)
+
+    def _edit_part(self, key: tuple[int, str], columns: slice, module: nn.Module, args: tuple, output: Tensor) -> Any:
+        if (step := self._step()) is None:
+            return None
+        places = [place for place in self.bank.inside.get(key, ()) if step.tiles(place, output.device)]
+        if not places:
+            return None
+        read, written = args[0].flatten(0, -2), output.flatten(0, -2).clone()
+        for place in places:
+            self.bank.edit_part(step, place, read, written[:, columns])
+        return written.view_as(output)

@@ -7,6 +7,7 @@ from typing import Any
 from ...errors import ReftError, did_you_mean
 from ..catalog import default_store
 from ..served import Adapter, check_fits
+from .inside import COMPILED, Architecture
 
 KEY = "reft"  # of `additional_config`, and of a request's `extra_args`
 STRENGTH = "reft_strength"
@@ -116,6 +117,11 @@ def replays(vllm_config: Any) -> bool:
     return vllm_config.device_config.device_type != "cpu" and mode is not None and mode.name != "NONE"
 
 
+def compiles(vllm_config: Any) -> bool:
+    """Whether an engine compiles its model, so that hooks must be there before."""
+    return bool(getattr(vllm_config.compilation_config, "mode", 0))
+
+
 def shape_of(vllm_config: Any) -> dict[str, Any]:
     """Type and sizes of the engine's base model, as adapters name theirs."""
     model = vllm_config.model_config
@@ -134,6 +140,21 @@ def check_adapter(adapter: Adapter, vllm_config: Any) -> None:
         ReftError: one of another base model, of a rank above the slots', or one that a CUDA graph cannot replay.
     """
     check_fits(adapter, Settings.of(vllm_config).rank, shape_of(vllm_config))
+    if adapter.parts_inside and getattr(vllm_config.parallel_config, "tensor_parallel_size", 1) > 1:
+        raise ReftError(
+            f"an edit of {adapter.parts_inside[0]}, inside of a block, cannot be served with tensor parallelism, which "
+            "parts what it reads or writes; start the engine without.",
+            setting="vLLM",
+        )
+    others = [part for part in adapter.parts_inside if part not in COMPILED]
+    if others and compiles(vllm_config):
+        raise ReftError(
+            f"an edit of {others[0]} cannot be served by a compiled model, which edits {' and '.join(COMPILED)} inside "
+            "of its blocks; start the engine with --enforce-eager.",
+            setting="vLLM",
+        )
+    if adapter.parts_inside:
+        adapter.edits(Architecture.of(vllm_config).site)  # their widths, which its config does not tell
     if replays(vllm_config) and adapter.beyond_low_rank:
         raise ReftError(
             f"{adapter.beyond_low_rank} cannot be replayed in CUDA graphs; start the engine with "

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ReftError
-from .flags import check_engine
+from .flags import check_engine, compiles
+from .inside import Inside, Written
 from .plugin import PREFIX
 from .private import check_vllm, step_layout
 from .state import ReftState
@@ -21,6 +22,17 @@ def _edit(hidden: Tensor, residual: Tensor | None, layer: int) -> None:
 
 @_edit.register_fake
 def _(hidden: Tensor, residual: Tensor | None, layer: int) -> None:
+    return None
+
+
+@torch.library.custom_op("pyreft::edit_part", mutates_args=("written",))
+def _edit_part(read: Tensor, written: Tensor, layer: int, part: str) -> None:
+    """The same of what a linear layer wrote."""
+    ReftState.running().edit_part(layer, part, read, written)
+
+
+@_edit_part.register_fake
+def _(read: Tensor, written: Tensor, layer: int, part: str) -> None:
     return None
 
 
@@ -39,6 +51,11 @@ class ReftMixin:
             if number == 0:
                 block.register_forward_pre_hook(_edit_input, with_kwargs=True)
             block.register_forward_hook(_BlockHook(number))
+
+        joined = getattr(self, "packed_modules_mapping", {})
+        self._reft.inside = Inside(vllm_config, dict(blocks), joined, hook_part)
+        if compiles(vllm_config):
+            self._reft.inside.hook_all()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the model's own, after the step's tokens were found."""
@@ -88,6 +105,21 @@ def edit(hidden: Tensor, residual: Tensor | None, layer: int) -> None:
         torch.ops.pyreft.edit(hidden, residual, layer)
     else:
         ReftState.running().edit(layer, hidden, residual)
+
+
+def hook_part(written_by: Written, layer: int, part: str) -> None:
+    """Edit from now on what a linear layer writes of a component, in place."""
+    columns = slice(*(written_by.columns or (None,)))
+
+    def edit_written(module: nn.Module, args: tuple, output: Any) -> None:
+        states = output if isinstance(output, Tensor) else output[0]  # beside which is a bias
+        written = states[..., columns]
+        if torch.compiler.is_compiling():
+            torch.ops.pyreft.edit_part(args[0], written, layer, part)
+        else:
+            ReftState.running().edit_part(layer, part, args[0], written)
+
+    written_by.module.register_forward_hook(edit_written)
 
 
 def find_blocks(model: Any, count: int) -> list[tuple[int, nn.Module]]:

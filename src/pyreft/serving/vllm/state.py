@@ -15,6 +15,7 @@ from ..fixed import FixedBank
 from ..served import Adapter
 from ..tokens import Place, Row, Step, plan
 from .flags import Settings, check_adapter, replays, shape_of
+from .inside import Inside
 
 
 @dataclass(eq=False)
@@ -50,6 +51,7 @@ class ReftState:
         self.rows: dict[int, Row] = {}  # as of the last `settle`
         self.step: Step | None = None
         self.layers: list[int] = list(range(-1, self.shape["num_hidden_layers"]))
+        self.inside: Inside | None = None  # of the model's blocks, once they are there
         self.counts = {"steps": 0, "edited_steps": 0, "loads": 0}
 
     def _sizes(self) -> dict[str, Any]:
@@ -104,7 +106,12 @@ class ReftState:
 
     def _load(self, adapter: Adapter, slot: int) -> None:
         check_adapter(adapter, self.vllm_config)
-        self.bank.write(slot, {place: edit for place, edit in adapter.edits().items() if place.layer in self.layers})
+        edits = adapter.edits(self.inside.site if self.inside is not None else None)
+        own = {place: edit for place, edit in edits.items() if place.layer in self.layers}
+        for place in own:
+            if place.part and self.inside is not None:
+                self.inside.hook(place.layer, place.part)
+        self.bank.write(slot, own)
         self.counts["loads"] += 1
 
     def plan(self, starts: Sequence[int], computed: Sequence[int], order: Sequence[int] | None = None) -> None:
@@ -150,3 +157,11 @@ class ReftState:
         residual = None if residual is None else residual.view(-1, residual.shape[-1])
         for place in places:
             self.bank.edit(place, hidden, residual)
+
+    def edit_part(self, layer: int, part: str, read: Tensor, written: Tensor) -> None:
+        """Edit in place what a linear layer of a block wrote, `[..., d]`, by what it read, `[..., k]`."""
+        bank, step = self.bank, self.step
+        if step is None or isinstance(bank, FixedBank) or not (places := bank.inside.get((layer, part))):
+            return
+        for place in places:
+            bank.edit_part(step, place, read.view(-1, read.shape[-1]), written.view(-1, written.shape[-1]))
