@@ -423,15 +423,26 @@ def test_preempted_requests_answer_the_same(llm, catalog, prompts, expected):
 def test_compiled_and_over_the_transformers_backend(catalog, prompts, expected, fixed, changes):
     made = start(**changes)
     try:
-        asked = [(name, prompt) for prompt in prompts[:20] for name in (None, *RULES, "default")]
+        asked = [(name, prompt) for prompt in prompts[:20] for name in (None, *RULES)]
         for _ in range(2):
             assert wrong(ask(made, catalog, asked), asked, expected) == []
-        if not changes.get("enforce_eager", True):
+        fixed(made)
+        assert wrong(ask(made, catalog, asked), asked, expected) == []
+    finally:
+        stop(made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"enforce_eager": False}, flags(Settings(slots=6), "TransformersForCausalLM")])
+def test_edits_inside_of_blocks_compiled_and_over_the_transformers_backend(catalog, prompts, expected, changes):
+    made = start(**changes)
+    try:
+        asked = [(name, prompt) for prompt in prompts[:20] for name in (None, "default", "all", "f3l3")]
+        for _ in range(2):
+            assert wrong(ask(made, catalog, asked), asked, expected) == []
+        if "enforce_eager" in changes:
             with pytest.raises(ReftError, match="an edit of query_output cannot be served by a compiled model"):
                 check_adapter(catalog.resolve("lora"), made.llm_engine.vllm_config)
-        fixed(made)
-        asked = [(name, prompt) for name, prompt in asked if name != "default"]
-        assert wrong(ask(made, catalog, asked), asked, expected) == []
     finally:
         stop(made)
 

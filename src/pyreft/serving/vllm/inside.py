@@ -14,6 +14,7 @@ from torch import nn
 from ...errors import ReftError
 from ...places.components import find_site
 from ...places.lookup import Site
+from .private import current
 
 COMPILED = ("value_output", "attention_output")
 """What a compiled model edits inside of its blocks: the hooks must be there before it is compiled."""
@@ -30,16 +31,16 @@ class Architecture:
     """Where transformers has what a base model's linear layers write, by a model without weights.
 
     Args:
-        hf_config: of the base model.
+        vllm_config: of an engine.
     """
 
     _all: ClassVar[dict[str, "Architecture"]] = {}  # by the engine
 
-    def __init__(self, hf_config: Any) -> None:
+    def __init__(self, vllm_config: Any) -> None:
         from transformers import AutoModelForCausalLM
 
-        with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(hf_config)
+        with torch.device("meta"), current(vllm_config):  # vLLM's Transformers backend changes the classes themselves
+            self.model = AutoModelForCausalLM.from_config(vllm_config.model_config.hf_config)
         self._sites: dict[tuple[str, int], Site] = {}
 
     @classmethod
@@ -47,7 +48,7 @@ class Architecture:
         """The one of an engine's base model."""
         key = vllm_config.instance_id
         if key not in cls._all:
-            cls._all[key] = cls(vllm_config.model_config.hf_config)
+            cls._all[key] = cls(vllm_config)
         return cls._all[key]
 
     def site(self, part: str, layer: int) -> Site:

@@ -5,8 +5,9 @@ moved.
 """
 
 import importlib
+import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from types import SimpleNamespace
 from typing import Any, NamedTuple, NoReturn
@@ -44,6 +45,7 @@ SYMBOLS = (
     ("vllm.v1.worker.gpu.input_batch", "InputBatch.__annotations__.num_computed_tokens_np"),
     ("vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcessor"),
     ("vllm.v1.core.sched.output", "NewRequestData.prompt_len"),
+    ("vllm.config", "set_current_vllm_config"),
 )
 # for the server without a socket
 SERVER = (
@@ -104,6 +106,15 @@ def check_vllm(symbols: Sequence[tuple[str, str]] = SYMBOLS) -> None:
         )
     if moved := missing(symbols):
         raise ReftError(f"this build has no {', '.join(moved)}, which the plug-in needs.", setting="vLLM")
+
+
+def current(vllm_config: Any) -> AbstractContextManager:
+    """Let modules be made for an engine, as vLLM does while it makes its model."""
+    if "vllm" not in sys.modules:
+        return nullcontext()
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    return set_current_vllm_config(vllm_config) if isinstance(vllm_config, VllmConfig) else nullcontext()
 
 
 def check_scheduler(scheduler: Any) -> None:
