@@ -11,7 +11,8 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
 def config(**changes):
-    return pyreft.ReftConfig(**{"layers": [1, 3], "positions": "f1+l2", "low_rank_dimension": 2} | changes)
+    places = {"layers": [1, 3], "positions": "f1+l2"}
+    return pyreft.ReftConfig(**{"intervention": "loreft", "low_rank_dimension": 2} | places | changes)
 
 
 @pytest.fixture
