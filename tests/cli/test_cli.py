@@ -53,6 +53,15 @@ def test_the_demo_reads_well(demo, tmp_path, monkeypatch):
         assert words in printed
 
 
+def test_the_demo_takes_another_model(tmp_path):
+    directory = shutil.copytree(pocket.path(), tmp_path / "model")
+    found = json.loads(run("demo", "--model", directory, "--output", tmp_path / "adapter", "--json").stdout)
+    assert (found["parameters"], found["before_in_emojis"], found["reload_identical"]) == (5376, 0, True)  # the default
+    assert found["in_emojis"] >= 25
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(directory)
+
+
 def test_generate(demo, tmp_path):
     adapter, figures = demo
     answers = figures["answers"][:3]

@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from transformers import AutoModel, AutoModelForSeq2SeqLM, BertConfig, LogitsProcessor, T5Config
 
 import pyreft
@@ -204,6 +205,7 @@ def test_another_forward_in_its_place(model, ids):
 
 
 def test_accelerate_wraps_and_unwraps_it(model, ids):
+    AcceleratorState._reset_state(True)  # of a test before, with another precision
     expected = answers(model, ids)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare_model(model)
@@ -213,6 +215,7 @@ def test_accelerate_wraps_and_unwraps_it(model, ids):
     plain = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
     assert torch.equal(answers(plain, ids), expected)
     assert torch.equal(answers(plain.forward, ids), expected)
+    AcceleratorState._reset_state(True)
 
 
 def test_a_library_that_calls_it(tmp_path):

@@ -552,7 +552,10 @@ def test_strength_multiplies_the_edit(model, strength):
         ({"layers": [0, 7]}, "layer: this model has the layers 0 to 3, got 7."),
         ({"component": "block_outptu"}, "Did you mean 'block_output'?"),
         ({"component": "model.layers[9].output"}, "component: expected one of block_input, block_output"),
-        ({"low_rank_dimension": 33}, "expected a rank from 1 to the width 32 of the edited states, got 33"),
+        (
+            {"intervention": "loreft", "low_rank_dimension": 33},
+            "expected a rank from 1 to the width 32 of the edited states, got 33",
+        ),
     ],
 )
 def test_what_does_not_fit_the_model_leaves_it_untouched(model, config, message):

@@ -287,8 +287,8 @@ class _Block:
         raise ReftError(
             f"{self.component!r} was not found in layer {path.rpartition('.')[2]} of "
             f"{type(self.model).__name__}, whose parts are {', '.join(name for name, _ in block.named_children())}. "
-            f"Give a module's path, such as '{path}.<part>.output', or the component 'block_output', what the layer "
-            "writes, which the formula 'loreft' and others edit.",
+            f"Give a module's path, such as '{path}.<part>.output'. Every layer has 'block_output', which the formula "
+            "'loreft' and others edit.",
             setting="component",
         )
 

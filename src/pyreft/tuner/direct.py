@@ -1,6 +1,6 @@
 """Who calls a module's `forward`, past its hooks, enters a call all the same.
 
-`sentence-transformers` does, and programs that take `model.forward` for the model. Where calls are entered, and what
+`sentence-transformers` does, and programs that take a model's `forward` for the model. Where calls are entered, and what
 they read, `hooks` knows.
 """
 
