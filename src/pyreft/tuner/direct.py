@@ -1,7 +1,7 @@
 """Who calls a module's `forward`, past its hooks, enters a call all the same.
 
-`sentence-transformers` does, and programs that take a model's `forward` for the model. Where calls are entered, and what
-they read, `hooks` knows.
+`sentence-transformers` does, and programs that take a model's `forward` for the model. Where calls are entered, and
+what they read, `hooks` knows.
 """
 
 import types
@@ -37,7 +37,7 @@ class Door:
         self.entry, self.module, self.own = entry, module, own
 
     @property
-    def __wrapped__(self) -> Any:  # what takes the same arguments, as `inspect.signature` looks for it
+    def __wrapped__(self) -> Any:  # what takes the same arguments, for who asks for the signature
         return types.MethodType(type(self.module).forward, self.module) if self.own is None else self.own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
