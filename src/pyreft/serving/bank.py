@@ -156,7 +156,7 @@ class Bank:
         """
         for place, edit in edits.items():
             found = _widths(edit)
-            lane = self._low.get(place) if place.part else None
+            lane = self._low.get(place)
             widths = lane.widths() if lane is not None else found if place.part else (self.width, self.width)
             if found != widths:
                 where = f"of {place.part} in" if place.part else "behind"
@@ -200,14 +200,20 @@ class Bank:
         if self._step is not None:
             self.edit_in(self._step, place, hidden, residual)
 
-    def edit_in(self, step: Step, place: Place, hidden: Tensor, residual: Tensor | None = None) -> None:
-        """The same for the tokens of a step that the bank need not remember."""
+    def edit_in(
+        self, step: Step, place: Place, hidden: Tensor, residual: Tensor | None = None, read: Tensor | None = None
+    ) -> None:
+        """The same for the tokens of a step that the bank need not remember.
+
+        Args:
+            read: `[tokens, k]`, what the linear layer read that wrote these states, where its edit acts on that.
+        """
         for tile in step.tiles(place, hidden.device):
             at = tile.at
             h = hidden[at]  # and all that follows in place: a prompt's states are large
             if residual is not None:
                 h += residual[at]
-            edited = self.delta(place, tile, h).add_(h).to(h.dtype)
+            edited = self.delta(place, tile, h if read is None else read[at]).add_(h).to(h.dtype)
             if tile.valid is not None:
                 at, edited = at[tile.valid], edited[tile.valid]
             if residual is None:
@@ -215,15 +221,6 @@ class Bank:
             else:
                 residual[at] = edited
                 hidden[at] = 0
-
-    def edit_part(self, step: Step, place: Place, read: Tensor, written: Tensor) -> None:
-        """Edit in place what a linear layer wrote, `[tokens, d]`, by what it read, `[tokens, k]`."""
-        for tile in step.tiles(place, written.device):
-            at = tile.at
-            edited = self.delta(place, tile, read[at]).add_(written[at]).to(written.dtype)
-            if tile.valid is not None:
-                at, edited = at[tile.valid], edited[tile.valid]
-            written[at] = edited
 
     def delta(self, place: Place, tile: Tile, h: Tensor) -> Tensor:
         """Return h' - h for the states `[lines, width, d]` of a tile's tokens, float32; of LoRA for what was read."""

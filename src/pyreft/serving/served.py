@@ -101,23 +101,18 @@ class Adapter:
         Raises:
             ReftError: a file that is damaged or does not fit its config.
         """
-        chosen = [part for part in self.parts if sites is not None or not part.place.part]
         parts = _sort_tensors(self.directory, _read_tensors(self.directory), self.parts, sites)
         free: dict[tuple[int, ...], list[dict[str, Tensor]]] = {}
-        for tensors in parts:
+        for part, tensors in parts:
+            if part.scale is not None:
+                tensors["scale"] = torch.tensor(part.scale)
             if "rotate_layer.free" in tensors:
                 free.setdefault(tuple(tensors["rotate_layer.free"].shape), []).append(tensors)
         for group in free.values():  # one batched call for all layers
             made = orthonormal_columns(torch.stack([tensors["rotate_layer.free"] for tensors in group])).mT
             for tensors, rotation in zip(group, made, strict=True):
                 tensors["R"] = rotation
-        for part, tensors in zip(chosen, parts, strict=True):
-            if part.scale is not None:
-                tensors["scale"] = torch.tensor(part.scale)
-        return {
-            part.place: affine(part.intervention, tensors, part.act)
-            for part, tensors in zip(chosen, parts, strict=True)
-        }
+        return {part.place: affine(part.intervention, tensors, part.act) for part, tensors in parts}
 
 
 def digest_of(config: bytes, weights: bytes) -> str:
@@ -257,8 +252,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def _sort_tensors(
     path: Path, tensors: dict[str, Tensor], parts: Sequence[_Part], sites: Sites | None
-) -> list[dict[str, Tensor]]:
-    """The tensors of each part by the names of its parameters, float32; without sites those between blocks alone."""
+) -> list[tuple[_Part, dict[str, Tensor]]]:
+    """Each part with its tensors by the names of its parameters, float32; without sites those between blocks alone."""
     tensors = {key: tensor.float() for key, tensor in tensors.items()}
     if tensors and not torch.cat([tensor.flatten() for tensor in tensors.values()]).isfinite().all():
         key = next(key for key, tensor in tensors.items() if not tensor.isfinite().all())
@@ -290,7 +285,7 @@ def _sort_tensors(
             expected = {"A.weight": (part.rank, site.input_width), "B.weight": (site.width, part.rank)}
         if shapes != expected:
             raise ReftError(f"{path}: the edit of layer {part.layer} has {shapes}, its config asks for {expected}.")
-    return [found[key] for key in asked]
+    return [(part, found[key]) for part, key in zip(parts, asked, strict=True)]
 
 
 def _check_inside(

@@ -120,5 +120,5 @@ class Edits:
             return None
         read, written = args[0].flatten(0, -2), output.flatten(0, -2).clone()
         for place in places:
-            self.bank.edit_part(step, place, read, written[:, columns])
+            self.bank.edit_in(step, place, written[:, columns], read=read)
         return written.view_as(output)

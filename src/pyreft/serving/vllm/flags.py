@@ -134,7 +134,18 @@ def shape_of(vllm_config: Any) -> dict[str, Any]:
 
 
 def check_adapter(adapter: Adapter, vllm_config: Any) -> None:
-    """Refuse an adapter that does not fit the engine.
+    """Refuse an adapter that does not fit the engine, by its config and by its weights.
+
+    Raises:
+        ReftError: see `check_config`; or weights of other widths than the model has inside of its blocks.
+    """
+    check_config(adapter, vllm_config)
+    if adapter.parts_inside:
+        Architecture.of(vllm_config).check(adapter)
+
+
+def check_config(adapter: Adapter, vllm_config: Any) -> None:
+    """Refuse an adapter whose config says that it does not fit the engine.
 
     Raises:
         ReftError: one of another base model, of a rank above the slots', or one that a CUDA graph cannot replay.
@@ -153,8 +164,6 @@ def check_adapter(adapter: Adapter, vllm_config: Any) -> None:
             "of its blocks; start the engine with --enforce-eager.",
             setting="vLLM",
         )
-    if adapter.parts_inside:
-        adapter.edits(Architecture.of(vllm_config).site)  # their widths, which its config does not tell
     if replays(vllm_config) and adapter.beyond_low_rank:
         raise ReftError(
             f"{adapter.beyond_low_rank} cannot be replayed in CUDA graphs; start the engine with "

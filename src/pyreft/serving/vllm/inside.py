@@ -14,6 +14,7 @@ from torch import nn
 from ...errors import ReftError
 from ...places.components import find_site
 from ...places.lookup import Site
+from ..served import Adapter
 from .private import current
 
 COMPILED = ("value_output", "attention_output")
@@ -42,6 +43,7 @@ class Architecture:
         with torch.device("meta"), current(vllm_config):  # vLLM's Transformers backend changes the classes themselves
             self.model = AutoModelForCausalLM.from_config(vllm_config.model_config.hf_config)
         self._sites: dict[tuple[str, int], Site] = {}
+        self._fitting: set[str] = set()  # digests
 
     @classmethod
     def of(cls, vllm_config: Any) -> "Architecture":
@@ -56,6 +58,16 @@ class Architecture:
         if (part, layer) not in self._sites:
             self._sites[part, layer] = find_site(self.model, part, layer, linear=True)
         return self._sites[part, layer]
+
+    def check(self, adapter: Adapter) -> None:
+        """Read an adapter's weights once, for their widths, which its config does not tell.
+
+        Raises:
+            ReftError: they are not those of the model.
+        """
+        if adapter.digest not in self._fitting:
+            adapter.edits(self.site)
+            self._fitting.add(adapter.digest)
 
 
 class Inside:

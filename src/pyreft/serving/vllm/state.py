@@ -14,7 +14,7 @@ from ..catalog import Store
 from ..fixed import FixedBank
 from ..served import Adapter
 from ..tokens import Place, Row, Step, plan
-from .flags import Settings, check_adapter, replays, shape_of
+from .flags import Settings, check_config, replays, shape_of
 from .inside import Inside
 
 
@@ -105,7 +105,7 @@ class ReftState:
         self.rows = {number: request.row for number, request in self._batch.items() if request.row is not None}
 
     def _load(self, adapter: Adapter, slot: int) -> None:
-        check_adapter(adapter, self.vllm_config)
+        check_config(adapter, self.vllm_config)
         edits = adapter.edits(self.inside.site if self.inside is not None else None)
         own = {place: edit for place, edit in edits.items() if place.layer in self.layers}
         for place in own:
@@ -164,4 +164,4 @@ class ReftState:
         if step is None or isinstance(bank, FixedBank) or not (places := bank.inside.get((layer, part))):
             return
         for place in places:
-            bank.edit_part(step, place, read.view(-1, read.shape[-1]), written.view(-1, written.shape[-1]))
+            bank.edit_in(step, place, written.view(-1, written.shape[-1]), read=read.view(-1, read.shape[-1]))
