@@ -65,7 +65,7 @@ class ReftConfig(PeftConfig):
     Either the few fields below describe edits that are the same in all chosen layers, or `representations` lists
     them one by one, in the manner of the original library. If neither a formula nor a component is named, the edits
     are LoRA of rank 1 on each layer's value and output projections, at the located tokens alone: on the tasks of
-    `benchmarks/study.py` it learns much more than LoReFT with a quarter of the parameters.
+    `benchmarks/study.py` it learns much more than LoReFT with half of the parameters.
 
     Args:
         representations: a dict or a list of dicts with the fields of `Representation`, instead of `layers`; what an
