@@ -321,7 +321,7 @@ def shape_differences(expected: dict[str, Any] | None, found: dict[str, Any] | N
 
 
 def register_with_peft(tuner: type) -> None:
-    """Make PEFT know this method: its four mappings are plain dicts and take a key of our own."""
+    """Make PEFT know this method: its mappings are plain dicts and take a key of our own."""
     PEFT_TYPE_TO_CONFIG_MAPPING[ReftPeftType.REFT] = ReftConfig
     PEFT_TYPE_TO_TUNER_MAPPING[ReftPeftType.REFT] = tuner
     PEFT_TYPE_TO_PREFIX_MAPPING[ReftPeftType.REFT] = PREFIX
