@@ -60,26 +60,39 @@ class Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def measure(name: str, make: Callable[[], Any], tokens: int, method: str, runs: int) -> dict:
+def measure(name: str, make: Callable[[], Any], tokens: int, method: str, runs: int, pairs: int) -> dict:
+    """Several pairs of models, since where a model lies in memory makes it faster or slower by some percent."""
     torch.manual_seed(0)
-    base, edited = make(), make()
-    edited.load_state_dict(base.state_dict(), assign=True)  # where weights lie alone makes a step some percent slower
-    config = METHODS[method]
-    edited = hooked(edited) if config is None else get_peft_model(edited, copy.deepcopy(config)).eval()
-    ids = torch.randint(10, 1000, (1, 32))
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-
-    def run(model: Any, steps: list[float]) -> Callable[[], object]:
-        def answer() -> None:
-            clock = Clock()
-            model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[clock], **options)
-            steps.append((clock.stamps[-1] - clock.stamps[0]) / (tokens - 1))
-
-        return answer
-
+    times: tuple[list[float], list[float]] = ([], [])
     steps: tuple[list[float], list[float]] = ([], [])
-    times = paired(run(edited, steps[0]), run(base, steps[1]), runs=runs)
-    del steps[0][0], steps[1][0]  # of the unmeasured runs
+    ratios: list[float] = []
+    step_ratios: list[float] = []
+    for number in range(pairs):
+        base, edited = make(), make()
+        if number % 2:
+            base, edited = edited, base
+        edited.load_state_dict(base.state_dict(), assign=True)
+        config = METHODS[method]
+        edited = hooked(edited) if config is None else get_peft_model(edited, copy.deepcopy(config)).eval()
+        ids = torch.randint(10, 1000, (1, 32))
+
+        def run(model: Any, steps: list[float], ids: torch.Tensor = ids) -> Callable[[], object]:
+            def answer() -> None:
+                clock = Clock()
+                model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), stopping_criteria=[clock], **options)
+                steps.append((clock.stamps[-1] - clock.stamps[0]) / (tokens - 1))
+
+            return answer
+
+        own: tuple[list[float], list[float]] = ([], [])
+        both = paired(run(edited, own[0]), run(base, own[1]), runs=runs)
+        del own[0][0], own[1][0]  # of the unmeasured runs
+        ratios.append(ratio(both))
+        step_ratios.append(ratio(own))
+        for which in (0, 1):
+            times[which].extend(both[which])
+            steps[which].extend(own[which])
     return {
         "model": name,
         "parameters (M)": base.num_parameters() / 1e6,
@@ -87,20 +100,26 @@ def measure(name: str, make: Callable[[], Any], tokens: int, method: str, runs: 
         "new tokens": tokens,
         "adapted (s)": statistics.median(times[0]),
         "base (s)": statistics.median(times[1]),
-        "adapted / base": ratio(times),
+        "adapted / base": statistics.median(ratios),
         "a base's step (ms)": 1e3 * statistics.median(steps[1]),
-        "steps, adapted / base": ratio(steps),
+        "steps, adapted / base": statistics.median(step_ratios),
+        "of pairs": sorted(round(one, 3) for one in step_ratios),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--runs", type=int, default=21)
+    parser.add_argument("--runs", type=int, default=5, help="of each pair of models")
+    parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     asked = parser.parse_args()
     torch.set_num_threads(2)
-    rows = [measure(name, *MODELS[name], method, asked.runs) for name in asked.models for method in asked.methods]
+    rows = [
+        measure(name, *MODELS[name], method, asked.runs, asked.pairs)
+        for name in asked.models
+        for method in asked.methods
+    ]
     report("generate", rows, keep=(asked.models, asked.methods) == (list(MODELS), list(METHODS)))
 
 

@@ -42,7 +42,7 @@ PARTS = ("speed", "plain", "lora", "prefix", "first")
 SIZES = {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 1408, "num_attention_heads": 8}
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 2}
 VOCABULARY, BLOCK, RANK, SLOTS = 2048, 32, 8, 64
-RULES = ("l16", "f7+l7", "all")
+RULES = ("l16", "f7+l7", "all", "lora l16", "lora all")  # of LoReFT at blocks, and of LoRA on v and o
 RESULTS = Path(__file__).parent / "results"
 Asked = list[tuple[list[int], str | None]]  # prompts, each with an adapter's name
 
@@ -66,7 +66,9 @@ class Files:
         AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=VOCABULARY, **self.sizes)).save_pretrained(self.base)
         for rule in rules:
             model = AutoModelForCausalLM.from_pretrained(self.base)
-            config = pyreft.ReftConfig(low_rank_dimension=RANK, positions=rule, intervention="loreft")
+            formula = "lora" if rule.startswith("lora ") else "loreft"
+            positions = rule.removeprefix("lora ")
+            config = pyreft.ReftConfig(low_rank_dimension=RANK, positions=positions, intervention=formula)
             pyreft.get_reft_model(model, config).save_pretrained(str(self.adapters / name_of(rule, 0)))
             self._vary([self.adapters / name_of(rule, number) for number in range(self.count)])
         model = AutoModelForCausalLM.from_pretrained(self.base)
@@ -85,7 +87,7 @@ class Files:
 
 
 def name_of(rule: str, number: int) -> str:
-    return f"{rule.replace('+', '')}-{number}"
+    return f"{rule.replace('+', '').replace(' ', '-')}-{number}"
 
 
 def text(length: int, seed: int) -> list[int]:

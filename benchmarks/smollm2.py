@@ -1,12 +1,14 @@
 """LoRA at the last 16 tokens beside LoRA at every token, on a real instruct model of 135 million parameters.
 
-    python benchmarks/smollm2.py [--tasks desk order] [--seeds 3] [--epochs 3]
+    python benchmarks/smollm2.py [--tasks desk tone order] [--seeds 0 1 2] [--epochs 3] [--adapters "LoRA r8" ...]
 
-Two tasks with 200 examples and 200 held out, whose wordings, things and towns the examples do not have (see
-`_study/messages.py`). Seconds are processor time on one thread, of the steps alone. A row is printed when it is there.
+Tasks with 200 examples and 200 held out, whose wordings, things and towns the examples do not have (see
+`_study/messages.py`). Seconds are processor time on one thread, of the steps alone. A row is printed when it is there,
+and replaces that of the same name and seed in `results/`.
 """
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -25,8 +27,9 @@ _ANSWER = 32  # tokens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tasks", nargs="+", default=["desk", "order"])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--tasks", nargs="+", default=["desk", "tone", "order"])
+    parser.add_argument("--adapters", nargs="+", choices=[setting.name for setting in RATES])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -34,19 +37,19 @@ def main() -> None:
     turns = [{"role": "user", "content": "%s"}]
     template = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     plan = Plan(settings=tuple(RATES), batch_size=8)
-    for name in given.tasks:
+    asked = [setting for setting in RATES if not given.adapters or setting.name in given.adapters]
+    for name, seed, setting in itertools.product(given.tasks, given.seeds, asked):
         task = load_messages(name, template)
-        rows = []
-        for seed in range(given.seeds):
-            for setting, lr in RATES.items():
-                run = Run(setting, plan, task.train, lr, seed, load=smollm2.load)
-                run.train(given.epochs * len(task.train) // plan.batch_size)
-                right = 100 * run.score(task.heldout, max_new_tokens=_ANSWER)
-                common = {"task": name, "adapter": setting.name, "parameters": run.parameters, "lr": lr}
-                rows.append({**common, "seed": seed, "steps": run.steps, "right": right, "seconds": run.seconds})
-                print(rows[-1], flush=True)
-                path = Path(__file__).parent / "results" / f"smollm2_{name}.json"
-                path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        run = Run(setting, plan, task.train, RATES[setting], seed, load=smollm2.load)
+        run.train(given.epochs * len(task.train) // plan.batch_size)
+        right = 100 * run.score(task.heldout, max_new_tokens=_ANSWER)
+        common = {"task": name, "adapter": setting.name, "parameters": run.parameters, "lr": RATES[setting]}
+        row = {**common, "seed": seed, "steps": run.steps, "right": right, "seconds": run.seconds}
+        print(row, flush=True)
+        path = Path(__file__).parent / "results" / f"smollm2_{name}.json"
+        kept = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = [one for one in kept if (one["adapter"], one["seed"]) != (setting.name, seed)] + [row]
+        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

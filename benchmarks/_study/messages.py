@@ -1,4 +1,4 @@
-"""Two tasks for a real instruct model: messages to a shop, to be sorted by desk or written as a form.
+"""Tasks for a real instruct model: messages to a shop, to be sorted by desk or by tone, or written as a form.
 
 The sentences are put together from lists; those that are held out, and those to choose learning rates by, have
 wordings, things and towns that the examples to learn from do not have.
@@ -61,6 +61,58 @@ _WORDINGS = {
         "I have two logins, one from before the {thing}; can you join them?",
     ),
 }
+_TONES = {
+    "formal": (
+        "I am writing with regard to the {thing} which I purchased on {day}.",
+        "Kindly inform me at your earliest convenience of the state of my order of a {thing}.",
+        "Please be advised that the {thing} has not been received in {town} to date.",
+        "I should be most grateful for your assistance in the matter of the {thing}.",
+        "With reference to your letter of {day}, I hereby request a replacement of the {thing}.",
+        "The undersigned respectfully asks for a written statement concerning the {thing}.",
+        "Would you be so good as to confirm the receipt of the {thing} in writing?",
+        "May I draw your attention to the fact that the {thing} was to arrive on {day}.",
+    ),
+    "cheerful": (
+        "Hooray, the {thing} is here and it is simply wonderful!",
+        "You made my {day}, I am dancing around my new {thing}!",
+        "Best {thing} ever, the whole house in {town} is smiling!",
+        "Yippee! {n} days of waiting and the {thing} is even nicer than I hoped!",
+        "I just had to tell you how happy the {thing} makes me, what a treat!",
+        "What a lovely surprise, the {thing} came early and we all love it!",
+        "Three cheers for you, my {thing} works like a charm!",
+        "Oh I am over the moon, such a beautiful {thing}, thank you, thank you!",
+    ),
+    "angry": (
+        "This is outrageous, the {thing} is junk and you know it!",
+        "How dare you sell a {thing} like that, I want my money now!",
+        "I am sick and tired of your excuses about the {thing}!",
+        "Never again will I buy a {thing} from you crooks!",
+        "{n} days and still no {thing}, are you all asleep over there?",
+        "You should be ashamed, the {thing} broke on {day} and nobody cares!",
+        "What a rip-off, this {thing} is the worst that I ever paid for!",
+        "Enough! Take your rotten {thing} and go away!",
+    ),
+    "sad": (
+        "I am heartbroken, the {thing} was the last thing that my father gave me.",
+        "It makes me cry to see the {thing} lie there in pieces since {day}.",
+        "I feel so alone in {town} now that even the {thing} is gone.",
+        "Sadly my old {thing} died, and with it all the memories.",
+        "I had looked forward to the {thing} for {n} days, and now there is only grief.",
+        "My heart is heavy, nobody is left here to use the {thing} with.",
+        "We lost grandmother on {day}, and her {thing} still stands there, so quiet.",
+        "With tears in my eyes I give up on the {thing}, all hope is lost.",
+    ),
+    "casual": (
+        "hey guys, whats up with my {thing}?",
+        "yo, any news bout the {thing} or what",
+        "sup, the {thing} is kinda cool but gimme a cheaper one lol",
+        "hiya, gonna pop round on {day} to grab the {thing}, k?",
+        "dude, the {thing} is like, whatever, just swap it",
+        "nah i dont need the {thing} no more, cheers mate",
+        "btw wanna send the {thing} over to {town}? no rush tho",
+        "hey, dunno how the {thing} works, lemme know, ta",
+    ),
+}
 _ORDERS = (
     "Please send {number} {things} to {town}.",
     "We need {number} {things} at our office in {town} by {day}.",
@@ -95,14 +147,14 @@ _NAMES, _DAYS, _COLOURS = "Anna Omar Mei Ivan Lucy Paul", "Monday Tuesday Friday
 
 
 def load_messages(name: str, template: str, *, train: int = 200, validation: int = 40, heldout: int = 200) -> Task:
-    """Return the task `desk` or `order`.
+    """Return the task `desk`, `tone` or `order`.
 
     Args:
         template: the prompt, with `%s` for the message.
         train, validation, heldout: how many examples.
     """
     draw = random.Random(0)
-    make = {"desk": _desk, "order": _order}[name]
+    make = {"desk": _desk, "tone": _tone, "order": _order}[name]
     found: list[tuple[Pair, ...]] = []
     seen: set[str] = set()
     for unseen, size in ((False, train), (True, validation), (True, heldout)):
@@ -120,6 +172,13 @@ def _desk(draw: random.Random, unseen: bool) -> Pair:
     desk = draw.choice(list(_WORDINGS))
     wording = draw.choice(_split(_WORDINGS[desk], unseen, share=3))
     return f"{_before(draw)} {wording.format(**_fillings(draw, unseen))}", desk
+
+
+def _tone(draw: random.Random, unseen: bool) -> Pair:
+    tone = draw.choice(list(_TONES))
+    fillings = _fillings(draw, unseen)
+    messages = [text.format(**fillings) for text in draw.sample(_split(_TONES[tone], unseen, share=4), 2)]
+    return " ".join(messages), tone
 
 
 def _order(draw: random.Random, unseen: bool) -> Pair:

@@ -98,13 +98,14 @@ class Run:
             while len(order) < size:
                 order += torch.randperm(len(rows), generator=generator).tolist()
             chosen, order = [rows[number] for number in order[:size]], order[size:]
-            ids = self.tokenizer.pad(
-                {"input_ids": [p + a for p, a in chosen]}, return_tensors="pt", padding_side="right"
-            )
-            labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, IGNORED)
-            for label, (prompt, _) in zip(labels, chosen, strict=True):
-                label[: len(prompt)] = IGNORED
-            yield {**ids, "labels": labels}
+            yield self._batch(chosen)
+
+    def _batch(self, rows: Sequence[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+        ids = self.tokenizer.pad({"input_ids": [p + a for p, a in rows]}, return_tensors="pt", padding_side="right")
+        labels = ids["input_ids"].masked_fill(ids["attention_mask"] == 0, IGNORED)
+        for label, (prompt, _) in zip(labels, rows, strict=True):
+            label[: len(prompt)] = IGNORED
+        return {**ids, "labels": labels}
 
     def train(self, steps: int) -> None:
         self.model.train()
