@@ -1,5 +1,6 @@
 """The server through its clients: the openai package, openai-agents, and bare HTTP."""
 
+import http.client
 import json
 import socket
 import time
@@ -48,6 +49,19 @@ def test_models_are_the_base_and_the_adapters(client):
     assert client.models.retrieve("l4").parent == "pocket"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("l5")
+
+
+def test_an_idle_connection_is_for_the_client_to_close(running):
+    host, port = running.url.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    connection.connect()
+    for pause in (7, 0):  # httpx closes one after 5 s, and may send on it in the moment in which the server does
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        assert (answer.status, answer.will_close) == (200, False)
+        answer.read()
+        time.sleep(pause)
+    connection.close()
 
 
 @pytest.mark.parametrize("name", ["pocket", "l4", "all"])

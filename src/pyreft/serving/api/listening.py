@@ -20,6 +20,7 @@ from .guard import Keys
 from .service import Limits, Service
 
 WEEK = 7 * 24 * 3600.0
+_KEPT = 75  # seconds; clients keep an idle connection for 5, proxies for 60: the one who closes it should be they
 
 
 class Server(uvicorn.Server):
@@ -34,7 +35,13 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: Any, service: Service, *, host: str, port: int, grace: float = 30.0) -> None:
         config = uvicorn.Config(
-            app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=max(1, int(grace)), lifespan="off"
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            timeout_graceful_shutdown=max(1, int(grace)),
+            timeout_keep_alive=_KEPT,
+            lifespan="off",
         )
         super().__init__(config)
         self.service = service
