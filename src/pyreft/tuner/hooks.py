@@ -181,7 +181,7 @@ class Entry:
         end = past + inputs.shape[1]
         if call.generating and past >= located.until:  # an answer after the last located token: nothing to compute
             if cache is not None and not counted:
-                cache.reft_past = Past(self.edits.key, None, end)
+                cache.reft_past = Past(self.edits.key, None, end, [])
             return
         call.passed = end
         reading = call.read(stack, located, inputs.shape[0], inputs.shape[1], past)
@@ -199,8 +199,13 @@ class Entry:
         if serves_requests(kwargs):
             return self.batches.locate(call, inputs, kwargs)
         known = past_of(self.edits, cache_of(kwargs))
-        if past and known and known.located and (call.generating or not call.given.keys() & {LOCATIONS, LENGTHS}):
-            return known.located
+        if (
+            past
+            and known
+            and known.holds(call, past)
+            and (call.generating or not call.given.keys() & {LOCATIONS, LENGTHS})
+        ):
+            return cast(Located, known.located)
         rows, end = inputs.shape[0], past + inputs.shape[1]
         labels = call.given.get("labels")
         mask = tokens_of(kwargs.get("attention_mask"), inputs, rows, end)
@@ -221,21 +226,22 @@ class Entry:
             length = cache.get_seq_length()
             # a static cache has the number on its device, where to ask for it would stop each step
             return call.passed if isinstance(length, Tensor) and call.generating and call.passed else int(length)
-        known = past_of(self.edits, cache)
-        if known is None and cache.has_previous_state():
+        if not cache.has_previous_state():  # a new one, or one that was reset
+            return 0
+        if (known := past_of(self.edits, cache)) is None:
             raise ReftError(
                 "this recurrent state does not say how many tokens it has seen. Begin with a state that "
                 "the adapted model has made itself, with its adapter active.",
                 setting="cache_params",
             )
-        return 0 if known is None else known.tokens
+        return known.tokens
 
     def _remember(self, call: Call, reading: Reading, output: Any) -> None:
         """Leave what was found with the cache, for forwards that go on from it."""
         cache = cache_of(output)
         if cache is not None:
             located = None if call.located else reading.located
-            cache.reft_past = Past(self.edits.key, located, reading.past + reading.tokens)
+            cache.reft_past = Past(self.edits.key, located, reading.past + reading.tokens, call.active)
 
 
 class Preparing:
@@ -266,6 +272,17 @@ class Past(NamedTuple):
     key: int  # of whose edits
     located: Located | None  # none after a generation: a new one has a prompt of its own
     tokens: int
+    adapters: list[str]  # for which it was located
+
+    def holds(self, call: Call, past: int) -> bool:
+        """Whether a call edits what was located, behind so many tokens.
+
+        Not so with further adapters, and where the end of the prompt was taken off the cache: what comes in its place
+        is a prompt, too.
+        """
+        if self.located is None or not set(call.active) <= set(self.adapters):
+            return False
+        return past >= self.located.length or self.tokens < self.located.length
 
 
 def past_of(edits: Edits, cache: Any) -> Past | None:
