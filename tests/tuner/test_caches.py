@@ -86,6 +86,23 @@ def test_what_another_adapter_left(adapted):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("order", [[1], [1, 0], [0, 0, 1, 1]], ids=["dropped", "moved", "repeated"])
+@pytest.mark.parametrize("named", [True, False])
+def test_other_rows_behind_the_prompt(adapted, order, named):
+    """Of a loop of one's own, in which rows end, change places or become several."""
+    adapted.add_adapter("other", pyreft.ReftConfig(positions="all"))
+    shaken(adapted)
+    names, cache = ["default", "other"], DynamicCache(config=adapted.config)
+    ids, more = torch.randint(3, 96, (2, 8)), torch.randint(3, 96, (2, 2))
+    with torch.no_grad():
+        adapted(ids, **{CACHE: cache}, **{"adapter_names": names} if named else {})
+        moved = copy.deepcopy(cache)
+        expected = adapted(more, **{CACHE: cache}, **{"adapter_names": names} if named else {}).logits[order]
+        moved.batch_select_indices(torch.tensor(order))
+        given = {"adapter_names": [names[row] for row in order]} if named else {}
+        assert torch.allclose(adapted(more[order], **{CACHE: moved}, **given).logits, expected, atol=1e-4)
+
+
 def test_a_recurrent_state_that_is_reset():
     config = MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=3, state_size=8, initializer_range=0.2)
     config = pyreft.ReftConfig(positions="l2", component="block_output"), AutoModelForCausalLM.from_config(config)

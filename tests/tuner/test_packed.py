@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
 import pyreft
 from conftest import shaken, tiny_llama
+from pyreft.tuner.packed import find_packed, tokens_of
 
 RULES = ["f7+l7", "f1", "l2", "f1+l1", "prompt", "all"]
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 13], [14, 15, 16, 17, 18], [19, 20, 21]]
@@ -143,6 +145,16 @@ def test_rows_packed_by_a_mask_of_four_dimensions(kind, positions):
         with model.disable_adapter():
             plain = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, **given).hidden_states[1]
     assert (states != plain).any(-1).tolist() == [[False] * 4 + [True] * 2 + [False] * 2 + [True] * 2]
+
+
+def test_rows_packed_by_a_mask_of_flex_attention():
+    text = torch.tensor([0] * 6 + [1] * 4)
+    mask = create_block_mask(lambda b, h, q, k: (q >= k) & (text[q] == text[k]), 1, None, 10, 10, device="cpu")
+    ids = torch.arange(1, 11)[None]
+    packed = find_packed(ids, {"attention_mask": mask})
+    assert packed is not None
+    assert packed.apart(ids, 0).tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0]]
+    assert tokens_of(mask, ids, 1, 10).all()
 
 
 @pytest.mark.parametrize("labels", [True, False])

@@ -123,6 +123,10 @@ def tell_of_cache(kwargs: dict[str, Any], config: Any) -> None:
 def _allowed(mask: Any, inputs: Tensor) -> Tensor | None:
     """Which tokens each one sees, `[batch or 1, tokens, tokens]`, by a mask of four dimensions; none by another."""
     tokens = inputs.shape[1]
+    if (by_index := getattr(mask, "mask_mod", None)) is not None and mask.shape[-2:] == (tokens, tokens):
+        from torch.nn.attention.flex_attention import create_mask  # that of a `BlockMask`, for flex attention
+
+        mask = create_mask(by_index, mask.shape[0], 1, tokens, tokens, device=str(inputs.device))
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2:] != (tokens, tokens):
         return None
     return mask[:, 0] == 0 if mask.is_floating_point() else mask[:, 0].bool()
