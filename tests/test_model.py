@@ -6,6 +6,7 @@ import json
 import os
 import re
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +15,7 @@ from transformers import BatchEncoding
 import pyreft
 from conftest import pad, shaken, tiny_llama
 from pyreft import pocket, smollm2
+from pyreft.errors import ReftError
 
 IDS = torch.randint(3, 96, (2, 10), generator=torch.Generator().manual_seed(5))
 OPTIONS = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
@@ -447,3 +449,40 @@ def test_weights_are_swapped_in_place(adapted, tmp_path):
     assert torch.equal(adapted(**call).logits, expected)
     assert not torch.equal(before, expected)
     assert parameters == [parameter.data_ptr() for parameter in adapted.parameters()]
+
+
+@pytest.mark.parametrize("name", ["a", "def", "layers", "1"])
+def test_an_adapter_whose_name_is_a_part_of_other_paths(adapted, tmp_path, name):
+    """Of what PEFT counts as missing, such as the tensors of the first adapter, nothing is this one's."""
+    adapted.save_pretrained(tmp_path)
+    loaded = pyreft.ReftModel.from_pretrained(tiny_llama(), tmp_path)
+    loaded.load_adapter(tmp_path, name)
+    loaded.set_adapter(name)
+    ids = torch.randint(3, 96, (1, 8))
+    assert torch.equal(loaded(ids).logits, adapted(ids).logits)
+
+
+def test_adapters_whose_names_are_numbers_of_layers(tmp_path):
+    config = pyreft.ReftConfig(positions="l2")
+    model = pyreft.get_reft_model(tiny_llama(), config, adapter_name="1")
+    for name in ("2", "weight"):
+        model.add_adapter(name, pyreft.ReftConfig(positions="l2"))
+    shaken(model).save_pretrained(tmp_path)
+    ids = torch.randint(3, 96, (1, 8))
+    for name in model.peft_config:
+        model.set_adapter(name)
+        loaded = pyreft.ReftModel.from_pretrained(tiny_llama(), tmp_path / name)
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    model.delete_adapter("weight")
+    given = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(ReftError, match=r"PEFT leaves out . tensors of '1', such as .*Give that one another name"):
+        peft.get_peft_model_state_dict(model, given, adapter_name="1")
+
+
+@pytest.mark.parametrize("name", ["model", "base_layer"])
+def test_a_name_of_which_peft_would_save_nothing(adapted, name):
+    with pytest.raises(ReftError, match=f"PEFT calls something else '{name}'; give another name"):
+        adapted.add_adapter(name, pyreft.ReftConfig())
+    assert list(adapted.peft_config) == ["default"]
+    with pytest.raises(ReftError, match="PEFT calls something else"):
+        pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(), adapter_name=name)

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
 import pyreft
 from conftest import shaken, tiny_llama
+from pyreft.tuner.packed import find_packed, tokens_of
 
 RULES = ["f7+l7", "f1", "l2", "f1+l1", "prompt", "all"]
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 13], [14, 15, 16, 17, 18], [19, 20, 21]]
@@ -143,6 +145,45 @@ def test_rows_packed_by_a_mask_of_four_dimensions(kind, positions):
         with model.disable_adapter():
             plain = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, **given).hidden_states[1]
     assert (states != plain).any(-1).tolist() == [[False] * 4 + [True] * 2 + [False] * 2 + [True] * 2]
+
+
+def test_rows_packed_by_a_mask_of_flex_attention():
+    text = torch.tensor([0] * 6 + [1] * 4)
+    mask = create_block_mask(lambda b, h, q, k: (q >= k) & (text[q] == text[k]), 1, None, 10, 10, device="cpu")
+    ids = torch.arange(1, 11)[None]
+    packed = find_packed(ids, {"attention_mask": mask})
+    assert packed is not None
+    assert packed.apart(ids, 0).tolist() == [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0]]
+    assert tokens_of(mask, ids, 1, 10).all()
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_two_answers_to_one_prompt_in_a_row(labels):
+    """By a mask of four dimensions both see the prompt, which is edited for both."""
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l2")))
+    prompt, one, other = (torch.randint(3, 96, (1, n)) for n in (6, 3, 4))
+    allowed = torch.ones(13, 13).tril().bool()
+    allowed[9:, 6:9] = False
+    row = {
+        "input_ids": torch.cat([prompt, one, other], 1),
+        "attention_mask": allowed[None, None],
+        "position_ids": torch.tensor([[*range(9), *range(6, 10)]]),
+    }
+    given = {"labels": torch.where(torch.arange(13) < 6, -100, row["input_ids"])} if labels else {"prompt_lengths": [6]}
+    with torch.no_grad():
+        found = model(**row, **given).logits
+        apart = [model(torch.cat([prompt, answer], 1), prompt_lengths=[6]).logits for answer in (one, other)]
+    assert torch.allclose(found, torch.cat([apart[0], apart[1][:, 6:]], 1), atol=1e-4)
+
+
+def test_padding_between_prompt_and_answer_by_a_mask_of_four_dimensions():
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="l2")))
+    ids, mask = torch.randint(3, 96, (1, 10)), torch.tensor([[1, 1, 1, 1, 0, 0, 1, 1, 1, 1]])
+    given = {"input_ids": ids, "position_ids": (mask.cumsum(1) - 1).clamp(min=0), "prompt_lengths": [4]}
+    allowed = torch.ones(10, 10).tril().bool() & mask.bool()[:, None]
+    with torch.no_grad():
+        found, expected = (model(**given, attention_mask=one).logits for one in (allowed[None], mask))
+    assert torch.allclose(found[:, mask[0].bool()], expected[:, mask[0].bool()], atol=1e-4)
 
 
 def test_examples_that_see_each_other_through_a_cache_are_told():

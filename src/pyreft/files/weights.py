@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 
 from ..errors import ReftError
+from ..places.structure import PREFIX
 from ..sharded import is_sharded
 from ..tuner.adapted import interventions_of
 from ..tuner.representation import Representation
@@ -52,6 +53,9 @@ def checked_load(
             )  # PEFT would load whatever there is
         try:
             found = load()
+            own = rf"\.{PREFIX}(input|output)\.{re.escape(adapter_name)}\."
+            # PEFT counts those of others, too, if this adapter's name is a part of theirs
+            found.missing_keys[:] = [key for key in found.missing_keys if re.search(own, key)]
             if found.missing_keys or found.unexpected_keys:
                 raise ReftError(f"{place}: the file does not fit its config: {found}.")
         except Exception as error:

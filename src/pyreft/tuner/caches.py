@@ -37,6 +37,11 @@ def counts(cache: Any) -> bool:
     return not layers or hasattr(layers[0], "get_seq_length") or any(hasattr(one, "get_seq_length") for one in layers)
 
 
+def is_empty(cache: Any) -> bool:
+    """Whether no token has passed; so it is where there is no cache."""
+    return cache is None or not (cache.get_seq_length() if counts(cache) else cache.has_previous_state())
+
+
 def serves_requests(arguments: Mapping[str, Any]) -> bool:
     """Whether a forward is one of continuous batching, see `continuous.Batches`."""
     return "read_index" in arguments and arguments.get("cache") is not None

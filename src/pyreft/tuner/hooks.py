@@ -181,7 +181,7 @@ class Entry:
         end = past + inputs.shape[1]
         if call.generating and past >= located.until:  # an answer after the last located token: nothing to compute
             if cache is not None and not counted:
-                cache.reft_past = Past(self.edits.key, None, end)
+                cache.reft_past = Past(self.edits.key, None, end, [], None)
             return
         call.passed = end
         reading = call.read(stack, located, inputs.shape[0], inputs.shape[1], past)
@@ -198,12 +198,15 @@ class Entry:
     def _locate(self, call: Call, stack: str, past: int, inputs: Tensor, kwargs: dict) -> Located:
         if serves_requests(kwargs):
             return self.batches.locate(call, inputs, kwargs)
-        known = past_of(self.edits, cache_of(kwargs))
-        if past and known and known.located and (call.generating or not call.given.keys() & {LOCATIONS, LENGTHS}):
-            return known.located
-        rows, end = inputs.shape[0], past + inputs.shape[1]
+        known, rows, end = past_of(self.edits, cache_of(kwargs)), inputs.shape[0], past + inputs.shape[1]
+        given = not call.generating and call.given.keys() & {LOCATIONS, LENGTHS}
+        before = known.located if known and past and not given and known.holds(call, past) else None
+        if before is not None and cast(Past, known).fits(call, rows):
+            return before
         labels = call.given.get("labels")
         mask = tokens_of(kwargs.get("attention_mask"), inputs, rows, end)
+        if before is not None and past >= before.length:  # other rows, behind the end of their prompts
+            call.given[LENGTHS] = mask[:, : before.length].sum(1)
         takes_labels = self.edits.causal and stack != "encoder"
         if not (takes_labels and isinstance(labels, Tensor) and labels.shape == (rows, end)):
             labels = None  # none, or not those of a language model
@@ -221,21 +224,24 @@ class Entry:
             length = cache.get_seq_length()
             # a static cache has the number on its device, where to ask for it would stop each step
             return call.passed if isinstance(length, Tensor) and call.generating and call.passed else int(length)
-        known = past_of(self.edits, cache)
-        if known is None and cache.has_previous_state():
+        if not cache.has_previous_state():  # a new one, or one that was reset
+            return 0
+        if (known := past_of(self.edits, cache)) is None:
             raise ReftError(
                 "this recurrent state does not say how many tokens it has seen. Begin with a state that "
                 "the adapted model has made itself, with its adapter active.",
                 setting="cache_params",
             )
-        return 0 if known is None else known.tokens
+        return known.tokens
 
     def _remember(self, call: Call, reading: Reading, output: Any) -> None:
         """Leave what was found with the cache, for forwards that go on from it."""
         cache = cache_of(output)
         if cache is not None:
             located = None if call.located else reading.located
-            cache.reft_past = Past(self.edits.key, located, reading.past + reading.tokens)
+            cache.reft_past = Past(
+                self.edits.key, located, reading.past + reading.tokens, call.active, call.row_adapters
+            )
 
 
 class Preparing:
@@ -266,6 +272,27 @@ class Past(NamedTuple):
     key: int  # of whose edits
     located: Located | None  # none after a generation: a new one has a prompt of its own
     tokens: int
+    adapters: list[str]  # for which it was located
+    rows: list[str] | None  # of them, that of each row, where each has its own
+
+    def holds(self, call: Call, past: int) -> bool:
+        """Whether a call edits what was located, behind so many tokens.
+
+        Not so with further adapters, and where the end of the prompt was taken off the cache: what comes in its place
+        is a prompt, too.
+        """
+        if self.located is None or not set(call.active) <= set(self.adapters):
+            return False
+        return past >= self.located.length or self.tokens < self.located.length
+
+    def fits(self, call: Call, rows: int) -> bool:
+        """Whether a forward of so many rows has the same, each of them once or more often."""
+        if any(rows % len(mask) for mask in cast(Located, self.located).masks.values()):
+            return False
+        if call.row_adapters is None:
+            return True
+        times = len(call.row_adapters) // len(self.rows or call.row_adapters)
+        return [name for name in self.rows or () for _ in range(times)] == call.row_adapters
 
 
 def past_of(edits: Edits, cache: Any) -> Past | None:

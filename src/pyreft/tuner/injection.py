@@ -55,6 +55,12 @@ def site_of(entry: Representation, model: nn.Module) -> Site:
     return find_site(model, entry.component, entry.layer, entry.head, linear=entry.reads_input)
 
 
+def check_name(adapter_name: str) -> None:
+    """Refuse a name by which PEFT would take an adapter's modules for others, and save nothing of them."""
+    if adapter_name in ("model", "base_layer"):
+        raise ReftError(f"PEFT calls something else {adapter_name!r}; give another name.", setting="adapter_name")
+
+
 def check_free(model: nn.Module, adapter_name: str, wrapped: bool) -> None:
     """Refuse edits beside those of another PEFT model on one base model, which both would then have.
 

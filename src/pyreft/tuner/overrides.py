@@ -6,7 +6,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
-from .caches import cache_of
+from .caches import cache_of, is_empty
 from .call import Call, innermost, within
 from .continuous import Batches
 from .edits import Edits
@@ -14,6 +14,7 @@ from .hooks import Preparing, take_given
 from .located import take
 from .resolve import resolve
 
+_BY_TOKEN = ("inputs", "input_ids", "inputs_embeds", "attention_mask")  # of any type and width
 METHODS = ("generate", "prepare_inputs_for_generation", "delete_adapter", "init_continuous_batching")
 
 
@@ -97,9 +98,9 @@ class Methods:
         tokens = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         ids = inputs if inputs.dim() == 2 and inputs.shape == tokens.shape else None
         located = resolve(self.edits, call, "", tokens, None, ids)
-        if mask is not None and cache_of(kwargs) is None and not bool(tokens[:, -1].all()):
+        if mask is not None and not bool(tokens[:, -1].all()) and is_empty(cache_of(kwargs)):
             order = tokens.long().argsort(dim=1, stable=True)
-            for aligned in [key for key, value in kwargs.items() if key == name or _is_by_token(value, mask)]:
+            for aligned in [key for key, value in kwargs.items() if key in _BY_TOKEN or _is_by_token(value, mask)]:
                 kwargs[aligned] = take(kwargs[aligned], order)
             located.reorder(order)
         call.located = located

@@ -56,7 +56,8 @@ def find_packed(inputs: Tensor, kwargs: dict[str, Any]) -> Packed | None:
 
     As transformers has it: without an attention mask, rows are packed if `position_ids` begin anew, or if
     `cu_seq_lens_q` say where the examples of the only row begin. A mask `[batch, 1, tokens, tokens]` parts them where a
-    token does not see the one before it, and positions that begin anew do.
+    token does not see the one before it, and positions that begin anew do; but a token that sees earlier ones instead
+    goes on from these, as one of several answers to a prompt does, or one behind padding, and padding begins nothing.
 
     Args:
         inputs: ids or embeddings, `[batch, tokens, ...]`.
@@ -70,13 +71,18 @@ def find_packed(inputs: Tensor, kwargs: dict[str, Any]) -> Packed | None:
         return None
     starts = torch.zeros(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
     if sees is not None:
-        starts[:, 1:] = ~sees.diagonal(offset=-1, dim1=-2, dim2=-1).to(inputs.device)
+        sees = sees.to(inputs.device)
+        apart = ~sees.diagonal(offset=-1, dim1=-2, dim2=-1)
+        starts[:, 1:] = apart
     if sees is None and isinstance(bounds, Tensor) and len(inputs) == 1:
         starts[0, bounds[:-1].to(inputs.device).long()] = True
     elif isinstance(positions, Tensor) and positions.shape in (inputs.shape[:2], (1, inputs.shape[1])):
         starts |= nn.functional.pad(positions.diff(dim=-1) != 1, (1, 0)).to(inputs.device)
     elif sees is None:
         return None  # and a compiled forward need not ask
+    if sees is not None:
+        goes_on = apart & sees.tril(-1).any(-1)[:, 1:]
+        starts[:, 1:] &= sees.any(1)[:, 1:] & ~goes_on
     return Packed(starts) if bool(starts[:, 1:].any()) else None
 
 
@@ -117,6 +123,10 @@ def tell_of_cache(kwargs: dict[str, Any], config: Any) -> None:
 def _allowed(mask: Any, inputs: Tensor) -> Tensor | None:
     """Which tokens each one sees, `[batch or 1, tokens, tokens]`, by a mask of four dimensions; none by another."""
     tokens = inputs.shape[1]
+    if (by_index := getattr(mask, "mask_mod", None)) is not None and mask.shape[-2:] == (tokens, tokens):
+        from torch.nn.attention.flex_attention import create_mask  # that of a `BlockMask`, for flex attention
+
+        mask = create_mask(by_index, mask.shape[0], 1, tokens, tokens, device=str(inputs.device))
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[-2:] != (tokens, tokens):
         return None
     return mask[:, 0] == 0 if mask.is_floating_point() else mask[:, 0].bool()

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..interventions import intervention_class, speaks_pyvene
 from ..places.structure import PREFIX, path_of
+from ..sharded import is_sharded
 from .adapted import edits_of, reft_layers
 from .call import Surroundings, within
 from .config import ReftConfig
 from .in_part import in_part
-from .injection import check_free, detach, leave_inference, make_interventions, watched
+from .injection import check_free, check_name, detach, leave_inference, make_interventions, watched
 from .layer import ReftLayer, device_of, refuse_merge, type_of
 from .values import check_values
 
@@ -93,6 +94,7 @@ class ReftTuner(BaseTuner):
     ) -> None:
         config = self.peft_config[adapter_name]
         try:
+            check_name(adapter_name)
             if "edits" in vars(self):
                 self.check_attached()
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -233,7 +235,24 @@ class ReftTuner(BaseTuner):
         if (tuner := tuner_of(model)) is not None:
             tuner.check_attached()
         found = super()._get_adapter_state_dict(model, *args, **kwargs)
-        return {key: value for key, value in found.items() if f".{cls.prefix}" in key}  # not that of a LoRA beneath
+        name, others = kwargs["adapter_name"], kwargs["unwanted_adapter_names"]
+        own = re.compile(rf"\.{cls.prefix}(input|output)\.{re.escape(name)}\.")
+        found = {key: value for key, value in found.items() if own.search(key)}  # not that of a LoRA beneath
+        # PEFT takes some for those of another adapter whose name is a part of their path, as "1" is of layer 1's
+        paths = {path for path, _ in (*model.named_parameters(), *model.named_buffers()) if own.search(path)}
+        lost = {path for path in paths - found.keys() if not set(others).isdisjoint(path.split("."))}
+        if not lost:
+            return found
+        sharded = any(map(is_sharded, model.parameters()))
+        whole = {} if sharded else model.state_dict()
+        if sharded or any(
+            key not in whole or value.data_ptr() != whole[key].data_ptr() for key, value in found.items()
+        ):
+            raise ReftError(
+                f"PEFT leaves out {len(lost)} tensors of {name!r}, such as {min(lost)}, since a part of their paths is "
+                f"called as another adapter ({', '.join(others)}). Give that one another name."
+            )
+        return found | {path: whole[path] for path in lost & whole.keys()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
