@@ -45,6 +45,13 @@ def test_it_reads_well(chats):
     assert "line 4: expected messages as" in printed
 
 
+def test_a_training_says_what_it_does_not_read(tmp_path):
+    row = {"id": 1, "messages": [TURNS[0] | {"name": "Ann"}, TURNS[1]]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    words = ("--data", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--layers", 6, "--epochs", 1)
+    assert "Not read: id (1), name of a turn (1)." in run("train", *words).stdout
+
+
 @pytest.mark.parametrize("command", ["train", "plan", "data"])
 def test_a_wrong_field_is_told_before_anything_is_loaded(tmp_path, command):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completon": "b"}\n')

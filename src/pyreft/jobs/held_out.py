@@ -66,7 +66,7 @@ def evaluate_file(
         "loss": loss,
         "exact": right / len(rows),
         "answers": answers,
-        "wrong": len(tally.errors),
+        "wrong": len(tally.wrong),
         "listed": tally.listed(),
     }
 
