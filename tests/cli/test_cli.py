@@ -90,6 +90,8 @@ def test_a_lora_to_compare_with_is_asked_as_it_was_trained(tmp_path, written):
     prompts = [word for pair in pairs[:4] for word in ("--prompt", pair["prompt"])]
     answers = json.loads(run("generate", "--adapter", tmp_path / "lora", *prompts, "--json").stdout)
     assert [answer["answer"].strip() for answer in answers] == [pair["completion"].strip() for pair in pairs[:4]]
+    talk = run("chat", "--adapter", tmp_path / "lora", "--quiet", text=f"{pairs[0]['prompt']}\n").stdout
+    assert talk.strip() == pairs[0]["completion"].strip()
     tiny_llama(vocab_size=256).save_pretrained(tmp_path / "other")
     pocket.load()[1].save_pretrained(tmp_path / "other")
     with pytest.raises(pyreft.ReftError, match="lora: the adapter does not fit the base model"):
@@ -197,6 +199,10 @@ def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, 
         (("info", "."), "expected an adapter's directory, found no adapter_config.json."),
         (("generate", "--adapter", ".", "--prompt", "a"), "found no adapter_config.json."),
         (("generate", "--adapter", "."), "give a --prompt or a --file of them."),
+        (
+            ("generate", "--adapter", ".", "--prompt", "a", "--output", "."),
+            "--output: expected a file, . is a directory",
+        ),
         (("trian",), "No such command 'trian'"),
     ],
 )

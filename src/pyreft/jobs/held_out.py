@@ -12,7 +12,7 @@ from ..data.files import Reading, Tally, read_examples
 from ..errors import ReftError
 from ..files.record import read_format
 from ..generation import answer_ids
-from ..loading import load_adapted
+from ..loading import check_rules, load_adapted
 from ..positions import IGNORED
 
 
@@ -48,6 +48,7 @@ def evaluate_file(
     reading = reading or Reading()
     tally = Tally(reading.on_error)
     examples = read_examples(data, reading, tally)
+    check_rules(adapter)
     adapted, tokenizer = load_adapted(adapter, model, dtype or "auto")
     form: Any = read_format(adapter) or default_format(tokenizer, examples)
     limit = context_length(adapted.get_base_model(), tokenizer)
