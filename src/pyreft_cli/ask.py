@@ -84,6 +84,8 @@ def _written(adapted: Any, tokenizer: Any, form: Any, asked: Sequence[Prompt]) -
     for number, text in enumerate(texts, 1):
         if (count := len(token_ids(tokenizer, text))) >= limit:
             raise ReftError(f"Prompt {number} has {count} tokens, the model's context {limit}; shorten it.")
+        if not count:
+            raise ReftError(f"Prompt {number} is empty, and the tokenizer begins no text by itself; write something.")
     return texts
 
 

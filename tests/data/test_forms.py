@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from pyreft import pocket
 from pyreft.data.encode import default_format, encode, encode_all
@@ -10,6 +12,7 @@ from pyreft.data.fields import alpaca_prompt
 from pyreft.data.files import Reading, read_examples
 from pyreft.data.tally import Tally
 from pyreft.errors import ReftError
+from pyreft.positions import Positions
 
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
@@ -347,6 +350,22 @@ def test_what_long_rows_are_refused_with(tmp_path):
         encode_all(pocket.load()[1], found, "text", 20)
     with pytest.raises(ReftError, match="no row is left of 2"):
         encode_all(pocket.load()[1], found, "text", 20, long_rows="skip")
+
+
+@pytest.mark.parametrize(
+    ("rule", "least"), [("all", 0), ("l1", 1), ("f2", 1), ("prompt", 1), ("f1+l1", 2), ("f7+l7", 2)]
+)
+def test_a_prompt_of_which_no_token_would_be_edited(tmp_path, rule, least):
+    tokenizer = pocket.load()[1]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None}  # which writes no BOS
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="</s>")
+    found = examples(tmp_path, *({"prompt": prompt, "completion": "b"} for prompt in ("What is a cat?", "a", "")))
+    assert Positions.parse(rule).least == least
+    tally = Tally("skip", rows=3)
+    kept, _ = encode_all(bare, found, "text", 512, tally=tally, least=least)
+    assert [example.prompt for example in kept] == ["What is a cat?", "a", ""][: 3 - least]
+    if least:
+        assert "line 3: the prompt has no token, and none would be edited" in tally.listed()
 
 
 def test_a_row_with_two_wrong_answers_is_one_row(tmp_path):

@@ -214,6 +214,15 @@ def test_the_last_good_checkpoint_stays(data, tmp_path):
         assert bool(torch.isfinite(tensor).all())
 
 
+def test_a_prompt_too_short_for_the_rule_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "", "completion": "b"}\n')  # of which the BOS token is left
+    options = {"data": str(path), "layers": "3", "format": "text", "reach": False}
+    PreparedJob(TrainingJob(**options, positions="l1"))
+    with pytest.raises(pyreft.ReftError, match=r"line 1: the prompt has 1 token, .* or give other `positions`"):
+        PreparedJob(TrainingJob(**options, positions="f7+l7"))
+
+
 def test_a_chat_is_held_out_as_a_whole(tmp_path):
     turns = [{"role": role, "content": text} for role, text in (("user", "A"), ("assistant", "B")) * 3]
     path = tmp_path / "chats.jsonl"

@@ -132,11 +132,13 @@ def encode_all(
     *,
     long_rows: LongRows = "refuse",
     tally: Tally | None = None,
+    least: int = 0,
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """Return examples, without those that are left out, and their rows; see `encode`.
 
     Args:
         tally: is told of rows that are wrong, cut or left out.
+        least: how many tokens a prompt needs, see `Positions.least`.
 
     Raises:
         ReftError: the rows that are wrong, all told at once; or none is left.
@@ -152,6 +154,12 @@ def encode_all(
                 found = unread_fields(tokenizer, example.messages, "".join(written))
                 unread |= {(name, example.row or example.where) for name in found}
             row, long = _row(tokenizer, example, written, limit, long_rows)
+            if (count := row["labels"].count(IGNORED)) < least:
+                raise ReftError(
+                    f"{example.where}: the prompt has {count or 'no'} token, and none would be edited; leave the "
+                    "row out, or give other `positions`.",
+                    also=["positions"],
+                )
             if long and long_rows == "skip":
                 tally.skipped += 1
                 continue

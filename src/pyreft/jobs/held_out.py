@@ -52,7 +52,7 @@ def evaluate_file(
     adapted, tokenizer = load_adapted(adapter, model, dtype or "auto")
     form: Any = read_format(adapter) or default_format(tokenizer, examples)
     limit = context_length(adapted.get_base_model(), tokenizer)
-    examples, rows = encode_all(tokenizer, examples, form, limit, tally=tally)
+    examples, rows = encode_all(tokenizer, examples, form, limit, tally=tally, least=1)
     answers: list[dict[str, Any]] = []
     found = answered(adapted, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
     for example, (wanted, given) in zip(examples, found, strict=True):
