@@ -6,7 +6,7 @@ instruction template of the Alpaca data set.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,6 +19,7 @@ from .templates import chat_text, chat_texts, unread_fields
 
 __all__ = [
     "chat_text",
+    "check_long_rows",
     "context_length",
     "default_format",
     "encode",
@@ -29,6 +30,12 @@ __all__ = [
 ]
 
 LongRows = Literal["refuse", "cut", "skip"]
+
+
+def check_long_rows(value: str) -> None:
+    """Refuse what cannot become of rows that are too long."""
+    if value not in (known := get_args(LongRows)):
+        raise ReftError(f"expected {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}", setting="long_rows")
 
 
 def default_format(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example] = ()) -> Format:

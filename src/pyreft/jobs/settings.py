@@ -7,7 +7,7 @@ from typing import Any, get_args
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ..data.encode import LongRows
+from ..data.encode import LongRows, check_long_rows
 from ..data.fields import FORMATS, Format, Turns
 from ..data.files import Reading
 from ..data.tally import OnError
@@ -205,11 +205,7 @@ def check_settings(job: TrainingJob) -> None:
                 "it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.", setting=name
             )
     read = job.reading  # checked where it is made
-    if job.long_rows not in (known := get_args(LongRows)):
-        raise ReftError(
-            f"expected {', '.join(known)}, got {job.long_rows!r}.{did_you_mean(job.long_rows, known)}",
-            setting="long_rows",
-        )
+    check_long_rows(job.long_rows)
     if job.suite is not None:
         check_suite(job.suite, "train")
         if replace(read, limit=None) != Reading() or job.long_rows != "refuse":
