@@ -53,8 +53,9 @@ class ReftLM(HFLM):
         **settings: Any,
     ) -> None:
         if adapter is not None:
-            from .loading import load_adapted
+            from .loading import check_rules, load_adapted
 
+            check_rules(adapter)
             pretrained, own = load_adapted(adapter, pretrained, dtype)
             tokenizer = tokenizer or own
         if not isinstance(pretrained, torch.nn.Module):

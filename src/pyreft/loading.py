@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel, TaskType
+from peft import PeftModel, TaskType, get_peft_model_state_dict
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import (
     AutoConfig,
@@ -23,12 +23,13 @@ from transformers.models.auto.modeling_auto import (
 
 from . import pocket, smollm2
 from .errors import ReftError, is_disk_full
-from .files.adapter import EMBEDDED, packaged, read_config, read_config_data, read_shapes
+from .files.adapter import EMBEDDED, check_names, packaged, read_config, read_config_data, read_shapes
 from .files.record import read_record
 from .files.together import reading
 from .model import ReftModel
 from .tuner.config import ReftPeftType, shape_differences
 from .tuner.injection import base_model_shape
+from .tuner.values import check_values
 
 
 def load_base(
@@ -106,10 +107,38 @@ def load_adapted(
         return ReftModel.from_pretrained(model, adapter), tokenizer
     try:
         with reading(adapter):
-            return PeftModel.from_pretrained(model, adapter).eval(), tokenizer
-    except (RuntimeError, ValueError) as error:  # other sizes, or other modules
+            adapted = PeftModel.from_pretrained(model, adapter).eval()
+    except (RuntimeError, ValueError, TypeError) as error:  # other sizes, or other modules; a setting of another type
         first = str(error).strip().splitlines()[0]
         raise ReftError(f"{adapter}: the adapter does not fit the base model {name!r}: {first}") from None
+    _check_loaded(adapter, adapted, shapes)
+    return adapted, tokenizer
+
+
+def _check_loaded(adapter: Any, adapted: PeftModel, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Refuse tensors of another method that PEFT left out or made by itself, of which it warns at most."""
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    check_names(adapter, expected, shapes.keys() - adapted.state_dict().keys() | shapes.keys() & expected.keys())
+    for tensor_name, tensor in expected.items():
+        check_values(f"{adapter}: {tensor_name}", tensor)
+
+
+def check_rules(adapter: str | os.PathLike) -> None:
+    """Refuse an adapter some of whose edits are at tokens that each call names, where nobody names any.
+
+    Raises:
+        ReftError: it is one.
+    """
+    if read_config_data(adapter).get("peft_type") != ReftPeftType.REFT.value:
+        return
+    config = read_config(adapter)
+    if any(
+        place.positions is None for place in config.expand((config.base_model_shape or {}).get("num_hidden_layers"))
+    ):
+        raise ReftError(
+            f"{adapter}: the adapter has no position rule: its tokens come with each call, and here it would "
+            "edit none. Make it with ReftConfig(positions=...)."
+        )
 
 
 def check_adapter(adapter: str | os.PathLike, name: str | None = None) -> None:

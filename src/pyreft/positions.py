@@ -87,6 +87,11 @@ class Positions:
         """Whether tokens after the prompt are located, too."""
         return self.whole == "all"
 
+    @property
+    def least(self) -> int:
+        """How many tokens a prompt needs for one to be located; a rule of one's own is taken at its word."""
+        return 0 if self.endless else 2 if self.first and self.last else 1
+
     def sides(self) -> tuple["Positions", ...]:
         """The prefix and the suffix apart, or the rule itself where it has only one of them."""
         if not (self.first and self.last):

@@ -37,6 +37,8 @@ def generate(
 
     if output and not output.absolute().parent.is_dir():
         raise BadParameter(f"{output.parent} is not a directory.", param_hint="--output")
+    if output and output.is_dir():
+        raise BadParameter(f"expected a file, {output} is a directory.", param_hint="--output")
     asked = [(text, "") for text in prompt or []] + (read_prompts(file) if file else [])
     if not asked:
         raise BadParameter("give a --prompt or a --file of them.")
@@ -64,8 +66,9 @@ def load(adapter: str, model: str | None) -> tuple[Any, Any, Any]:
     """The adapted model, its tokenizer, and how prompts are written."""
     from pyreft.data.encode import default_format
     from pyreft.files.record import read_format
-    from pyreft.loading import load_adapted
+    from pyreft.loading import check_rules, load_adapted
 
+    check_rules(adapter)
     written = read_format(adapter)
     adapted, tokenizer = load_adapted(adapter, model)
     return adapted, tokenizer, written or default_format(tokenizer)
@@ -81,6 +84,8 @@ def _written(adapted: Any, tokenizer: Any, form: Any, asked: Sequence[Prompt]) -
     for number, text in enumerate(texts, 1):
         if (count := len(token_ids(tokenizer, text))) >= limit:
             raise ReftError(f"Prompt {number} has {count} tokens, the model's context {limit}; shorten it.")
+        if not count:
+            raise ReftError(f"Prompt {number} is empty, and the tokenizer begins no text by itself; write something.")
     return texts
 
 

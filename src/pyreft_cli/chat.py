@@ -99,7 +99,7 @@ class _Conversation:
             return None
         temperature = self.options["temperature"]
         sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        rows = torch.tensor([ids], device=self.model.get_device())
+        rows = torch.tensor([ids], device=self.model.device)
         streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
         tokens = self.model.generate(
             input_ids=rows,

@@ -23,6 +23,7 @@ def evaluate(
     ] = None,
     encoding: options.Encoding = None,
     on_error: options.OnError = None,
+    long_rows: options.LongRows = None,
     suite: Annotated[str | None, Option(help="Or commonsense, arithmetic, instruct or glue.")] = None,
     tasks: Annotated[str | None, Option(help="Or tasks of lm-eval, as arc_easy,piqa; needs pyreft[eval].")] = None,
     include_path: Annotated[Path | None, Option(help="A directory with lm-eval tasks of your own, as YAML.")] = None,
@@ -55,6 +56,7 @@ def evaluate(
     common: dict[str, Any] = {"model": model, "dtype": dtype, "batch_size": batch_size, "limit": limit}
     if data is not None:
         given = {name: context.params[name] for name in _READING if context.params[name] is not None}
+        common |= {"long_rows": long_rows}
         held_out.score(adapter, data, given, max_new_tokens=max_new_tokens, quiet=quiet, as_json=as_json, **common)
     elif tasks is not None:
         names = [name.strip() for name in tasks.split(",")]
@@ -71,7 +73,7 @@ _READING = ("prompt_field", "completion_field", "turns", "encoding", "on_error")
 _ALONE: dict[str, tuple[str, ...]] = {
     "suite": ("data_dir", "task", "greedy", "max_new_tokens", "seed", "output"),
     "tasks": ("include_path",),
-    "data": ("max_new_tokens", *_READING),
+    "data": ("max_new_tokens", "long_rows", *_READING),
 }
 
 

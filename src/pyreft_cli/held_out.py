@@ -13,6 +13,7 @@ def score(
     data: str,
     given: dict[str, Any],
     *,
+    long_rows: str | None,
     limit: int | None,
     max_new_tokens: int | None,
     quiet: bool,
@@ -31,13 +32,17 @@ def score(
     from pyreft.jobs.held_out import evaluate_file
 
     with progress_bar("Answering", shown=not (quiet or as_json), unit="prompts") as move:
-        how = {"reading": Reading(**given), "max_new_tokens": max_new_tokens or 64, "progress": move}
+        how: dict[str, Any] = {"reading": Reading(**given), "max_new_tokens": max_new_tokens or 64, "progress": move}
+        how["long_rows"] = long_rows or "refuse"
         result = evaluate_file(adapter, data, **how, **settings)
     if as_json:
         print_json(result)
         return
     if result["wrong"]:
         console.print(f"Left out, as wrong: {counted(result['wrong'], 'row')}.\n{result['listed']}", markup=False)
+    for name, what in (("skipped", "Left out, as too long"), ("cut", "Cut from the left, as too long")):
+        if result[name]:
+            console.print(f"{what}: {counted(result[name], 'row')}.")
     for answer in result["answers"][:_SHOWN]:
         console.print(f"{'right' if answer['right'] else 'wrong'}  {answer['where']}", style="bold", markup=False)
         console.print(f"  prompt:   {answer['prompt']}", markup=False)

@@ -6,6 +6,8 @@ from typing import Any
 
 import typer
 
+from pyreft.files.text import parse_yaml, repeated
+
 _OTHERS = ("recipe", "config", "rows", "quiet", "as_json")  # the parameters of a command that are no settings
 
 
@@ -26,14 +28,17 @@ def read_config(path: Path | None) -> dict[str, Any]:
     if not path.is_file():  # a device behind a link has no end
         raise typer.BadParameter(f"{path} cannot be read: there is no such file.", param_hint="--config")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+        settings = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be read: {error.strerror}.", param_hint="--config") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, a date that is none, nested too deeply
         raise typer.BadParameter(f"{path} is not valid YAML: {error}", param_hint="--config") from None
     if not isinstance(settings, dict):
         raise typer.BadParameter(f"{path} should hold 'name: value' lines.", param_hint="--config")
-    return {str(name).replace("-", "_"): value for name, value in settings.items()}
+    names = [str(name).replace("-", "_") for name in settings]
+    if (name := repeated(names)) is not None:
+        raise typer.BadParameter(f"{path} has {name!r} twice.", param_hint="--config")
+    return dict(zip(names, settings.values(), strict=True))
 
 
 def check_positions(rule: Any) -> None:

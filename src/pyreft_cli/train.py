@@ -135,7 +135,7 @@ def _describe(prepared: Any) -> None:
     trained = count(prepared.model)
     tally = prepared.tally
     for number, what in (
-        (len(tally.errors), "Left out, as wrong"),
+        (len(tally.wrong), "Left out, as wrong"),
         (tally.skipped, "Left out, as too long"),
         (tally.cut, "Cut from the left, as too long"),
     ):
@@ -143,6 +143,8 @@ def _describe(prepared: Any) -> None:
             console.print(f"{what}: {counted(number, 'row')}.")
     if tally.errors:
         console.print(tally.listed(), markup=False)
+    if tally.unread:
+        console.print(f"Not read: {tally.fields()}.", markup=False)
     if prepared.skipped:
         console.print(f"Left out, as the prompt fills --max-length: {counted(prepared.skipped, 'example')}.")
     console.print(

@@ -90,6 +90,8 @@ def test_a_lora_to_compare_with_is_asked_as_it_was_trained(tmp_path, written):
     prompts = [word for pair in pairs[:4] for word in ("--prompt", pair["prompt"])]
     answers = json.loads(run("generate", "--adapter", tmp_path / "lora", *prompts, "--json").stdout)
     assert [answer["answer"].strip() for answer in answers] == [pair["completion"].strip() for pair in pairs[:4]]
+    talk = run("chat", "--adapter", tmp_path / "lora", "--quiet", text=f"{pairs[0]['prompt']}\n").stdout
+    assert talk.strip() == pairs[0]["completion"].strip()
     tiny_llama(vocab_size=256).save_pretrained(tmp_path / "other")
     pocket.load()[1].save_pretrained(tmp_path / "other")
     with pytest.raises(pyreft.ReftError, match="lora: the adapter does not fit the base model"):
@@ -193,15 +195,21 @@ def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, 
         (("train", "--data", "a.jsonl", "--output", "out", "--lr", -1), "pyreft: --lr: expected a number above 0"),
         (("train", "--config", "bad.yaml", "--output", "out"), "there is no setting 'ranks'. Did you mean 'rank'?"),
         (("train", "--config", "latin.yaml", "--output", "out"), "latin.yaml is not valid YAML"),
+        (("train", "--config", "twice.yaml", "--output", "out"), "twice.yaml has 'batch_size' twice"),
         (("info", "."), "expected an adapter's directory, found no adapter_config.json."),
         (("generate", "--adapter", ".", "--prompt", "a"), "found no adapter_config.json."),
         (("generate", "--adapter", "."), "give a --prompt or a --file of them."),
+        (
+            ("generate", "--adapter", ".", "--prompt", "a", "--output", "."),
+            "--output: expected a file, . is a directory",
+        ),
         (("trian",), "No such command 'trian'"),
     ],
 )
 def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
     (tmp_path / "bad.yaml").write_text("data: a.jsonl\nranks: 3\n")
     (tmp_path / "latin.yaml").write_bytes("data: é.jsonl\n".encode("latin-1"))
+    (tmp_path / "twice.yaml").write_text("data: a.jsonl\nbatch_size: 3\nbatch-size: 2\n")
     before = sorted(path.name for path in tmp_path.iterdir())
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 2

@@ -45,6 +45,13 @@ def test_it_reads_well(chats):
     assert "line 4: expected messages as" in printed
 
 
+def test_a_training_says_what_it_does_not_read(tmp_path):
+    row = {"id": 1, "messages": [TURNS[0] | {"name": "Ann"}, TURNS[1]]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    words = ("--data", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--layers", 6, "--epochs", 1)
+    assert "Not read: id (1), name of a turn (1)." in run("train", *words).stdout
+
+
 @pytest.mark.parametrize("command", ["train", "plan", "data"])
 def test_a_wrong_field_is_told_before_anything_is_loaded(tmp_path, command):
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "completon": "b"}\n')
@@ -121,6 +128,16 @@ def test_an_adapter_on_held_out_examples(tmp_path):
     printed = run(*words, "--on-error", "skip", "--encoding", "utf-16").stdout
     assert "Left out, as wrong: 1 row." in printed
     assert "1 answer: 0.0 % are exactly as expected, loss" in printed
+    path.write_text(f"Q,A\nWhat is a cat?,🐱\n{'cat ' * 400},🐱\n", encoding="utf-8")
+    with pytest.raises(pyreft.ReftError, match=r"line 3: the prompt has 4.. tokens, the context 256"):
+        run(*words)
+    assert "Left out, as too long: 1 row." in run(*words, "--long-rows", "skip").stdout
+    found = json.loads(run(*words, "--long-rows", "cut", "--json").stdout)
+    assert (found["count"], found["cut"], found["skipped"]) == (2, 1, 0)
+    with pytest.raises(
+        pyreft.ReftError, match=r"long_rows: expected refuse, cut, skip, got 'cute'. Did you mean 'cut'"
+    ):
+        run(*words, "--long-rows", "cute")
     assert "--suite has no such option" in run("eval", "a", "--suite", "glue", "--turns", "last", status=2).stderr
     assert "--data has no such option" in run("eval", "a", "--data", path, "--greedy", status=2).stderr
     assert "expected one of the three" in run("eval", "a", status=2).stderr

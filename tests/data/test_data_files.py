@@ -66,7 +66,8 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ("a.json", "3", "expected a list of objects, got int"),
         ("a.json", '[{"prompt": "a", "completion": "b"}, 3]', "row 2: expected an object with fields, got int"),
         ("a.csv", "prompt,completion\na,b\nc\n", "line 3: expected 2 columns as in the first line"),
-        ("a.csv", f"prompt,completion\na,{'b' * 140_000}\n", "line 1: this is not valid CSV (field larger than"),
+        ("a.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "line 3: this is not valid CSV (unexpected end of data)"),
+        ("a.csv", 'prompt,completion\n"A" cat?,b\n', "A quote within a text is written twice."),
         ("a.csv", "prompt,answer\na,b\n", "line 2: the field 'completion' is missing; the row has prompt, answer."),
         ("a.jsonl", "", "the file has no examples"),
         ("a.json", " \n", "the file has no examples"),
@@ -97,6 +98,14 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path):
 def test_prompts(tmp_path):
     assert read_prompts(write(tmp_path, "a.txt", "one\n\ntwo\n")) == [("one", ""), ("two", "")]
     assert read_prompts(write(tmp_path, "a.jsonl", [{"instruction": "a", "input": "b"}])) == [("a", "b")]
+    assert read_prompts(write(tmp_path, "a.jsonl", [{"prompt": "a", "input": "b"}])) == [("a", "")]  # as in training
+    assert read_prompts(write(tmp_path, "a.jsonl", [{"prompt": None, "instruction": "a", "input": None}])) == [
+        ("a", "")
+    ]
+    with pytest.raises(ReftError, match=r"line 1: the field 'system' is not read .*; `pyreft eval`"):
+        read_prompts(write(tmp_path, "b.jsonl", {"prompt": "a", "system": "Be brief."}))
+    with pytest.raises(ReftError, match="line 1: the field 'input' should be text, got int"):
+        read_prompts(write(tmp_path, "b.jsonl", {"instruction": "a", "input": 0}))
     with pytest.raises(ReftError, match="line 1: expected a field 'prompt' or 'instruction', got text"):
         read_prompts(write(tmp_path, "b.jsonl", {"text": "a"}))
 
@@ -125,6 +134,15 @@ def test_the_answer_begins_after_the_prompt_and_ends_once(tokenizer, tmp_path, f
     assert ids.count(tokenizer.bos_token_id) == 1
     assert ids[-1] == tokenizer.eos_token_id
     assert ids[begin:].count(tokenizer.eos_token_id) == 1
+
+
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_an_answer_that_closes_itself_in_a_template_that_closes_it_is_closed_once(tmp_path, form):
+    tokenizer = pocket.load()[1]
+    (example,) = read_examples(write(tmp_path, "a.jsonl", {"prompt": "Who?", "completion": "Arr</s>"}))
+    row = encode(tokenizer, example, form, 512)
+    assert row["labels"].count(tokenizer.eos_token_id) == 1
+    assert row["labels"][-1] == tokenizer.eos_token_id
 
 
 def test_an_answer_that_is_closed_already_is_closed_once(tokenizer, tmp_path):

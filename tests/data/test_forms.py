@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from pyreft import pocket
 from pyreft.data.encode import default_format, encode, encode_all
@@ -10,6 +12,7 @@ from pyreft.data.fields import alpaca_prompt
 from pyreft.data.files import Reading, read_examples
 from pyreft.data.tally import Tally
 from pyreft.errors import ReftError
+from pyreft.positions import Positions
 
 TEMPLATE = (
     "{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}"
@@ -66,7 +69,7 @@ def test_each_answer_of_a_chat_is_learned_behind_what_comes_before_it(tmp_path, 
     assert parts(tokenizer, last)[1] == "So."
 
 
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"training": False}])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"training": False}, {"loss": False}])
 def test_an_answer_may_be_left_out_of_what_is_learned(tmp_path, tokenizer, mark):
     (found,) = examples(tmp_path, {"messages": [USER, ANSWER | mark, *MORE[2:]]})
     assert parts(tokenizer, found) == ("<|user|>A cat?</s><|assistant|>C</s><|user|>Why?</s><|assistant|>", "So.")
@@ -90,6 +93,9 @@ def test_an_answer_may_be_left_out_of_what_is_learned(tmp_path, tokenizer, mark)
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "A "}, {"type": "text", "text": "cat?"}]},
                       ANSWER]},
         {"messages": json.dumps([USER, ANSWER])},
+        {"messages": [USER | {"role": "Human"}, ANSWER | {"role": "gpt"}]},
+        {"messages": [USER | {"role": "User "}, ANSWER | {"role": "ASSISTANT", "value": "C"}]},
+        {"conversations": [{"from": "Human", "value": "A cat?"}, {"from": "GPT", "value": "C"}]},
         {"prompt": "ignored", "messages": [USER, ANSWER]},
     ],
 )  # fmt: skip
@@ -121,6 +127,8 @@ def test_an_instruction_with_a_system_text_and_a_history(tmp_path, tokenizer):
 def test_two_columns_of_any_names(tmp_path, tokenizer):
     (found,) = examples(tmp_path, {"Q": "a ", "A": "b"}, prompt_field="Q", completion_field="A")
     assert parts(tokenizer, found, "text") == ("a ", "b")
+    with pytest.raises(ReftError, match="completion_field: expected another column than that of the prompts, got 'Q'"):
+        examples(tmp_path, {"Q": "a ", "A": "b"}, prompt_field="Q", completion_field="Q")
     with pytest.raises(ReftError, match="line 1: the field 'B' is missing"):
         examples(tmp_path, {"Q": "a ", "A": "b"}, prompt_field="Q", completion_field="B")
 
@@ -160,6 +168,9 @@ def test_calls_of_tools_are_given_to_the_template(tmp_path, tokenizer):
     prompt, answer = parts(tokenizer, found)
     assert "<|system|>Be brief." in prompt
     assert json.loads(answer) == [CALL]
+    sharegpt[1] = {"from": "function_call", "value": json.dumps([CALL["function"]] * 2)}
+    (found,) = examples(tmp_path, {"conversations": sharegpt})
+    assert json.loads(parts(tokenizer, found)[1]) == [CALL, CALL]
 
 
 SILENT = TEMPLATE.replace("{% if tools %}{{ tools | tojson }}{% endif %}", "").replace(
@@ -181,9 +192,54 @@ def test_what_a_template_leaves_out_is_refused_by_name(tmp_path, row, message):
         encode(tokenizer_with(SILENT), examples(tmp_path, row)[0], "chat", 512)
 
 
+WORDY = [{"role": "user", "content": "Rain in Oslo? Ask the weather."}, *CALLED[1:]]  # with all that comes back later
+NO_TOOLS = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [(SILENT, r"turn 2 \(assistant\): .* tool_calls"), (NO_TOOLS, r"turn 3 \(tool\): .* its content")],
+)
+def test_what_is_left_out_is_missed_though_another_turn_says_the_same(tmp_path, template, what):
+    rows = [{"messages": [*WORDY[:2], {"role": "tool", "content": "Rain in Oslo"}, WORDY[3]]}]
+    encode(tokenizer_with(TEMPLATE), *examples(tmp_path, *rows, turns="last"), "chat", 512)
+    with pytest.raises(ReftError, match=what):
+        encode(tokenizer_with(template), *examples(tmp_path, *rows, turns="last"), "chat", 512)
+
+
+def test_results_of_several_calls_may_come_in_any_order(tmp_path):
+    answers = [{"role": "tool", "content": "b"}, {"role": "tool", "content": "a"}]
+    sorting = TEMPLATE.replace("in messages %}", "in messages[:2] + (messages[2:4] | reverse | list) + messages[4:] %}")
+    (found,) = examples(tmp_path, {"messages": [*CALLED[:2], *answers, CALLED[3]]}, turns="last")
+    assert "<|tool|>a</s><|tool|>b</s>" in parts(tokenizer_with(sorting), found)[0]
+
+
+def test_a_variable_that_the_template_does_not_have(tmp_path, tokenizer):
+    (found,) = examples(tmp_path, {"messages": [USER, ANSWER], "chat_template_kwargs": {"enable_thinkin": False}})
+    with pytest.raises(ReftError, match="line 1: the chat template leaves out the field 'enable_thinkin'"):
+        encode(tokenizer, found, "chat", 512)
+
+
+def test_fields_of_turns_that_the_template_makes_nothing_of_are_counted(tmp_path, tokenizer):
+    named, weighed = USER | {"name": "Ann", "note": ""}, ANSWER | {"loss_weight": 0}
+    found = examples(tmp_path, {"messages": [named, weighed, *MORE[2:]]}, {"messages": [named, ANSWER]})
+    tally = Tally(rows=2)
+    encode_all(tokenizer, found, "chat", 512, tally=tally)
+    assert tally.unread == {"loss_weight of a turn": 1, "name of a turn": 2}
+    reading = tokenizer_with(TEMPLATE.replace("m['content'] +", "(m['name'] or '') + m['content'] +"))
+    tally = Tally(rows=2)
+    encode_all(reading, found, "chat", 512, tally=tally)
+    assert tally.unread == {"loss_weight of a turn": 1}
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
+        ({"messages": [USER | {"role": "usr"}, ANSWER]}, "role: expected user, .*, got 'usr'. Did you mean 'user'"),
+        ({"messages": [USER, ANSWER | {"value": "D"}]}, "turn 2 .assistant.: 'content' and 'value' say different"),
+        ({"messages": [USER, ANSWER | {"reasoning": "a", "thinking": "b"}]}, "'reasoning' and 'thinking' say"),
+        ({"messages": [*CALLED[:1], CALLED[1] | {"function_call": CALL}]}, "'tool_calls' or 'function_call', not both"),
+        ({"instruction": "Double", "input": 0, "output": "0"}, "the field 'input' should be text, got int"),
         ({"messages": [USER, ANSWER], "history": [["a", "b"]]}, "the field 'history' cannot stand beside a chat"),
         ({"messages": [{"role": "system", "content": "a"}, USER, ANSWER], "system": "b"}, "the field 'system' cannot"),
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, "the field 'images' cannot be learned from"),
@@ -294,6 +350,28 @@ def test_what_long_rows_are_refused_with(tmp_path):
         encode_all(pocket.load()[1], found, "text", 20)
     with pytest.raises(ReftError, match="no row is left of 2"):
         encode_all(pocket.load()[1], found, "text", 20, long_rows="skip")
+
+
+@pytest.mark.parametrize(
+    ("rule", "least"), [("all", 0), ("l1", 1), ("f2", 1), ("prompt", 1), ("f1+l1", 2), ("f7+l7", 2)]
+)
+def test_a_prompt_of_which_no_token_would_be_edited(tmp_path, rule, least):
+    tokenizer = pocket.load()[1]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str()) | {"post_processor": None}  # which writes no BOS
+    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), eos_token="</s>")
+    found = examples(tmp_path, *({"prompt": prompt, "completion": "b"} for prompt in ("What is a cat?", "a", "")))
+    assert Positions.parse(rule).least == least
+    tally = Tally("skip", rows=3)
+    kept, _ = encode_all(bare, found, "text", 512, tally=tally, least=least)
+    assert [example.prompt for example in kept] == ["What is a cat?", "a", ""][: 3 - least]
+    if least:
+        assert "line 3: the prompt has no token, and none would be edited" in tally.listed()
+
+
+def test_a_row_with_two_wrong_answers_is_one_row(tmp_path):
+    found = examples(tmp_path, {"messages": MORE, "tools": TOOLS})
+    with pytest.raises(ReftError, match="1 of 1 rows are wrong"):
+        encode_all(tokenizer_with(SILENT), found, "chat", 512, tally=Tally(rows=1))
 
 
 def test_the_format_of_chats(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 
 from pyreft.data.files import Reading, read_examples, read_prompts
 from pyreft.data.tables import read_rows
+from pyreft.data.tally import Tally
 from pyreft.errors import ReftError
 
 ROWS = [{"prompt": "Ü 5–6", "completion": "ja"}, {"prompt": "b", "completion": "c; d"}]
@@ -30,6 +31,10 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
         ("a.json", LINES, "utf-8"),
         ("a.json", json.dumps({"version": 1, "data": ROWS}), "utf-32"),
         ("a.json", json.dumps(ROWS), "utf-8-sig"),
+        ("a.jsonl", json.dumps(ROWS), "utf-8"),
+        ("a.jsonl", json.dumps(ROWS, indent=1), "utf-8"),
+        ("a.csv", COMMA.replace(",ja", ", ja").replace(',"c', ', "c'), "utf-8"),
+        ("a.csv", "sep=;\r\n" + SEMICOLON + ";\n; \n", "utf-8"),
     ],
 )
 def test_what_programs_write(tmp_path, name, text, encoding):
@@ -78,6 +83,66 @@ def test_an_encoding_that_cannot_be_told_is_asked_for(tmp_path):
     path.write_bytes(b"prompt,completion\na,\x81\n")
     with pytest.raises(ReftError, match="line 2: the file is not UTF-8 text; save it as UTF-8"):
         read_examples(path)
+
+
+def test_an_encoding_that_the_first_bytes_contradict(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(SEMICOLON.encode("utf-16"))
+    assert read_examples(path, Reading(encoding="utf-16-le"))[0].prompt == "Ü 5–6"
+    path.write_bytes(("id;" + SEMICOLON.replace("\n", "\n1;", 2)).encode("utf-8-sig"))
+    with pytest.raises(ReftError, match=r"encoding: .*a\.csv says by its first bytes that it is UTF-8, got 'cp1252'"):
+        read_examples(path, Reading(encoding="cp1252"))
+
+
+@pytest.mark.parametrize(("begins", "kind"), [(b"\x1f\x8b\x08", "a file of gzip"), (b"PK\x03\x04\x14", "a zip file")])
+def test_what_is_packed(tmp_path, begins, kind):
+    (tmp_path / "a.csv").write_bytes(begins)
+    with pytest.raises(ReftError, match=f"a.csv: expected text, this is {kind}"):
+        read_examples(tmp_path / "a.csv")
+
+
+def test_a_name_that_stands_twice_hides_nothing(tmp_path):
+    """Python, PyArrow and `csv` would each take the last of them, and say nothing."""
+    texts = {
+        "a.jsonl": '{"prompt": "a", "completion": "b", "completion": "c"}',
+        "b.json": '[{"prompt": "a", "completion": "b", "completion": "c"}]',
+        "c.csv": "prompt,completion,Completion ,completion\na,b,c,d\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    columns = [pyarrow.array([value]) for value in "abc"]
+    table = pyarrow.Table.from_arrays(columns, names=["prompt", "completion", "completion"])
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    for name in (*texts, "d.parquet"):
+        with pytest.raises(ReftError, match=r"'completion'.* twice|two columns are called 'completion'"):
+            read_examples(tmp_path / name)
+    (tmp_path / "e.csv").write_text("PROMPT,Prompt,completion,note,note\na,b,c,d,e\n")
+    tally = Tally()
+    (found,) = read_examples(tmp_path / "e.csv", tally=tally)
+    assert (found.prompt, tally.unread) == ("a", {"Prompt": 1, "note": 1})
+
+
+def test_a_row_that_holds_lists_is_no_list_of_rows(tmp_path):
+    turn = {"role": "user", "content": "a"}
+    path = tmp_path / "a.json"
+    for row in ({"prompt": [turn], "completion": "b"}, {"prompt": "a", "completion": "b", "tools": [{"name": "x"}]}):
+        path.write_text(json.dumps(row))
+        (found,) = read_examples(path)
+        assert (found.messages[0], found.completion) == (turn, "b")
+
+
+def test_a_field_of_any_length(tmp_path):
+    (tmp_path / "a.csv").write_text(f"prompt,completion\na,{'b' * 140_000}\n")
+    assert len(read_examples(tmp_path / "a.csv")[0].completion) == 140_000
+
+
+def test_a_date_that_python_does_not_have(tmp_path):
+    late = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(
+        pyarrow.table({"prompt": ["a"], "completion": ["b"], "at": late}), tmp_path / "a.parquet"
+    )
+    with pytest.raises(ReftError, match=r"a\.parquet: this is not a readable parquet file .date"):
+        read_examples(tmp_path / "a.parquet")
 
 
 def test_prompts_have_encodings_and_separators_too(tmp_path):

@@ -16,7 +16,7 @@ from pyreft import pocket
 from pyreft.data.encode import prompt_text
 from pyreft.describe import describe
 from pyreft.files.record import read_format, read_record
-from pyreft.loading import base_of, check_generates
+from pyreft.loading import base_of, check_generates, check_rules, load_adapted
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 UNIFORM = {"intervention": "loreft", "layers": [1], "positions": "f2+l2", "low_rank_dimension": 4}
@@ -133,6 +133,33 @@ def test_arguments_that_an_intervention_cannot_have(kept, tmp_path, given, messa
     change(adapter, representations=entries)
     with pytest.raises(pyreft.ReftError, match=message):
         by_ours(adapter)
+
+
+@pytest.mark.parametrize("name", ["positions", "intervention"])
+def test_what_the_tensors_do_not_tell_has_no_default(adapter, kept, tmp_path, name):
+    """Of another rule or formula the tensors may be the same."""
+    path = adapter / "adapter_config.json"
+    data = json.loads(path.read_text())
+    for damaged in (data | {name: None}, {other: value for other, value in data.items() if other != name}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(pyreft.ReftError, match=rf"adapter_config\.json: {name}: the file does not say it"):
+            by_ours(adapter)
+    by_ours(kept / "one_by_one")  # whose places say it, each
+
+
+def test_edits_at_tokens_that_each_call_names(kept, adapter):
+    check_rules(adapter)
+    with pytest.raises(
+        pyreft.ReftError, match=r"one_by_one: the adapter has no position rule: its tokens come with each"
+    ):
+        check_rules(kept / "one_by_one")
+
+
+@pytest.mark.parametrize("kind", [None, "reft", "LORAA"])
+def test_a_method_that_is_none(adapter, kind):
+    change(adapter, peft_type=kind)
+    with pytest.raises(pyreft.ReftError, match=f"peft_type: expected REFT or another method of PEFT, got {kind!r}"):
+        load_adapted(adapter, "pocket")
 
 
 def test_fields_that_are_not_known(adapter):
@@ -345,6 +372,41 @@ def test_an_adapter_below_a_directory(tmp_path):
     again.load_adapter(tmp_path, "x", subfolder="second")
     again.set_adapter("x")
     assert torch.equal(again(IDS).logits, expected)
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    place = tmp_path_factory.mktemp("lora")
+    peft.get_peft_model(pocket.load()[0], peft.LoraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(place)
+    return place
+
+
+@pytest.mark.parametrize(
+    ("changes", "edit", "message"),
+    [
+        ({"target_modules": ["q_proj"]}, None, "0 tensors are missing, 14 are not known"),
+        ({"lora_alpha": "x"}, None, "does not fit the base model 'pocket'"),
+        ({}, lambda tensors: dict(list(tensors.items())[1:]), "1 tensors are missing .*q_proj.lora_A.weight"),
+        ({}, lambda tensors: {name: value / 0 for name, value in tensors.items()}, "numbers are not finite"),
+    ],
+)
+def test_a_lora_that_peft_would_take_in_part(lora, tmp_path, changes, edit, message):
+    place = shutil.copytree(lora, tmp_path / "lora")
+    load_adapted(place, "pocket")
+    change(place, **changes)
+    if edit is not None:
+        save_file(edit(load_file(place / "adapter_model.safetensors")), place / "adapter_model.safetensors")
+    with pytest.raises(pyreft.ReftError, match=message):
+        load_adapted(place, "pocket")
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of the fields and the tensors
+def test_edits_of_which_a_lora_is_said(adapter):
+    change(adapter, peft_type="LORA")
+    with pytest.raises(
+        pyreft.ReftError, match=r"the file does not fit its config: 28 tensors are missing .*, 3 are not"
+    ):
+        load_adapted(adapter, "pocket")
 
 
 def test_a_pickle_is_read_and_replaces_older_weights(tmp_path):

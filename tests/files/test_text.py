@@ -32,6 +32,7 @@ def nested(depth):
         (nested(65).encode(), "layers: the values are nested more than 64 deep"),
         (b"[1]", "expected names and their values, this is a list of values or a single one"),
         (b"3", "expected names and their values"),
+        (b'{"layers": [1], "rank": 2, "layers": [2]}', "it is not JSON (the name 'layers' stands there twice)"),
     ],
 )
 def test_what_is_no_json_is_told_with_its_file(tmp_path, content, message):
@@ -67,12 +68,18 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["a: [", "a: 2024-13-45", "[" * 5000, "a: \t- b", "!!python/object/apply:os.system [ls]"]
+    "text",
+    ["a: [", "a: 2024-13-45", "[" * 5000, "a: \t- b", "!!python/object/apply:os.system [ls]", "a: {b: 1, c: 2, b: 3}"],
 )
 def test_what_is_no_yaml(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ReftError, match=r"a.yaml: this is not valid YAML"):
         read_yaml(tmp_path / "a.yaml")
+
+
+def test_what_is_yaml(tmp_path):
+    (tmp_path / "a.yaml").write_text("x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\nz: [{a: 1}, {a: 2}]\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"x": {"a": 1, "b": 2}, "y": {"a": 1, "b": 3}, "z": [{"a": 1}, {"a": 2}]}
 
 
 @pytest.mark.parametrize("value", [DEEP, LONG])

@@ -175,6 +175,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(data, tmp_path):
         ({"seed": 7}, "was made with seed = 42, now it is 7"),
         ({"batch_size": 2}, "was made with batch_size = 5, now it is 2"),
         ({"weight_decay": 0.1}, r"was made with weight_decay = 0\.0, now it is 0\.1"),
+        ({"dtype": "bfloat16"}, "was made with dtype = 'auto', now it is 'bfloat16'"),
     ],
 )
 def test_other_settings_cannot_go_on_from_a_checkpoint(data, tmp_path, changes, message):
@@ -211,6 +212,15 @@ def test_the_last_good_checkpoint_stays(data, tmp_path):
     assert not (tmp_path / "out" / "adapter_config.json").exists()
     for tensor in load_file(f"{job.last_checkpoint()}/adapter_model.safetensors").values():
         assert bool(torch.isfinite(tensor).all())
+
+
+def test_a_prompt_too_short_for_the_rule_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "", "completion": "b"}\n')  # of which the BOS token is left
+    options = {"data": str(path), "layers": "3", "format": "text", "reach": False}
+    PreparedJob(TrainingJob(**options, positions="l1"))
+    with pytest.raises(pyreft.ReftError, match=r"line 1: the prompt has 1 token, .* or give other `positions`"):
+        PreparedJob(TrainingJob(**options, positions="f7+l7"))
 
 
 def test_a_chat_is_held_out_as_a_whole(tmp_path):
@@ -292,6 +302,9 @@ def test_what_is_held_out_depends_on_the_seed_alone(data, tmp_path):
         ({"report_to": "tensorbord"}, "Did you mean 'tensorboard'?"),
         ({"report_to": "trackio"}, "report_to: trackio is not installed; `pip install trackio`"),
         ({"resume": True}, "there is no checkpoint to resume from"),
+        ({"resume": True, "overwrite": True}, "overwrite: give one of `resume`, which goes on with what is there, and"),
+        ({"reach": False, "reach_memory": "1GB"}, "reach_memory: nothing is held where each step computes whole rows"),
+        ({"reach": False, "reach_directory": "held"}, "reach_directory: nothing is held where each step computes"),
         ({"output": "/proc/nowhere/out"}, "nothing can be written there"),
     ],
 )
@@ -335,6 +348,8 @@ def test_an_unknown_setting_names_the_nearest():
         ("rank", "4", 4),
         ("layers", [1, 2], "1;2"),
         ("layers", 3, "3"),
+        ("save_steps", "1e1", 10),
+        ("prompt_field", 1, "1"),
         ("max_length", None, None),
         ("share_weights", False, False),
     ],
@@ -353,12 +368,23 @@ def test_how_settings_are_read(name, value, read):
         ("lr", "nan", "a.yaml: lr: expected a number, got 'nan'"),
         ("rank", 2.5, "a.yaml: rank: expected a whole number, got 2.5"),
         ("share_weights", "no", "a.yaml: share_weights: expected true or false, got 'no'"),
+        ("output", ["o"], "a.yaml: output: expected text, got ['o']"),
+        ("on_error", True, "a.yaml: on_error: expected text, got True"),
+        ("turns", None, "a.yaml: turns: expected text, got None"),
     ],
 )
 def test_settings_of_another_type(name, value, message):
     with pytest.raises(pyreft.ReftError) as caught:
         TrainingJob.from_settings({"data": "a", "output": "b", name: value}, "a.yaml")
     assert message in str(caught.value)
+
+
+def test_lora_at_every_token_takes_no_rule_that_edits_have_by_default():
+    common = {"data": "a", "output": "b", "method": "lora"}
+    assert TrainingJob.from_settings(common, "a.yaml").method == "lora"
+    for name, value in (("positions", "l16"), ("layers", "all"), ("share_weights", True)):
+        with pytest.raises(pyreft.ReftError, match=f"{name}: LoRA has no such setting, got {value!r}; leave it out"):
+            TrainingJob.from_settings(common | {name: value}, "a.yaml")
 
 
 def test_a_base_model_given_by_a_relative_path_is_found_from_anywhere(data, tmp_path, monkeypatch):

@@ -208,9 +208,8 @@ def test_what_a_recipe_refuses(name, given, message):
     ],
 )
 def test_settings_of_another_method(given, message):
-    (job,) = jobs("commonsense", **given)
     with pytest.raises(ReftError, match=message):
-        make_config(job)
+        make_config(*jobs("commonsense", **given))
 
 
 def test_glue_generates_nothing(tmp_path):

@@ -4,8 +4,9 @@ Three formats: `text` is the prompt as it stands, `chat` the tokenizer's chat te
 instruction template of the Alpaca data set.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,10 +15,11 @@ from ..positions import IGNORED
 from .boundary import pair_ids, token_ids
 from .fields import FORMATS, Example, Format, alpaca_prompt
 from .tally import Tally
-from .templates import chat_text, chat_texts
+from .templates import chat_text, chat_texts, unread_fields
 
 __all__ = [
     "chat_text",
+    "check_long_rows",
     "context_length",
     "default_format",
     "encode",
@@ -28,6 +30,12 @@ __all__ = [
 ]
 
 LongRows = Literal["refuse", "cut", "skip"]
+
+
+def check_long_rows(value: str) -> None:
+    """Refuse what cannot become of rows that are too long."""
+    if value not in (known := get_args(LongRows)):
+        raise ReftError(f"expected {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}", setting="long_rows")
 
 
 def default_format(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example] = ()) -> Format:
@@ -79,18 +87,20 @@ def encode(
     Raises:
         ReftError: no EOS token, a template that does not take the chat, or a row that is too long.
     """
-    return _row(tokenizer, example, form, limit, long_rows)[0]
+    return _row(tokenizer, example, texts(tokenizer, example, form), limit, long_rows)[0]
 
 
 def _row(
-    tokenizer: PreTrainedTokenizerBase, example: Example, form: Format, limit: int, long_rows: LongRows
+    tokenizer: PreTrainedTokenizerBase, example: Example, written: tuple[str, str], limit: int, long_rows: LongRows
 ) -> tuple[dict[str, Any], bool]:
-    """A row, and whether it is or was longer than the limit."""
+    """A row of a prompt and its answer, and whether it is or was longer than the limit."""
     if not tokenizer.eos_token:
         raise ReftError("The tokenizer has no EOS token, so an answer would never end: set tokenizer.eos_token.")
-    before, answer = pair_ids(tokenizer, *texts(tokenizer, example, form))
-    if answer[-1:] != [tokenizer.eos_token_id]:
-        answer = [*answer, tokenizer.eos_token_id]
+    before, answer = pair_ids(tokenizer, *written)
+    end = tokenizer.eos_token_id
+    while answer[-1:] == [end]:  # of the text, of a template, or of both
+        answer = answer[:-1]
+    answer = [*answer, end]
     long = len(before) + len(answer) > limit
     if long and long_rows != "skip":
         before = _cut(tokenizer, example, before, answer, limit, long_rows)
@@ -129,28 +139,41 @@ def encode_all(
     *,
     long_rows: LongRows = "refuse",
     tally: Tally | None = None,
+    least: int = 0,
 ) -> tuple[list[Example], list[dict[str, Any]]]:
     """Return examples, without those that are left out, and their rows; see `encode`.
 
     Args:
         tally: is told of rows that are wrong, cut or left out.
+        least: how many tokens a prompt needs, see `Positions.least`.
 
     Raises:
         ReftError: the rows that are wrong, all told at once; or none is left.
     """
     tally = tally or Tally(rows=len(examples))
-    kept, rows = [], []
+    kept, rows, unread = [], [], set()
     if form == "chat" and not tokenizer.chat_template:
         raise ReftError("The tokenizer has no chat template; give prompts as they stand, with the format 'text'.")
     for example in examples:
-        with tally.watch():
-            row, long = _row(tokenizer, example, form, limit, long_rows)
+        with tally.watch(example.row or example.where):
+            written = texts(tokenizer, example, form)
+            if form == "chat":
+                found = unread_fields(tokenizer, example.messages, "".join(written))
+                unread |= {(name, example.row or example.where) for name in found}
+            row, long = _row(tokenizer, example, written, limit, long_rows)
+            if (count := row["labels"].count(IGNORED)) < least:
+                raise ReftError(
+                    f"{example.where}: the prompt has {count or 'no'} token, and none would be edited; leave the "
+                    "row out, or give other `positions`.",
+                    also=["positions"],
+                )
             if long and long_rows == "skip":
                 tally.skipped += 1
                 continue
             tally.cut += long
             kept.append(example)
             rows.append(row)
+    tally.unread |= Counter(f"{name} of a turn" for name, _ in sorted(unread))
     tally.check()
     if examples and not rows:
         raise ReftError(

@@ -20,6 +20,7 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+_PACKED = {b"\x1f\x8b": "a file of gzip", b"PK\x03\x04": "a zip file, as those of Excel are"}
 _HEAD = 4096  # bytes
 
 
@@ -36,7 +37,7 @@ def open_text(path: Path, encoding: str | None = None) -> Iterator[io.TextIOBase
     """
     check_file(path)
     try:
-        chosen = _checked(encoding) if encoding else _encoding_of(path)
+        chosen = _encoding_of(path, _checked(encoding) if encoding else None)
         with path.open(encoding=chosen, newline="") as file:
             yield file
     except UnicodeError:
@@ -56,12 +57,21 @@ def _checked(encoding: str) -> str:
     raise ReftError(f"expected an encoding such as utf-8, utf-16 or cp1252, got {encoding!r}.", setting="encoding")
 
 
-def _encoding_of(path: Path) -> str:
+def _encoding_of(path: Path, given: str | None) -> str:
+    """What the first bytes of a file say, else the encoding that is given; they cannot contradict each other."""
     with path.open("rb") as file:
         head = file.read(_HEAD)
+    for begin, kind in _PACKED.items():
+        if head.startswith(begin):
+            raise ReftError(f"{path}: expected text, this is {kind}; unpack it, or save it as CSV.")
     for mark, name in _MARKS:
         if head.startswith(mark):
+            if given and not codecs.lookup(given).name.startswith(name.removesuffix("-sig")):
+                raise ReftError(f"{path} says by its first bytes that it is {name.removesuffix('-sig').upper()}, "
+                                f"got {given!r}; leave it out.", setting="encoding")  # fmt: skip
             return name
+    if given:
+        return given
     even, odd = head[0::2], head[1::2]
     # text of Latin letters in two bytes each: every other byte is zero, and of UTF-8 none
     if odd.count(0) > len(odd) // 2 and not even.count(0):

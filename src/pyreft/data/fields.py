@@ -19,14 +19,14 @@ _FORMS = {
     "messages or conversations": ("messages",),
 }
 _CHATS = ("messages", "conversations", "conversation")
-_EXTRAS = ("system", "history", "tools", "functions", "documents", "chat_template_kwargs")  # given to the template
+EXTRAS = ("system", "history", "tools", "functions", "documents", "chat_template_kwargs")  # given to the template
 _DECIDED = {  # what a row may not say to the tokenizer
     *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
     *("return_assistant_tokens_mask", "messages"),
 }
 _OTHERS = ("images", "image", "videos", "video", "audio", "audios")
-KNOWN = (*("prompt", "completion", "instruction", "input", "output"), *_CHATS, *_EXTRAS)
+KNOWN = (*("prompt", "completion", "instruction", "input", "output"), *_CHATS, *EXTRAS)
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,10 @@ def alpaca_prompt(instruction: str, given: str = "") -> str:
 
 def plain_names(row: dict[str, Any], kept: tuple[str, ...] = ()) -> dict[str, Any]:
     """A row whose known fields have their names in small letters, whatever a spreadsheet made of them."""
-    named = {}
+    named: dict[str, Any] = {}
     for name, value in row.items():
         small = str(name).strip().lower()
-        renamed = small in KNOWN and small not in row and name not in kept
+        renamed = small in KNOWN and small not in row and small not in named and name not in kept
         named[small if renamed else str(name)] = value
     return named
 
@@ -104,7 +104,7 @@ def read_fields(
     for name in _OTHERS:
         if row.get(name):
             raise ReftError(f"{where}: the field {name!r} cannot be learned from; only text is read.")
-    extras = {name: row[name] for name in _EXTRAS if row.get(name)}
+    extras = {name: row[name] for name in EXTRAS if row.get(name)}
     if form == "messages":
         messages, learned = read_turns(row[used[0]], where)
         examples = _chat(messages, learned, extras, where, turns)
@@ -113,7 +113,7 @@ def read_fields(
         examples = _chat(messages, learned, extras, where, turns)
     else:
         examples = [_pair(row, form, used, extras, where)]
-    return form, examples, [name for name in row if name not in used and name not in _EXTRAS]
+    return form, examples, [name for name in row if name not in used and name not in EXTRAS]
 
 
 def _form(row: dict[str, Any], where: str, fields: tuple[str, str] | None) -> tuple[str, tuple[str, ...]]:
@@ -147,7 +147,7 @@ def _names(row: dict[str, Any]) -> str:
 
 def _pair(row: dict[str, Any], form: str, used: tuple[str, ...], extras: dict[str, Any], where: str) -> Example:
     prompt, answer = _string(row, used[0], where), _string(row, used[1], where)
-    given = _string(row, "input", where) if form == "instruction" and row.get("input") else ""
+    given = _string(row, "input", where) if form == "instruction" and row.get("input", []) != [] else ""
     if not answer.strip():
         raise ReftError(f"{where}: the answer is empty, there is nothing to learn.")
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

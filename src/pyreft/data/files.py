@@ -11,8 +11,8 @@ from typing import Any, get_args
 
 from ..errors import ReftError, did_you_mean
 from .encodings import open_text
-from .fields import KNOWN, Example, Turns, alpaca_prompt, plain_names, read_fields
-from .tables import read_rows, try_rows
+from .fields import EXTRAS, KNOWN, Example, Turns, alpaca_prompt, plain_names, read_fields
+from .tables import read_rows, try_rows, without_nulls
 from .tally import OnError, Tally
 
 __all__ = [
@@ -55,6 +55,10 @@ class Reading:
                 raise ReftError(
                     f"expected {' or '.join(kinds)}, got {value!r}.{did_you_mean(value, kinds)}", setting=name
                 )
+        if self.fields and self.fields[0] == self.fields[1]:
+            raise ReftError(
+                f"expected another column than that of the prompts, got {self.fields[1]!r}.", setting="completion_field"
+            )
         if self.limit is not None and self.limit < 1:
             raise ReftError(f"expected 1 or more, got {self.limit}.", setting="limit")
 
@@ -85,7 +89,7 @@ def read_examples(path: str | Path, reading: Reading | None = None, tally: Tally
     first: str | None = None
     for where, row in try_rows(path, reading.encoding, (*KNOWN, *(reading.fields or ()))):
         tally.rows += 1
-        with tally.watch():
+        with tally.watch(where):
             if isinstance(row, ReftError):
                 raise row
             check_characters(row, where)
@@ -120,7 +124,7 @@ def read_prompts(path: str | Path, encoding: str | None = None) -> list[tuple[st
         with open_text(Path(path), encoding) as file:
             prompts = [(line.rstrip("\r\n"), "") for line in file if line.strip()]
     else:
-        prompts = [_prompt(plain_names(row), where) for where, row in _checked_rows(path, encoding)]
+        prompts = [_prompt(plain_names(without_nulls(row)), where) for where, row in _checked_rows(path, encoding)]
     if not prompts:
         raise ReftError(f"{path}: the file has no prompts.")
     return prompts
@@ -138,7 +142,11 @@ def _prompt(row: dict[str, Any], where: str) -> tuple[str, str]:
     name = next((name for name in ("prompt", "instruction") if name in row), None)
     if name is None:
         raise ReftError(f"{where}: expected a field 'prompt' or 'instruction', got {', '.join(row) or 'none'}.")
-    given = row.get("input") or ""
+    if more := next((field for field in EXTRAS if row.get(field)), None):
+        raise ReftError(
+            f"{where}: the field {more!r} is not read beside a prompt; `pyreft eval` asks rows with it and an answer."
+        )
+    given = "" if name == "prompt" or row.get("input") is None else row["input"]
     for field, value in ((name, row[name]), ("input", given)):
         if not isinstance(value, str):
             raise ReftError(f"{where}: the field {field!r} should be text, got {type(value).__name__}.")

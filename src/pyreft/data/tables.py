@@ -5,17 +5,20 @@ Knows nothing of what the fields mean.
 
 import csv
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ..errors import ReftError, is_disk_full
-from ..files.text import check_file, parse_json, too_deep
+from ..files.text import check_file, parse_json, repeated, too_deep
 from .encodings import open_text
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _SEPARATORS = (",", ";", "\t", "|")
+_LARGEST = 2**31 - 1  # characters of a field of a CSV
+_NAMED = re.compile(r'"?sep=(.)"?\r?\n?', flags=re.I)  # a first line with which Excel names one
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:]*))?(:(?P<split>.+))?")
 
 Row = tuple[str, dict[str, Any] | ReftError]  # where it stands, and its fields or what is wrong with it
@@ -57,13 +60,23 @@ def try_rows(source: str | Path, encoding: str | None = None, known: Collection[
             f"{path.suffix or 'no ending'!r}."
         )
     if kind == ".parquet":
-        return _parquet(path)
+        return _parquet(path, known)
     if kind in (".csv", ".tsv"):
         return _csv(path, encoding, known)
-    return _json(path, encoding) if kind == ".json" else _json_lines(path, encoding)
+    return (_json if kind == ".json" else _json_lines)(path, encoding, known)
 
 
-def _json_lines(path: Path, encoding: str | None) -> Iterator[Row]:
+def _json_lines(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[Row]:
+    """An object a line; or one list of objects, by another name than its own."""
+    with open_text(path, encoding) as file:
+        begins = next((line for line in file if line.strip()), "")
+    if begins.lstrip().startswith("["):
+        rows = None
+        with suppress(ReftError):  # then each line is told of
+            rows = list(_json(path, encoding, known))
+        if rows is not None:
+            yield from rows
+            return
     with open_text(path, encoding) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
@@ -86,7 +99,7 @@ def _fields(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _json(path: Path, encoding: str | None) -> Iterator[Row]:
+def _json(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[Row]:
     """A list of objects; or the one list of them that an object holds; or, as often, JSON Lines by another name."""
     with open_text(path, encoding) as file:
         text = file.read()
@@ -98,12 +111,12 @@ def _json(path: Path, encoding: str | None) -> Iterator[Row]:
         first = text.lstrip().split("\n", 1)[0]
         if not isinstance(_object(first, str(path)), dict):
             raise
-        yield from _json_lines(path, encoding)
+        yield from _json_lines(path, encoding, known)
         return
     if isinstance(value, dict):
         lists = [held for held in value.values() if isinstance(held, list) and held and isinstance(held[0], dict)]
-        chat = "messages" in value or "conversations" in value
-        value = lists[0] if len(lists) == 1 and not chat else [value]
+        row = any(name.strip().lower() in known for name in value)  # a turn or a tool is no row
+        value = lists[0] if len(lists) == 1 and not row else [value]
     if not isinstance(value, list):
         raise ReftError(f"{path}: expected a list of objects, got {type(value).__name__}.")
     for number, row in enumerate(value, 1):
@@ -115,35 +128,55 @@ def _json(path: Path, encoding: str | None) -> Iterator[Row]:
 
 
 def _csv(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[Row]:
+    csv.field_size_limit(_LARGEST)  # of all readers of the process, which have no other way
     with open_text(path, encoding) as file:
-        skipped, header = 0, file.readline()
-        while header and not header.strip():
+        skipped, header, named = 0, file.readline(), None
+        while header and (not header.strip() or (named := _NAMED.fullmatch(header))):
             skipped, header = skipped + 1, file.readline()
-        reader = csv.DictReader(chain((header,), file), restkey=None, delimiter=_separator(header, known))
+        separator, spaced = _separator(header, known, named[1] if named else _SEPARATORS)
+        lines = csv.reader(chain((header,), file), delimiter=separator, skipinitialspace=spaced, strict=True)
+        columns: list[str] | None = None
+        begins = skipped + 1
         try:
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
-            for row in reader:
-                where = f"{path}, line {skipped + reader.line_num}"
-                if None in row or None in row.values():
-                    columns = len(reader.fieldnames or [])
-                    yield where, ReftError(f"{where}: expected {columns} columns as in the first line.")
+            for values in lines:
+                where, begins = f"{path}, line {skipped + lines.line_num}", skipped + lines.line_num + 1
+                if columns is None:
+                    columns = [name.strip() for name in values]
+                    _check_columns(columns, str(path), known)
+                elif not any(value.strip() for value in values):
+                    continue  # as a spreadsheet writes below its table
+                elif len(values) != len(columns):
+                    yield where, ReftError(f"{where}: expected {len(columns)} columns as in the first line.")
                 else:
-                    yield where, row
+                    yield where, dict(zip(columns, values, strict=True))
         except csv.Error as error:
-            raise ReftError(f"{path}, line {skipped + reader.line_num}: this is not valid CSV ({error}).") from None
+            hint = " A quote within a text is written twice." if "expected" in str(error) else ""
+            hint = " A quote that opens there is not closed." if "unexpected end" in str(error) else hint
+            raise ReftError(f"{path}, line {begins}: this is not valid CSV ({error}).{hint}") from None
 
 
-def _separator(header: str, known: Collection[str]) -> str:
-    """That which finds the most known fields in the first line, and else the most columns."""
+def _check_columns(names: Sequence[str], where: str, known: Collection[str]) -> None:
+    """Refuse two columns of one name, unless they mean nothing here."""
+    means = [name for name in names if (name and not known) or name in known or name.lower() in known]
+    if (name := repeated(means)) is not None:
+        raise ReftError(f"{where}: two columns are called {name!r}; rename one of them.")
+
+
+def _separator(header: str, known: Collection[str], separators: Sequence[str]) -> tuple[str, bool]:
+    """That which finds the most known fields in the first line, else the most columns; and whether a space follows."""
+
+    def names(separator: str) -> list[str]:
+        return next(csv.reader([header], delimiter=separator), [])
 
     def found(separator: str) -> tuple[int, int]:
-        names = next(csv.reader([header], delimiter=separator), [])
-        return len({name.strip().lower() for name in names} & set(known)), len(names)
+        return len({name.strip().lower() for name in names(separator)} & set(known)), len(names(separator))
 
-    return max(_SEPARATORS, key=found)
+    best = max(separators, key=found)
+    behind = names(best)[1:]
+    return best, bool(behind) and all(name.startswith(" ") for name in behind)
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path, known: Collection[str]) -> Iterator[Row]:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
@@ -151,11 +184,12 @@ def _parquet(path: Path) -> Iterator[Row]:
     try:
         number = 0
         with pyarrow.parquet.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow.names, str(path), known)
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}, row {number}", without_nulls(row)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError) as error:  # a date that Python does not have
         raise ReftError(f"{path}: this is not a readable parquet file ({error}).") from None
 
 

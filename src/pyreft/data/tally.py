@@ -22,16 +22,18 @@ class Tally:
     on_error: OnError = "stop"
     rows: int = 0
     errors: list[ReftError] = field(default_factory=list)
+    wrong: set[str] = field(default_factory=set)  # the rows that these are of; one may have several
     unread: dict[str, int] = field(default_factory=dict)  # fields that mean nothing here, with how many rows have them
     cut: int = 0  # rows that were too long
     skipped: int = 0  # rows that were too long
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Note an error of a row instead of raising it."""
+    def watch(self, row: str) -> Iterator[None]:
+        """Note an error of a row, which is named by its place, instead of raising it."""
         try:
             yield
         except ReftError as error:
+            self.wrong.add(row)
             self.errors.append(error)
 
     def check(self) -> None:
@@ -45,7 +47,7 @@ class Tally:
         if len(self.errors) == 1:
             raise self.errors[0]
         raise ReftError(
-            f"{len(self.errors):,} of {self.rows:,} rows are wrong; mend them, or leave them out with `on_error` skip:"
+            f"{len(self.wrong):,} of {self.rows:,} rows are wrong; mend them, or leave them out with `on_error` skip:"
             f"\n{self.listed()}",
             also=[*self.also, "on_error"],
         )
@@ -54,6 +56,10 @@ class Tally:
     def also(self) -> set[str]:
         """The settings that the errors name, see `ReftError`."""
         return {name for error in self.errors for name in error.also}
+
+    def fields(self) -> str:
+        """The fields that mean nothing here, with how many rows have them."""
+        return ", ".join(f"{name} ({count:,})" for name, count in self.unread.items())
 
     def listed(self) -> str:
         """The first ten wrong rows, a line for each."""

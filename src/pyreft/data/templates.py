@@ -5,7 +5,7 @@ What a row gives comes out in the text, or is refused by its name: no turn, tool
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -17,6 +17,8 @@ from .turns import Turn
 
 _THOUGHT = re.compile(r"\s*<[^<>/]*think[^<>]*>\s*", flags=re.I)  # what a generation prompt may open
 _CLOSED = "</think>"
+_CHECKED = ("role", "content", "tool_calls", "reasoning_content")  # fields of a turn without which it is refused
+_MOVED = ("system", "developer")  # whose texts some templates write elsewhere
 _WAY_OUT = "Mend the row, or write its prompt and its answer out, as `prompt` and `completion`, with `format` text."
 
 
@@ -46,11 +48,22 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[st
         else:
             bare = _render(tokenizer, turns[:-1], example.extras)
             answer = _behind_opening(tokenizer, turns[-1], prompt, whole, bare)
-        _check_complete(turns, example.extras, prompt, answer)
+        _check_complete(tokenizer, turns, example.extras, prompt, answer)
     except ReftError as error:
         also = ("format", "prompt", "completion", *error.also)
         raise ReftError(f"{example.where}: {error.problem}", setting=error.setting, also=also) from None
     return prompt, answer
+
+
+def unread_fields(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], text: str) -> set[str]:
+    """The fields of turns that the template makes nothing of in a text, such as `name`, as most do."""
+    return {
+        name
+        for turn in turns
+        for name, held in turn.items()
+        if name not in _CHECKED and held not in ("", [], {})
+        if (_end_of(text, held) is None if isinstance(held, str) else name not in _template(tokenizer))
+    }
 
 
 def _with_input(example: Example) -> list[Turn]:
@@ -110,27 +123,45 @@ def _thought_of(turn: Turn) -> tuple[str | None, str]:
     return (re.sub(_THOUGHT, "", thought, count=1), rest) if closed else (None, turn["content"])
 
 
-def _check_complete(turns: Sequence[Turn], extras: Mapping[str, Any], prompt: str, answer: str) -> None:
+def _check_complete(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], extras: Mapping[str, Any], prompt: str, answer: str
+) -> None:
     """Refuse what the template leaves out of the text; only thoughts of earlier answers may be."""
+    for name in extras:
+        if name not in _template(tokenizer):
+            raise ReftError(f"the chat template leaves out the field {name!r}. {_WAY_OUT}")
+    begin = end = 0  # of where a turn may stand: behind the one before, but for those that templates move
     for number, turn in enumerate(turns, 1):
         last = number == len(turns)
         text = answer if last else prompt
         place = f"turn {number} ({turn['role']})"
+        if last or turn["role"] in _MOVED:
+            start = 0
+        else:
+            begin = start = begin if turn["role"] == "tool" == turns[number - 2]["role"] else end
         thought, rest = _thought_of(turn) if turn["role"] == "assistant" else (None, turn["content"])
-        if not _shows(text, rest):
+        if (found := _end_of(text, rest, start)) is None:
             raise ReftError(f"{place}: the chat template leaves its content out of the text. {_WAY_OUT}")
-        if last and thought and not _shows(text, thought):
+        if last and thought and _end_of(text, thought) is None:
             field = "reasoning_content" if turn.get("reasoning_content") else "the thought in its content"
             raise ReftError(f"{place}: the chat template leaves out {field}. {_WAY_OUT}")
-        for call in turn.get("tool_calls", ()):
-            arguments = call["function"]["arguments"]
-            values = list(arguments.values()) if isinstance(arguments, dict) else [arguments]
-            if not all(_shows(text, str(part)) for part in (call["function"]["name"], *_texts(values))):
+        for part in _parts_of_calls(turn):
+            if (of_call := _end_of(text, part, start)) is None:
                 raise ReftError(f"{place}: the chat template leaves out tool_calls. {_WAY_OUT}")
+            found = max(found, of_call)
+        end = end if turn["role"] in _MOVED else max(end, found)
     for name in ("tools", "documents"):
         for given in extras.get(name, ()):
-            if not all(_shows(prompt, text) for text in _names(given)):
+            if any(_end_of(prompt, text) is None for text in _names(given)):
                 raise ReftError(f"the chat template leaves out the field {name!r}. {_WAY_OUT}")
+
+
+def _parts_of_calls(turn: Turn) -> Iterator[str]:
+    """The names and the texts of a turn's calls of tools."""
+    for call in turn.get("tool_calls", ()):
+        arguments = call["function"]["arguments"]
+        values = list(arguments.values()) if isinstance(arguments, dict) else [arguments]
+        yield from (call["function"]["name"], *(value for value in values if isinstance(value, str)))
 
 
 def _names(given: Any) -> list[str]:
@@ -139,11 +170,8 @@ def _names(given: Any) -> list[str]:
     return [fields[name] for name in ("name", "text") if isinstance(fields, dict) and isinstance(fields.get(name), str)]
 
 
-def _texts(values: Sequence[Any]) -> list[str]:
-    return [value for value in values if isinstance(value, str)]
-
-
-def _shows(text: str, part: str) -> bool:
-    """Whether a text is a part of another, perhaps as JSON writes it."""
+def _end_of(text: str, part: str, start: int = 0) -> int | None:
+    """Where a part of a text ends that begins at `start` or behind, perhaps as JSON writes it; None without it."""
     part = part.strip()
-    return part in text or any(json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+    forms = {part, *(json.dumps(part, ensure_ascii=ascii)[1:-1] for ascii in (False, True))}
+    return min((at + len(form) for form in forms if (at := text.find(form, start)) >= 0), default=None)

@@ -6,6 +6,7 @@ Knows nothing of templates or tokenizers.
 
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Any
 
 from ..errors import ReftError, check_type, did_you_mean
@@ -18,7 +19,13 @@ _SHAREGPT = {
     **dict.fromkeys(("observation", "tool", "function", "function_response"), "tool"),
     "system": "system",
 }
-_LEARN = ("weight", "train", "training")  # by which names a turn says whether it is learned
+# what `role` may say, in capitals or not; other roles are for templates that have them
+_ROLES = {name: name for name in ("user", "assistant", "system", "developer", "tool")} | {
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), "assistant"),
+}
+_LEARN = ("weight", "train", "training", "loss")  # by which names a turn says whether it is learned
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _TEXTS = ("text", "input_text", "output_text")  # the kinds of a content's parts that are read
 _PICTURES = ("images", "image", "videos", "video", "audio", "audios", "image_url")
 
@@ -81,34 +88,51 @@ def _turn(turn: Turn, where: str) -> tuple[Turn, bool]:
             raise ReftError(f"{where}: {name!r} cannot be learned from; only text is read.")
     read = {name: held for name, held in turn.items() if name not in ("from", "value", *_LEARN)}
     read["role"] = role
-    content = turn.get("content", turn.get("value"))
-    if turn.get("from") == "function_call":
-        read["tool_calls"] = [_parsed(content, where)] if not isinstance(content, list) else content
-        content = ""
+    content = _either(turn, ("content", "value"), where)
+    if str(turn.get("from")).lower() == "function_call":
+        called = _parsed(content, where)
+        read["tool_calls"], content = called if isinstance(called, list) else [called], ""
     if "function_call" in turn:
+        if read.get("tool_calls"):
+            raise ReftError(f"{where}: give the calls as 'tool_calls' or 'function_call', not both.")
         read["tool_calls"] = [read.pop("function_call")]
     if read.get("tool_calls"):
         read["tool_calls"] = [_call(call, where) for call in _calls(read["tool_calls"], where)]
     else:
         read.pop("tool_calls", None)
-    for name in ("reasoning", "thinking"):
-        if name in read:
-            read.setdefault("reasoning_content", read.pop(name))
-    if "reasoning_content" in read:
-        check_type(f"{where}: reasoning_content", read["reasoning_content"], str)
+    thought = _either(turn, _THOUGHTS, where)
+    read = {name: held for name, held in read.items() if name not in _THOUGHTS}
+    if thought is not None:
+        check_type(f"{where}: reasoning_content", thought, str)
+        read["reasoning_content"] = thought
     read["content"] = _content(content, where, bool(read.get("tool_calls")))
     return read, _learn(turn, role, where)
+
+
+def _either(turn: Turn, names: Sequence[str], where: str) -> Any:
+    """What a turn has under the first of these names; under another, it may only have the same."""
+    found = [name for name in names if name in turn]
+    for name in found[1:]:
+        if turn[name] != turn[found[0]]:
+            raise ReftError(f"{where}: {found[0]!r} and {name!r} say different things; give one of them.")
+    return turn[found[0]] if found else None
 
 
 def _role(turn: Turn, where: str) -> str:
     if "role" in turn:
         check_type(f"{where}: role", turn["role"], str)
-        return turn["role"]
+        name = turn["role"].strip().lower()
+        near = get_close_matches(name, ("user", "assistant", "system"), n=1, cutoff=0.8)
+        if name not in _ROLES and (near or not name):
+            known = ", ".join(_ROLES)
+            raise ReftError(f"{where}: role: expected {known}, got {turn['role']!r}.{did_you_mean(name, near)}")
+        return _ROLES[name] if name in _ROLES else turn["role"]
     if "from" not in turn:
         raise ReftError(f"{where}: the field 'role' is missing.{did_you_mean('role', turn)}")
-    name = turn["from"]
-    if not isinstance(name, str) or name not in _SHAREGPT:
-        raise ReftError(f"{where}: from: expected {', '.join(_SHAREGPT)}, got {name!r}.{did_you_mean(name, _SHAREGPT)}")
+    name = str(turn["from"]).strip().lower()
+    if name not in _SHAREGPT:
+        expected = ", ".join(_SHAREGPT)
+        raise ReftError(f"{where}: from: expected {expected}, got {turn['from']!r}.{did_you_mean(name, _SHAREGPT)}")
     return _SHAREGPT[name]
 
 

@@ -7,13 +7,14 @@ import inspect
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ _COMMON: dict[str, tuple[type, ...]] = {
     "prompt_format": (str,),
     "modules_to_save": (list,),
 }
+
+_NEEDED = ("intervention", "positions")  # which the tensors do not tell
 
 _CARD = """---
 {header}
@@ -159,6 +162,9 @@ def parse_config(text: str, path: Path) -> ReftConfig:
                 f"{path}: {name}: there is no such field.{did_you_mean(name, known)} If a later version of pyreft or "
                 "PEFT wrote it, update; if not, delete it."
             )
+    for name in () if data.get("representations") else _NEEDED:
+        if data.get(name) is None:  # a default could be another one than the adapter was trained with
+            raise ReftError(f"{path}: {name}: the file does not say it; was it edited, or not copied completely?")
     try:
         return ReftConfig(**data)
     except ReftError as error:
@@ -170,6 +176,9 @@ def _parse_data(text: str, path: Path) -> dict[str, Any]:
     for name, kinds in _COMMON.items():
         if data.get(name) is not None:
             check_type(f"{path}: {name}", data[name], *kinds)
+    if (kind := data.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        near = did_you_mean(kind, PEFT_TYPE_TO_CONFIG_MAPPING)
+        raise ReftError(f"{path}: peft_type: expected REFT or another method of PEFT, got {kind!r}.{near}")
     for name in data.get("modules_to_save") or ():
         check_type(f"{path}: modules_to_save", name, str)
     return data
@@ -217,18 +226,28 @@ def check_room(directory: str | os.PathLike, config: ReftConfig, model: nn.Modul
 def check_tensors(directory: str | os.PathLike, expected: Mapping[str, Tensor]) -> None:
     """Compare an adapter's tensors with those its config asks for on this model; see `load_tensors`."""
     found = read_shapes(directory)
-    missing, more = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    check_names(directory, expected, found)
+    for name, tensor in expected.items():
+        if found[name] != tuple(tensor.shape):
+            raise ReftError(
+                f"{directory}: {name} has the shape {list(found[name])}, the model needs {list(tensor.shape)}."
+            )
+
+
+def check_names(directory: str | os.PathLike, expected: Collection[str], found: Collection[str]) -> None:
+    """Compare the names of an adapter's tensors with those that its config asks for.
+
+    Raises:
+        ReftError: with one that is missing, and one that is not known.
+    """
+    expected, found = set(expected), set(found)
+    missing, more = sorted(expected - found), sorted(found - expected)
     if missing or more:
         raise ReftError(
             f"{directory}: the file does not fit its config: {len(missing)} tensors are missing"
             f"{f' ({missing[0]}, ...)' if missing else ''}, {len(more)} are not known"
             f"{f' ({more[0]}, ...)' if more else ''}."
         )
-    for name, tensor in expected.items():
-        if found[name] != tuple(tensor.shape):
-            raise ReftError(
-                f"{directory}: {name} has the shape {list(found[name])}, the model needs {list(tensor.shape)}."
-            )
 
 
 def load_tensors(directory: str | os.PathLike, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:

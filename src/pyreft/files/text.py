@@ -4,6 +4,7 @@ Knows nothing of what the files mean.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,15 +62,29 @@ def parse_json(text: str, where: str, problem: str = "this is not valid JSON", l
         ReftError: it is no JSON, or Python cannot hold it.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_fields)
     except json.JSONDecodeError as error:
         where += f", line {error.lineno}" if lines else ""
         why = f"{error.msg} at column {error.colno}"
     except RecursionError:
         why = "it is nested too deeply"
-    except ValueError as error:  # a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits, or a name that stands there twice
         why = str(error)
     raise ReftError(f"{where}: {problem} ({why}).")
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object, none of which hides another."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"the name {repeated(name for name, _ in pairs)!r} stands there twice")
+    return fields
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """The first of some names that comes a second time."""
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 def read_json(path: Path, expected: str = "names and their values") -> dict[str, Any]:
@@ -101,12 +116,31 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(read_text(path, LARGEST))
+        return parse_yaml(read_text(path, LARGEST))
     except ReftError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none, say
         why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise ReftError(f"{path}: this is not valid YAML ({why}).") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text in which no name stands twice, of which PyYAML would take the last.
+
+    Raises:
+        YAMLError, ValueError, RecursionError: as PyYAML.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+            """The fields of a mapping; `<<` may stand there more than once."""
+            keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+            if (name := repeated(key for key in keys if isinstance(key, str) and key != "<<")) is not None:
+                raise yaml.YAMLError(f"the name {name!r} stands there twice{node.start_mark}")
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 def too_deep(value: Any) -> bool:

@@ -13,7 +13,7 @@ from ..errors import ReftError
 from ..files.adapter import is_adapter
 from ..files.record import read_record
 from ..generation import generate_answers
-from ..loading import base_of, check_adapter, check_generates, check_language_model, load_adapted
+from ..loading import base_of, check_adapter, check_generates, check_language_model, check_rules, load_adapted
 from ..places.structure import PREFIX
 from ..tasks.answers import same
 from ..tasks.figures import paper_row
@@ -144,6 +144,7 @@ def _generate(asked: _Asked, suite: Suite, decoding: dict[str, Any] | None, seed
     """The results of the tasks of a suite whose answers are generated, with the adapter's directory and the model."""
     place = asked.adapter
     check_generates(place)
+    check_rules(place)
     check_adapter(place, asked.model)
     check_language_model(asked.model or base_of(place))
     questions = {task: suite.questions(task, asked.data_dir, asked.limit) for task in asked.tasks or suite.tasks}

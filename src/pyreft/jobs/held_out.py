@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from ..data.encode import context_length, default_format, encode_all
+from ..data.encode import LongRows, check_long_rows, context_length, default_format, encode_all
 from ..data.files import Reading, Tally, read_examples
 from ..errors import ReftError
 from ..files.record import read_format
 from ..generation import answer_ids
-from ..loading import load_adapted
+from ..loading import check_rules, load_adapted
 from ..positions import IGNORED
 
 
@@ -23,6 +23,7 @@ def evaluate_file(
     model: str | None = None,
     dtype: str | None = None,
     reading: Reading | None = None,
+    long_rows: LongRows = "refuse",
     batch_size: int = 16,
     max_new_tokens: int = 64,
     progress: Callable[[int, int], None] | None = None,
@@ -34,24 +35,28 @@ def evaluate_file(
         data, reading: see `data.files.read_examples`.
         model: the base model, if not the one that the adapter remembers.
         dtype: of the base model, see `loading.load_base`.
+        long_rows: what becomes of rows that do not fit, see `data.encode.encode`.
         max_new_tokens: the most tokens of an answer.
         progress: called with how many are answered and how many there are.
 
     Returns:
         `count`, `loss` (of a token of the expected answers, on average), `exact` (the share of answers that equal the
         expected one but for spaces around it), `answers`, each with `where`, `prompt`, `expected`, `answer` and
-        `right`, and `wrong`, how many rows were left out as wrong, with what `listed` says of the first ten.
+        `right`; `wrong`, how many rows were left out as wrong, with what `listed` says of the first ten; `skipped` and
+        `cut`, how many were left out, or cut, as too long.
 
     Raises:
         ReftError: an adapter or a file that cannot be read, or rows that are too long.
     """
+    check_long_rows(long_rows)
     reading = reading or Reading()
     tally = Tally(reading.on_error)
     examples = read_examples(data, reading, tally)
+    check_rules(adapter)
     adapted, tokenizer = load_adapted(adapter, model, dtype or "auto")
     form: Any = read_format(adapter) or default_format(tokenizer, examples)
     limit = context_length(adapted.get_base_model(), tokenizer)
-    examples, rows = encode_all(tokenizer, examples, form, limit, tally=tally)
+    examples, rows = encode_all(tokenizer, examples, form, limit, long_rows=long_rows, tally=tally, least=1)
     answers: list[dict[str, Any]] = []
     found = answered(adapted, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
     for example, (wanted, given) in zip(examples, found, strict=True):
@@ -66,8 +71,10 @@ def evaluate_file(
         "loss": loss,
         "exact": right / len(rows),
         "answers": answers,
-        "wrong": len(tally.errors),
+        "wrong": len(tally.wrong),
         "listed": tally.listed(),
+        "skipped": tally.skipped,
+        "cut": tally.cut,
     }
 
 

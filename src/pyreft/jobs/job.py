@@ -32,7 +32,7 @@ from ..files.record import write_record
 from ..files.together import leave_out
 from ..loading import load_base
 from ..model import ReftModel
-from ..positions import IGNORED
+from ..positions import IGNORED, Positions
 from ..reach import Reach
 from ..reach.callbacks import ReachPrinter
 from ..tasks.suites import GENERATED, GLUE
@@ -126,8 +126,9 @@ class PreparedJob:
     def _encode(self, examples: list[Example], limit: int, tally: Tally) -> tuple[list[Example], list[dict[str, Any]]]:
         """Examples and their rows; those of a suite are cut at the limit, as the paper's are, a user's as asked."""
         if not self.job.suite:
-            how = self.job.long_rows
-            return encode_all(self.tokenizer, examples, self.format, limit, long_rows=how, tally=tally)
+            least = Positions.parse(self.job.positions).least if isinstance(self.config, ReftConfig) else 0
+            options: dict[str, Any] = {"long_rows": self.job.long_rows, "tally": tally, "least": least}
+            return encode_all(self.tokenizer, examples, self.format, limit, **options)
         rows = [encode(self.tokenizer, example, "text", sys.maxsize) for example in examples]
         cut = [{name: values[:limit] for name, values in row.items()} for row in rows]
         kept = [number for number, row in enumerate(cut) if row["labels"][-1] != IGNORED]

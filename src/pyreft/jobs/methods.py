@@ -17,9 +17,8 @@ from ..interventions import intervention_class, setting_names
 from ..model import ReftModel, get_reft_model
 from ..tuner.config import ReftConfig, ReftPeftType
 from ..tuner.injection import base_model_shape
-from .settings import LORA, TrainingJob
+from .settings import LORA, REFT_ALONE, TrainingJob
 
-_REFT_ALONE = ("layers", "positions", "component", "intervention", "share_weights")
 _LORA_ALONE = ("target_modules",)
 _RANK, _ALPHA = 8, 16  # of the method lora
 
@@ -31,7 +30,7 @@ def make_config(job: TrainingJob) -> PeftConfig:
         ReftError: a setting that the method does not have, or that contradicts it.
     """
     if job.method == LORA:
-        _refuse(job, _REFT_ALONE, "LoRA has no such setting")
+        _refuse(job, REFT_ALONE, "LoRA has no such setting")
         modules = job.target_modules.split(";") if job.target_modules else None
         rank = _RANK if job.rank is None else job.rank
         if rank < 1:

@@ -88,9 +88,9 @@ def preview(job: TrainingJob, most: int = 3) -> Preview:
     tokenizer = load_tokenizer(job.model)
     form = job.format or default_format(tokenizer, examples)
     context = context_length(SimpleNamespace(config=read_model_config(job.model)), tokenizer, job.max_length)
-    kept, rows = encode_all(tokenizer, examples, form, sys.maxsize, tally=tally)
-    lengths = [len(row["input_ids"]) for row in rows]
     rule = Positions.parse(job.positions)
+    kept, rows = encode_all(tokenizer, examples, form, sys.maxsize, tally=tally, least=rule.least)
+    lengths = [len(row["input_ids"]) for row in rows]
     return Preview(
         rows=tally.rows,
         examples=len(rows),
@@ -100,7 +100,7 @@ def preview(job: TrainingJob, most: int = 3) -> Preview:
         lengths=lengths,
         long=sum(length > context for length in lengths),
         long_rows=job.long_rows,
-        errors=len(tally.errors),
+        errors=len(tally.wrong),
         wrong=tally.listed(),
         unread=tally.unread,
         shown=[(e.where, _tokens(tokenizer, row, rule)) for e, row in _spread(kept, rows, most)],

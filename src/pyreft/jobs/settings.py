@@ -7,7 +7,7 @@ from typing import Any, get_args
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ..data.encode import LongRows
+from ..data.encode import LongRows, check_long_rows
 from ..data.fields import FORMATS, Format, Turns
 from ..data.files import Reading
 from ..data.tally import OnError
@@ -19,7 +19,8 @@ from ..tuner.representation import default_intervention
 # the paper's names, and the formula that each stands for; LoRA is here to be compared with
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
 LORA = "lora"
-_SCHEDULE = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dropout")
+REFT_ALONE = ("layers", "positions", "component", "intervention", "share_weights")
+_SCHEDULE = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dropout", "dtype")
 _POSITIVE = (
     *("epochs", "lr", "batch_size", "gradient_accumulation"),
     *("save_steps", "alpha", "limit", "early_stopping"),
@@ -148,6 +149,9 @@ class TrainingJob:
                 continue
             if not settings.get(name):
                 raise ReftError(f"the setting {name!r} is missing.", where=where, also=[name])
+        for name in REFT_ALONE if settings.get("method") == LORA else ():  # also where it is what edits have by default
+            if (value := settings.get(name)) is not None:
+                raise ReftError(f"LoRA has no such setting, got {value!r}; leave it out.", setting=name)
         return cls(**{name: _read(name, value, known[name], where) for name, value in settings.items()})
 
 
@@ -201,11 +205,7 @@ def check_settings(job: TrainingJob) -> None:
                 "it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.", setting=name
             )
     read = job.reading  # checked where it is made
-    if job.long_rows not in (known := get_args(LongRows)):
-        raise ReftError(
-            f"expected {', '.join(known)}, got {job.long_rows!r}.{did_you_mean(job.long_rows, known)}",
-            setting="long_rows",
-        )
+    check_long_rows(job.long_rows)
     if job.suite is not None:
         check_suite(job.suite, "train")
         if replace(read, limit=None) != Reading() or job.long_rows != "refuse":
@@ -221,12 +221,23 @@ def check_settings(job: TrainingJob) -> None:
         raise ReftError("the tasks of GLUE generate nothing; leave it out.", setting="decoding")
     check_logger(job.report_to)
     _check_validated(job)
+    _check_whole(job)
+    if job.resume and job.overwrite:
+        raise ReftError("give one of `resume`, which goes on with what is there, and `overwrite`.",
+                        setting="overwrite", also=["resume", "overwrite"])  # fmt: skip
     if job.validation and job.validation_split:
         raise ReftError("give a file or `validation_split`, not both.", setting="validation", also=["validation_split"])
     if job.format is not None and job.format not in FORMATS:
         raise ReftError(
             f"expected {', '.join(FORMATS)}, got {job.format!r}.{did_you_mean(job.format, FORMATS)}", setting="format"
         )
+
+
+def _check_whole(job: TrainingJob) -> None:
+    """Refuse to say where the rest of a step is held, where there is none."""
+    for name in ("reach_memory", "reach_directory"):
+        if getattr(job, name) is not None and (not job.reach or job.method == LORA or job.suite == GLUE):
+            raise ReftError("nothing is held where each step computes whole rows; leave it out.", setting=name)
 
 
 def _check_validated(job: TrainingJob) -> None:
@@ -273,6 +284,8 @@ def _read(name: str, value: Any, kind: Any, where: str) -> Any:
             return value
         raise ReftError(f"expected true or false, got {value!r}.", setting=name, where=where)
     if not {int, float} & set(kinds):
+        if value is None or isinstance(value, (bool, list, dict, set)):
+            raise ReftError(f"expected text, got {value!r}.", setting=name, where=where)
         return str(value)
     try:
         number = float(value)
@@ -281,4 +294,4 @@ def _read(name: str, value: Any, kind: Any, where: str) -> Any:
     except (TypeError, ValueError):
         expected = "a whole number" if int in kinds else "a number"
         raise ReftError(f"expected {expected}, got {value!r}.", setting=name, where=where) from None
-    return int(value) if int in kinds else number
+    return int(number) if int in kinds else number
