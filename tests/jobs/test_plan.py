@@ -223,7 +223,7 @@ def test_a_rule_that_finds_no_token(data, tmp_path):
     one.write_text(json.dumps({"prompt": "", "completion": "a cat"}) + "\n")
     settings = {"format": "text", "batch_size": 2}  # the prompt is the BOS token alone
     assert make_plan(prepared(one, **settings), timed=False).cost_of("f3+l3").edited == 0
-    with pytest.raises(pyreft.ReftError, match=r"'f3\+l3' finds no token to edit in any of 1 prompts, which may be"):
+    with pytest.raises(pyreft.ReftError, match="line 1: the prompt has 1 token, and none would be edited"):
         make_plan(prepared(one, positions="f3+l3", **settings))
     assert "no token" in run("plan", "--data", one, "--format", "text", "--positions", "l1").stdout
 

@@ -195,7 +195,7 @@ def test_the_settings_of_a_job(tmp_path):
     result = PreparedJob(TrainingJob.from_settings(settings | {"reach_directory": tmp_path / "held"}, "test")).train()
     assert "in 0.0 of 0 MB, 2 more on disk." in result["computed"]  # one prefix, one window, three times
     whole = PreparedJob(
-        TrainingJob.from_settings(settings | {"reach": False, "output": tmp_path / "b"}, "test")
+        TrainingJob.from_settings(settings | {"reach": False, "reach_memory": None, "output": tmp_path / "b"}, "test")
     ).train()
     assert whole["computed"] == "Whole rows are computed in each step."
     assert whole["loss"] == pytest.approx(result["loss"], rel=1e-4)
