@@ -91,8 +91,8 @@ CHOICES = (
     Choice(
         "formula of blocks, rank 2", "DiReFT, from h' = h", BLOCKS | {"intervention": "nodireft", "init_weights": True}
     ),
-    *(Choice("dropout on the edit", str(p), {"dropout": p}) for p in (0.1, 0.3)),
-    *(Choice("weight decay", str(decay), weight_decay=decay) for decay in (0.01, 0.1, 1.0)),
+    *(Choice("dropout on the edit", f"dropout {p}", {"dropout": p}) for p in (0.1, 0.3)),
+    *(Choice("weight decay", f"weight decay {decay}", weight_decay=decay) for decay in (0.01, 0.1, 1.0)),
 )
 
 

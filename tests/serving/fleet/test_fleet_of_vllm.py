@@ -137,7 +137,7 @@ def test_a_replaced_adapter_is_seen_by_all(fleet, root, answer):
     until(lambda: post(fleet, ask).status_code == 200)
     assert post(fleet, ask).json()["choices"][0]["text"] == answer("f3l3")
     save(root / "new", seed=4, positions="all")
-    until(lambda: post(fleet, ask).json()["choices"][0]["text"] == answer("all"))
+    until(lambda: [one["text"] for one in post(fleet, ask).json().get("choices", ())] == [answer("all")])
     time.sleep(6)  # each replica lists a URL every five seconds
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: post(fleet, ask).json()["choices"][0]["text"], range(12)))
@@ -214,7 +214,7 @@ def test_what_dies_takes_no_whole_answer_with_it(fleet, dies):
 def test_what_runs_ends_whole(fleet):
     """The last test here: the fleet is told to end."""
     data = {**LONG, "model": "all", "stream": True}
-    assert engines()
+    until(engines)  # so that none in the end says something
     with httpx.stream("POST", f"{fleet}/v1/completions", json=data, headers=SECRET, timeout=60) as found:
         lines = found.iter_lines()
         next(lines)
