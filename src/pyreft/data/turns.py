@@ -21,8 +21,7 @@ _SHAREGPT = {
 }
 # what `role` may say, in capitals or not; other roles are for templates that have them
 _ROLES = {name: name for name in ("user", "assistant", "system", "developer", "tool")} | {
-    "human": "user",
-    **dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "model"), "assistant"),
+    name: role for name, role in _SHAREGPT.items() if role in ("user", "assistant") and name != "function_call"
 }
 _LEARN = ("weight", "train", "training", "loss")  # by which names a turn says whether it is learned
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
