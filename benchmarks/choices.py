@@ -138,9 +138,7 @@ def load(task: str) -> tuple[Task, Callable[[], tuple[Any, Any]], int]:
     """A task, the model that learns it, and the steps of a training."""
     if task in TASKS:
         return load_task(task), pocket.load, FULL.marks[-1]
-    turns = [{"role": "user", "content": "%s"}]
-    template = smollm2.load()[1].apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return load_messages(task, template), smollm2.load, 75
+    return load_messages(task, smollm2.load()[1]), smollm2.load, 75
 
 
 def measure(choice: Choice, name: str, lrs: Sequence[float], seeds: int) -> dict[str, Any]:

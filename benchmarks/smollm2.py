@@ -34,12 +34,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     tokenizer = smollm2.load()[1]
-    turns = [{"role": "user", "content": "%s"}]
-    template = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     plan = Plan(settings=tuple(RATES), batch_size=8)
     asked = [setting for setting in RATES if not given.adapters or setting.name in given.adapters]
     for name, seed, setting in itertools.product(given.tasks, given.seeds, asked):
-        task = load_messages(name, template)
+        task = load_messages(name, tokenizer)
         run = Run(setting, plan, task.train, RATES[setting], seed, load=smollm2.load)
         run.train(given.epochs * len(task.train) // plan.batch_size)
         right = 100 * run.score(task.heldout, max_new_tokens=_ANSWER)

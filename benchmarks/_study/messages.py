@@ -6,6 +6,7 @@ wordings, things and towns that the examples to learn from do not have.
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 from .tasks import Pair, Task
 
@@ -146,13 +147,15 @@ _BEFORE = (
 _NAMES, _DAYS, _COLOURS = "Anna Omar Mei Ivan Lucy Paul", "Monday Tuesday Friday Sunday", "red blue green black"
 
 
-def load_messages(name: str, template: str, *, train: int = 200, validation: int = 40, heldout: int = 200) -> Task:
+def load_messages(name: str, tokenizer: Any, *, train: int = 200, validation: int = 40, heldout: int = 200) -> Task:
     """Return the task `desk`, `tone` or `order`.
 
     Args:
-        template: the prompt, with `%s` for the message.
+        tokenizer: whose chat template the prompts have.
         train, validation, heldout: how many examples.
     """
+    turns = [{"role": "user", "content": "%s"}]
+    template = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     draw = random.Random(0)
     make = {"desk": _desk, "tone": _tone, "order": _order}[name]
     found: list[tuple[Pair, ...]] = []
