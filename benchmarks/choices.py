@@ -1,4 +1,4 @@
-"""What learns better, one change at a time, around the default: LoRA of rank 1 on v and o at the last 16 tokens.
+"""What learns better, one change at a time, around LoRA of rank 1 on v and o at the last 16 tokens without dropout.
 
     python benchmarks/choices.py [--tasks emoji middle] [--only "l64" "the last 4"] [--seeds 3] [--lrs 3e-3 8e-3]
     python benchmarks/choices.py --tasks desk order --only "l16+a4" --lrs 8e-3    on SmolLM2-135M-Instruct
@@ -32,12 +32,12 @@ BLOCKS = {"intervention": "loreft", "component": "block_output", "low_rank_dimen
 
 @dataclass(frozen=True)
 class Choice:
-    """An adapter that differs from the default in one thing.
+    """An adapter that differs from LoRA of rank 1 on v and o at the last 16 tokens in one thing.
 
     Args:
         about: what it is that differs.
         name: how.
-        config: of `ReftConfig`, beside the default's.
+        config: of `ReftConfig`, beside that.
         answer: how many of the answer's first tokens are edited, too.
         weight_decay: of AdamW.
     """
@@ -61,7 +61,7 @@ def at(*components: str, rank: int = 1) -> dict[str, Any]:
 
 
 CHOICES = (
-    Choice("", "the default"),
+    Choice("", "no dropout"),
     Choice("places", "q, v", at("query_output", "value_output")),
     Choice("places", "o, down", at("attention_output", "down_output")),
     Choice("places", "v", at("value_output", rank=2)),
@@ -91,7 +91,7 @@ CHOICES = (
     Choice(
         "formula of blocks, rank 2", "DiReFT, from h' = h", BLOCKS | {"intervention": "nodireft", "init_weights": True}
     ),
-    *(Choice("dropout on the edit", f"dropout {p}", {"dropout": p}) for p in (0.1, 0.3)),
+    *(Choice("dropout on the edit", f"dropout {p}", {"dropout": p}) for p in (0.1, 0.3)),  # 0.3 is the default
     *(Choice("weight decay", f"weight decay {decay}", weight_decay=decay) for decay in (0.01, 0.1, 1.0)),
 )
 

@@ -16,12 +16,18 @@ import torch
 
 from _common import machine
 from _study.messages import load_messages
-from _study.settings import Plan, Setting
+from _study.settings import DEFAULT, Plan, Setting
 from _study.training import Run
 from pyreft import smollm2
 
 # 0.008 is the default; of 0.002 and 0.005 the first is better for LoRA on the validation examples of `desk`
-RATES = {Setting("located LoRA", 2, "l16"): 8e-3, Setting("LoRA", 8): 2e-3, Setting("located LoRA", 1, "l16"): 8e-3}
+RATES = {
+    DEFAULT: 8e-3,
+    Setting("located LoRA", 1, "l16"): 8e-3,
+    Setting("located LoRA", 2, "l16"): 8e-3,
+    Setting("LoRA", 8): 2e-3,
+    Setting("LoRA", 8, dropout=0.3): 2e-3,
+}
 _ANSWER = 32  # tokens
 
 

@@ -25,17 +25,20 @@ class Setting:
         rank: of all but RED.
         positions: of all but LoRA.
         layers: as in `ReftConfig`.
+        dropout: of LoRA, located or not; on what it adds, or in PEFT's on what it reads.
     """
 
     method: str
     rank: int | None = None
     positions: str | None = None
     layers: str = "all"
+    dropout: float = 0.0
 
     @property
     def name(self) -> str:
         """A line that tells it from the others, such as `LoReFT r4 l4`."""
         parts = [self.method, self.rank and f"r{self.rank}", self.positions, self.layers != "all" and self.layers]
+        parts.append(self.dropout and f"dropout {self.dropout:g}")
         return " ".join(str(part) for part in parts if part)
 
     @property
@@ -52,13 +55,15 @@ class Setting:
         """Put the untrained adapter on a model."""
         if self.method == "LoRA":
             assert self.rank is not None
-            config = LoraConfig(r=self.rank, lora_alpha=2 * self.rank, target_modules=["q_proj", "v_proj"])
+            scale = {"r": self.rank, "lora_alpha": 2 * self.rank, "lora_dropout": self.dropout}
+            config = LoraConfig(target_modules=["q_proj", "v_proj"], **scale)
             with warnings.catch_warnings():  # PEFT itself still asks for the old name of a property
                 warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)
                 return get_peft_model(model, config)
         intervention = _INTERVENTIONS[self.method]
         rank: dict[str, Any] = {} if self.rank is None else {"low_rank_dimension": self.rank}
-        config = ReftConfig(layers=self.layers, positions=self.positions, intervention=intervention, **rank)
+        chosen = {"layers": self.layers, "positions": self.positions, "dropout": self.dropout}
+        config = ReftConfig(intervention=intervention, **chosen, **rank)
         return get_reft_model(model, config)
 
 
@@ -94,6 +99,8 @@ class Plan:
         return found
 
 
+DEFAULT = Setting("located LoRA", 1, "l16", dropout=0.3)
+"""What `ReftConfig()` is."""
 FULL = Plan(
     settings=(
         *(Setting("LoReFT", 4, rule) for rule in RULES),
@@ -104,6 +111,7 @@ FULL = Plan(
         Setting("RED", None, "all"),
         *(Setting("LoRA", rank) for rank in (1, 2, 8)),
         *(Setting("located LoRA", rank, "l16") for rank in (1, 4)),
+        DEFAULT,
     )
 )
 """What `study.py` does."""

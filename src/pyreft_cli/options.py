@@ -117,7 +117,10 @@ ShareWeights = Annotated[
     bool | None,
     Option("--share-weights/--no-share-weights", help="One edit for first and last tokens.  [default: share]"),
 ]
-Dropout = Annotated[float | None, Option(help="Dropout on the edit.  [default: 0]")]
+Dropout = Annotated[
+    float | None,
+    Option(help="Dropout on the edit.  [default: 0 beside a formula or component, else 0.3]"),
+]
 
 # of a training: how it goes
 Epochs = Annotated[float | None, Option(help="Passes over the data.  [default: 10]")]

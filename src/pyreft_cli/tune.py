@@ -79,7 +79,7 @@ def tune(
     quiet: options.Quiet = False,
     as_json: options.Json = False,
 ) -> None:
-    """Find layers, tokens, formula, rank, learning rate and epochs for a file of examples, and train the best adapter.
+    """Find layers, tokens, formula, rank, dropout, rate and epochs for a file of examples, and train the best adapter.
 
     Trainings are scored on held-out examples, that of the default settings first. An option of `pyreft train` that is
     given here stays as it is. Stopped, it goes on with --resume. Needs Optuna: pip install "pyreft[tune]".

@@ -116,6 +116,7 @@ def test_the_full_plan_compares_every_rule_in_every_task():
         "LoRA r1",
         "LoRA r8",
         "located LoRA r1 l16",
+        "located LoRA r1 l16 dropout 0.3",
     }
 
 

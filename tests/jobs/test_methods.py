@@ -16,12 +16,24 @@ def llama(width):
         return AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=9, **sizes))
 
 
-@pytest.mark.parametrize("settings", [{}, {"low_rank_dimension": 1}, {"intervention": "lora"}])
+@pytest.mark.parametrize("settings", [{}, {"intervention": "lora"}, {"layers": "all", "dropout": 0.1}])
 def test_a_job_and_a_config_have_one_default(settings):
-    job = {{"low_rank_dimension": "rank"}.get(name, name): value for name, value in settings.items()}
-    assert make_config(TrainingJob(**job)).to_dict() == pyreft.ReftConfig(**settings).to_dict()
-    model = attach(pocket.load()[0], make_config(TrainingJob(**job)), None)
+    assert make_config(TrainingJob(**settings)).to_dict() == pyreft.ReftConfig(**settings).to_dict()
+    model = attach(pocket.load()[0], make_config(TrainingJob(**settings)), None)
     assert (model.count_parameters(), model.peft_config["default"].positions) == (5376, "l16")
+
+
+def test_a_rank_alone_is_the_defaults_of_a_job_and_the_originals_in_a_config():
+    made = make_config(TrainingJob(rank=4))
+    assert (made.intervention, made.low_rank_dimension, made.dropout) == ("lora", 4, 0.3)
+    assert pyreft.ReftConfig(low_rank_dimension=4).intervention == "loreft"
+
+
+def test_what_is_named_has_no_dropout():
+    assert make_config(TrainingJob(method="lora")).lora_dropout == 0.0
+    assert make_config(TrainingJob(method="lora", dropout=0.2)).lora_dropout == 0.2
+    named = {"intervention": "lora"}, {"component": "mlp_output"}, {"method": "loreft"}
+    assert [make_config(TrainingJob(**settings)).dropout for settings in named] == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,9 @@ def arguments(directory, **changes):
     return TrainingArguments(**defaults | changes)
 
 
-def trained(tokenizer, directory, locations=False, resume=None, **changes):
+def trained(tokenizer, directory, locations=False, resume=None, dropout=0.0, **changes):
     torch.manual_seed(1)
-    config = pyreft.ReftConfig(positions="l1", low_rank_dimension=4, intervention="loreft")
+    config = pyreft.ReftConfig(positions="l1", low_rank_dimension=4, intervention="loreft", dropout=dropout)
     adapted = pyreft.get_reft_model(tiny_llama(), config)
     trainer = pyreft.ReftTrainerForCausalLM(
         model=adapted,
@@ -88,6 +88,17 @@ def test_a_checkpoint_is_an_adapter_and_training_goes_on_from_it(tokenizer, tmp_
     _, resumed = trained(tokenizer, tmp_path / "resumed", resume=str(half))
     for one, other in zip(weights(whole), weights(resumed), strict=True):
         assert torch.equal(one, other)
+
+
+def test_an_evaluation_on_the_way_does_not_change_what_dropout_draws(tokenizer, tmp_path):
+    alone, watched, plain = (
+        weights(trained(tokenizer, tmp_path / str(number), num_train_epochs=2, **settings)[1])
+        for number, settings in enumerate(
+            ({"dropout": 0.5}, {"dropout": 0.5, "eval_strategy": "steps", "eval_steps": 1}, {})
+        )
+    )
+    assert all(map(torch.equal, alone, watched))
+    assert not all(map(torch.equal, alone, plain))
 
 
 def test_a_second_training_into_the_same_directory_replaces_its_checkpoints(tokenizer, tmp_path):

@@ -13,13 +13,25 @@ TANH = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2, act_fn="tanh
 def test_what_is_edited_if_nothing_is_said():
     def said(**settings):
         config = pyreft.ReftConfig(**settings)
-        return config.intervention, config.low_rank_dimension, config.component, config.positions
+        return config.intervention, config.low_rank_dimension, config.component, config.positions, config.dropout
 
-    assert said() == ("lora", 1, ["value_output", "attention_output"], "l16")
-    assert said(intervention="lora", low_rank_dimension=3)[1] == 3
-    assert said(intervention="loreft") == ("loreft", 8, "block_output", "l16")
-    assert said(component="mlp_output") == ("loreft", 8, "mlp_output", "l16")
+    v_o = ["value_output", "attention_output"]
+    assert said() == ("lora", 1, v_o, "l16", 0.3)
+    assert said(layers=[1], positions="l4") == ("lora", 1, v_o, "l4", 0.3)
+    assert said(dropout=0.0) == ("lora", 1, v_o, "l16", 0.0)
+    assert said(intervention="lora", low_rank_dimension=3) == ("lora", 3, v_o, "l16", 0.0)
+    assert said(intervention="loreft") == ("loreft", 8, "block_output", "l16", 0.0)
+    assert said(component="mlp_output") == ("loreft", 8, "mlp_output", "l16", 0.0)
+    assert said(low_rank_dimension=4) == ("loreft", 4, "block_output", "l16", 0.0)
+    assert said(representations={"layer": 1})[4] == 0.0
     assert said(intervention="red")[1:3] == (None, "block_output")
+
+
+def test_a_file_that_says_nothing_of_dropout_has_none():
+    written = pyreft.ReftConfig().to_dict()
+    assert pyreft.ReftConfig(**written).dropout == 0.3
+    del written["dropout"]
+    assert pyreft.ReftConfig(**written).dropout == 0.0
 
 
 def test_places_that_name_no_formula_are_the_originals():

@@ -1,6 +1,7 @@
 """Every way of transformers to generate gives, for an adapted model, what plain `generate` gives."""
 
 import threading
+import warnings
 
 import pytest
 import torch
@@ -31,6 +32,17 @@ def adapted(request):
 @pytest.fixture
 def batch(tokenizer):
     return tokenizer(QUESTIONS, padding=True, return_tensors="pt")
+
+
+def test_a_generation_with_dropout_is_told(batch):
+    model = shaken(pyreft.get_reft_model(pocket.load()[0], pyreft.ReftConfig()))
+    with pytest.warns(UserWarning, match=r"dropout falls on the answers. Call model.eval\(\) before it"):
+        model.train().generate(**batch, **GREEDY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with model.disable_adapter():
+            model.generate(**batch, **GREEDY)
+        assert torch.equal(*(model.eval().generate(**batch, **GREEDY) for _ in range(2)))
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])

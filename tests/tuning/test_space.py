@@ -18,7 +18,7 @@ def drawn(space, number):
     """Random points, each with the numbers that Optuna would draw."""
     source = random.Random(number)
     for _ in range(number):
-        params = {name: source.choice([*getattr(space, name)]) for name in ("positions",)}
+        params = {name: source.choice([*getattr(space, name)]) for name in ("positions", "dropout")}
         params |= {"edit": source.choice([*space.edits]), "layers": source.choice([*space.layers])}
         params |= {"rank": source.random(), "lr": source.uniform(*space.lr), "epochs": space.epochs[0]}
         if (point := space.to_point(params)) is not None:
@@ -59,14 +59,15 @@ def test_no_edit_is_so_small(model):
 
 
 def test_what_is_given_stays(model):
-    job = TrainingJob(intervention="red", layers="1;2", positions="f3+l3", lr=0.3, epochs=0.5)
-    space = find_space(model, job, ROWS, given=("intervention", "layers", "positions", "lr", "epochs"))
+    job = TrainingJob(intervention="red", layers="1;2", positions="f3+l3", dropout=0.0, lr=0.3, epochs=0.5)
+    space = find_space(model, job, ROWS, given=("intervention", "layers", "positions", "dropout", "lr", "epochs"))
     for point in (*space.starts, *drawn(space, 5)):
         assert space.settings(point) == {
             "intervention": "red",
             "component": "block_output",
             "layers": "1;2",
             "positions": "f3+l3",
+            "dropout": 0.0,
             "lr": pytest.approx(0.3),
             "epochs": 0.5,
         }

@@ -38,7 +38,7 @@ def make_config(job: TrainingJob) -> PeftConfig:
         return LoraConfig(
             r=rank,
             lora_alpha=_ALPHA if job.alpha is None else job.alpha,
-            lora_dropout=job.dropout,
+            lora_dropout=job.edit_dropout,
             target_modules=modules,
         )
     formula = job.formula or ""
@@ -56,7 +56,7 @@ def make_config(job: TrainingJob) -> PeftConfig:
         intervention=formula,
         low_rank_dimension=job.rank,
         share_weights=job.share_weights,
-        dropout=job.dropout,
+        dropout=job.edit_dropout,
         intervention_kwargs=None if job.alpha is None else {"alpha": job.alpha},
     )
 

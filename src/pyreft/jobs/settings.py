@@ -14,7 +14,7 @@ from ..data.tally import OnError
 from ..errors import ReftError, did_you_mean
 from ..tasks.suites import GLUE, check_suite
 from ..tuner.config import DEFAULT_POSITIONS
-from ..tuner.representation import default_intervention
+from ..tuner.representation import default_dropout, default_intervention
 
 # the paper's names, and the formula that each stands for; LoRA is here to be compared with
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
@@ -46,7 +46,8 @@ class TrainingJob:
         method: `loreft`, `direft` (of the paper: the formula `nodireft`) or `lora`, PEFT's at every token; else as
             `intervention` says.
         layers, positions, component, intervention, rank, share_weights, dropout: see `ReftConfig`; `rank`, 8 if not
-            given, and `dropout` are the method lora's, too.
+            given, and `dropout` are the method lora's, too. A rank alone stays with the formula `lora`, while in
+            `ReftConfig` it is the original's LoReFT.
         alpha: the scale of the method `lora`, 16 if not given, or of the formula `lora`, twice the rank if not given.
         target_modules: the modules that the method `lora` adapts, as `q_proj;v_proj`; by default as PEFT knows the
             model.
@@ -89,7 +90,7 @@ class TrainingJob:
     intervention: str | None = None
     rank: int | None = None
     share_weights: bool = True
-    dropout: float = 0.0
+    dropout: float | None = None
     alpha: float | None = None
     target_modules: str | None = None
     epochs: float = 10
@@ -120,6 +121,12 @@ class TrainingJob:
     def formula(self) -> str | None:
         """The formula of the edits; none if the method is LoRA at every token."""
         return METHODS[self.method] if self.method else self.intervention or default_intervention(self.component)
+
+    @property
+    def edit_dropout(self) -> float:
+        """The dropout on the edits, or in PEFT's LoRA."""
+        named = self.method, self.intervention, self.component
+        return default_dropout(*named) if self.dropout is None else self.dropout
 
     @property
     def reading(self) -> Reading:
@@ -193,8 +200,8 @@ def check_settings(job: TrainingJob) -> None:
     if job.weight_decay < 0:
         raise ReftError(f"expected 0 or more, got {job.weight_decay}.", setting="weight_decay")
     for name in ("dropout", "warmup_ratio", "validation_split"):
-        if not 0 <= getattr(job, name) < 1:
-            raise ReftError(f"expected a share from 0 to below 1, got {getattr(job, name)}.", setting=name)
+        if (value := getattr(job, name)) is not None and not 0 <= value < 1:
+            raise ReftError(f"expected a share from 0 to below 1, got {value}.", setting=name)
     if job.method is not None and job.method not in METHODS:
         raise ReftError(
             f"expected {', '.join(METHODS)}, got {job.method!r}.{did_you_mean(job.method, METHODS)}", setting="method"

@@ -116,6 +116,12 @@ class ReftTrainer(Trainer):
         self._check_parameters()
         return result
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer` does it; the training then draws, for dropout, as if nothing had been evaluated."""
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return super().evaluation_loop(*args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """As `Trainer` does it.
 

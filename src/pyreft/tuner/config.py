@@ -24,6 +24,7 @@ from .representation import (
     beginning,
     check_fields,
     default_component,
+    default_dropout,
     default_intervention,
     default_rank,
     read_components,
@@ -63,9 +64,10 @@ class ReftConfig(PeftConfig):
     """Configuration of representation finetuning, for `pyreft.get_reft_model` and for every PEFT entry point.
 
     Either the few fields below describe edits that are the same in all chosen layers, or `representations` lists
-    them one by one, in the manner of the original library. If neither a formula nor a component is named, the edits
-    are LoRA of rank 1 on each layer's value and output projections, at the located tokens alone: on the tasks of
-    `benchmarks/study.py` it learns much more than LoReFT with half of the parameters.
+    them one by one, in the manner of the original library. If nothing is said of the edit itself, no formula,
+    component or rank, it is LoRA of rank 1 on each layer's value and output projections, at the located tokens alone,
+    trained with dropout: on the tasks of `benchmarks/study.py` it learns much more than LoReFT with half of the
+    parameters.
 
     Args:
         representations: a dict or a list of dicts with the fields of `Representation`, instead of `layers`; what an
@@ -77,11 +79,13 @@ class ReftConfig(PeftConfig):
         positions: `f<n>`, `l<n>`, `f<n>+l<m>`, `prompt` or `all`, or a function (see
             `pyreft.positions.register_rule`); `l16` if nothing is said here and there are no representations.
         intervention: a name in `pyreft.interventions.INTERVENTIONS` such as `"loreft"`, or a class. If nothing is
-            said, `"lora"`; beside a component or representations, `"loreft"`.
+            said, `"lora"`; beside a component, representations or a rank, which are in the original's manner,
+            `"loreft"`.
         low_rank_dimension: the rank of the edits, for interventions that have one; if not given, 1 for `"lora"`, 8
             for others.
         share_weights: one intervention for prefix and suffix of `f<n>+l<m>` instead of one each.
-        dropout, act_fn, add_bias: see `pyreft.interventions.LowRankIntervention`.
+        dropout: on the edit, in training alone; 0.3 if nothing is said of the edit, else 0.
+        act_fn, add_bias: see `pyreft.interventions.LowRankIntervention`.
         intervention_kwargs: further arguments of the intervention's class, plain data.
         modules_to_save: further modules to train and save, such as a classifier's head.
         prompt_format: how prompts were written in training from files, for those who ask the adapter later.
@@ -105,10 +109,12 @@ class ReftConfig(PeftConfig):
     layers: Any = field(default="all", metadata={"help": "'all', a number, a list, or text such as '3;9;18'."})
     component: Any = field(default=None, metadata={"help": "Which states of a layer, one name or several."})
     positions: Any = field(default=None, metadata={"help": "Which tokens: f<n>, l<n>, f<n>+l<m>, prompt, all."})
-    intervention: Any = field(default=None, metadata={"help": "Which formula: lora, or loreft beside a component."})
+    intervention: Any = field(
+        default=None, metadata={"help": "Which formula: lora, or loreft beside a component or a rank."}
+    )
     low_rank_dimension: int | None = field(default=None, metadata={"help": "The rank of the edits."})
     share_weights: bool = field(default=True, metadata={"help": "One intervention for prefix and suffix."})
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the edit, in training."})
+    dropout: float | None = field(default=None, metadata={"help": "Dropout on the edit, in training."})
     act_fn: str | None = field(default=None, metadata={"help": "Activation of the learned source."})
     add_bias: bool = field(default=False, metadata={"help": "A bias for the second projection of NoReFT and DiReFT."})
     intervention_kwargs: dict | None = field(default=None, metadata={"help": "Further arguments of the intervention."})
@@ -146,8 +152,11 @@ class ReftConfig(PeftConfig):
         self.layers = read_layers(self.layers)
         if self.component is not None:
             self.component = _one_or_several(read_components(self.component))
+        own = self.component, self.representations, self.low_rank_dimension
+        if self.dropout is None:
+            self.dropout = default_dropout(self.intervention, *own)
         if self.intervention is None:
-            self.intervention = default_intervention(self.component or self.representations)
+            self.intervention = default_intervention(*own)
         given = self.intervention
         cls = intervention_class(type(given) if isinstance(given, nn.Module) else given)
         if self.representations is not None:

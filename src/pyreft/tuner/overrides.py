@@ -1,5 +1,6 @@
 """What an adapted model does itself in place of transformers' methods of these names: `generate`, and three more."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class Methods:
             self.edits.check_given(given)
             call = self.edits.begin(given)
             call.generating = True
+            self._check_dropout(call)
             if (call.active or call.row_adapters is not None) and self.edits.stacks == ("",):
                 args, kwargs = self._locate(call, args, kwargs)
         with within(call):
@@ -73,6 +75,18 @@ class Methods:
         if self.edits.removed or len(self.edits.gone) > call.gone:
             self.edits.check_running(call)
         return answers
+
+    def _check_dropout(self, call: Call) -> None:
+        """Say that dropout falls on the answers of a model that was left in training."""
+        names = call.active if call.row_adapters is None else dict.fromkeys(call.row_adapters)
+        edits = (edit for layer in self.edits.layers for name in names for _, edit in layer.of(name))
+        if any(edit.training and getattr(getattr(edit, "dropout", None), "p", 0) for edit in edits):
+            warnings.warn(
+                "generate: the edits are in training, so that their dropout falls on the answers. Call model.eval() "
+                "before it.",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def _infer_mask(self, inputs: Tensor, kwargs: dict) -> Tensor | None:
         """The mask that `generate` infers from padding in the prompts where it is given none; none if it cannot."""

@@ -210,9 +210,14 @@ def read_components(given: Any) -> list[str]:
     return names
 
 
-def default_intervention(beside: Any = None) -> str:
-    """The formula if none is named: LoReFT, as in the original, beside components or places; else what learns best."""
-    return "lora" if beside is None else "loreft"
+def default_intervention(*beside: Any) -> str:
+    """The formula if none is named: LoReFT, as in the original, beside what is its own; else what learns best."""
+    return "lora" if all(one is None for one in beside) else "loreft"
+
+
+def default_dropout(*named: Any) -> float:
+    """The dropout on an edit if nothing is said: what learns best where nothing of the edit is named, else none."""
+    return 0.3 if all(one is None for one in named) else 0.0
 
 
 def default_rank(cls: type[Any]) -> int:

@@ -1,4 +1,4 @@
-"""Tuning: layers, tokens, formula, rank, learning rate and epochs found for some data, as `pyreft tune` does it."""
+"""Tuning: the settings of an adapter and of its training found for some data, as `pyreft tune` does it."""
 
 from .outcome import Tuned
 from .records import Record

@@ -15,7 +15,7 @@ from .study import FILE
 
 Score = Literal["loss", "exact"]
 LOCK = ".tuning"
-SEARCHED = ("intervention", "component", "layers", "positions", "rank", "lr", "epochs")
+SEARCHED = ("intervention", "component", "layers", "positions", "dropout", "rank", "lr", "epochs")
 _MINUTES = 10.0
 _SPLIT = 0.2
 _UNITS = {"": 1, "k": 10**3, "m": 10**6}

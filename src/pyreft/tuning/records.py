@@ -48,7 +48,8 @@ class Record:
         own = self.settings
         layers = f"layer {own['layers']}" if str(own["layers"]).isdigit() else f"layers {own['layers']}"
         where = "all layers" if own["layers"] == "all" else layers
-        return f"{own['intervention']} r{own['rank']} at {own['component']}, {where}, {own['positions']}"
+        dropout = f", dropout {own['dropout']:g}" if own.get("dropout") else ""
+        return f"{own['intervention']} r{own['rank']} at {own['component']}, {where}, {own['positions']}{dropout}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -52,7 +52,7 @@ def tune(
         seed: of the split, of each training, and of what is tried.
         resume: go on with the study in `output`.
         settings: further settings of `pyreft.jobs.settings.TrainingJob`. Of those that would be searched
-            (intervention, component, layers, positions, rank, lr, epochs), the ones that are given stay.
+            (intervention, component, layers, positions, dropout, rank, lr, epochs), the ones that are given stay.
         progress: called with the trainings so far and the seconds that are left, if that can be said.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What is tried: formulas and places, layers, tokens, rank, learning rate and epochs, for one base model and its data.
+"""What is tried: formulas, places, layers, tokens, rank, dropout, learning rate, epochs, for one model and its data.
 
 A point of the space is plain data under the names of `Space.NAMES`. Which points are tried, and how, is not known here.
 """
@@ -31,11 +31,15 @@ _EDITS = (
 )
 _POSITIONS = ("l1", "l4", "l16", "l64", "f7+l7", "prompt")
 _RANKS = 1, 32
+_DROPOUTS = 0.0, 0.3
 _LRS = 2e-4, 5e-2
 _STEPS = 50, 800  # of the shortest and the longest training, as far as whole epochs give them
 _EPOCHS = 3  # that the longest one has at least
 # what the study of the embedded model found best: see benchmarks/RESULTS.md
-_KNOWN = {"edit": "lora at value_output,attention_output", "layers": "all", "positions": "l16", "rank": 4, "lr": 1e-2}
+_KNOWN = {
+    **{"edit": "lora at value_output,attention_output", "layers": "all", "positions": "l16"},
+    **{"rank": 4, "dropout": 0.3, "lr": 1e-2},
+}
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,19 @@ class Space:
         edits: by name, the settings `intervention` and `component` of each.
         layers: by name, the setting `layers` of each.
         positions: the rules.
+        dropout: the shares.
         rank, lr, epochs: the least and the most.
         starts: points to begin with; the first one is what nobody has tuned.
         sizes: of each edit in each choice of layers: parameters beside those of the rank, and for each rank.
         most: how many parameters a point may have; none for any number.
     """
 
-    NAMES: ClassVar = ("edit", "layers", "positions", "rank", "lr", "epochs")
+    NAMES: ClassVar = ("edit", "layers", "positions", "dropout", "rank", "lr", "epochs")
 
     edits: dict[str, dict[str, str]]
     layers: dict[str, str]
     positions: tuple[str, ...]
+    dropout: tuple[float, ...]
     rank: tuple[int, int]
     lr: tuple[float, float]
     epochs: tuple[float, float]
@@ -67,7 +73,8 @@ class Space:
     def settings(self, point: Point) -> dict[str, Any]:
         """The settings of a training that a point stands for."""
         edit = self.edits[point["edit"]]
-        plain = {name: point[name] for name in ("positions", "lr", "epochs", *(["rank"] if _takes_rank(edit) else []))}
+        names = "positions", "dropout", "lr", "epochs", *(["rank"] if _takes_rank(edit) else [])
+        plain = {name: point[name] for name in names}
         return {**edit, "layers": self.layers[point["layers"]], **plain}
 
     def count(self, point: Point) -> int:
@@ -98,7 +105,7 @@ class Space:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data that tells spaces apart."""
-        ranges = {name: getattr(self, name) for name in ("layers", "positions", "rank", "lr", "epochs")}
+        ranges = {name: getattr(self, name) for name in self.NAMES if name != "edit"}
         return {"edits": list(self.edits), **ranges, "parameters": self.most}
 
 
@@ -137,6 +144,7 @@ def find_space(
         edits={name: edits[name] for name in edits if any(name == edit for edit, _ in sizes)},
         layers={name: layers[name] for name in layers if any(name == own for _, own in sizes)},
         positions=(job.positions,) if "positions" in kept else _positions(rows, job.positions),
+        dropout=tuple(dict.fromkeys((job.edit_dropout, *(() if "dropout" in kept else _DROPOUTS)))),
         rank=rank,
         lr=(lr, lr) if "lr" in kept else (min(_LRS[0], lr), max(_LRS[1], lr)),
         epochs=(_whole(job.epochs), _whole(job.epochs)) if "epochs" in kept else _epochs(steps, job.epochs),
@@ -149,7 +157,7 @@ def find_space(
 
 def _starts(space: Space, job: TrainingJob, kept: set[str]) -> tuple[Point, ...]:
     """What nobody has tuned, and what was found to do well elsewhere, each with as many parameters as it may have."""
-    default = {"positions": job.positions, "rank": _rank(job), "lr": job.lr}
+    default = {"positions": job.positions, "dropout": job.edit_dropout, "rank": _rank(job), "lr": job.lr}
     default |= {"epochs": _whole(job.epochs), "edit": next(iter(space.edits)), "layers": next(iter(space.layers))}
     middle = _whole(round(math.sqrt(math.prod(space.epochs))))
     known = default | {name: value for name, value in (_KNOWN | {"epochs": middle}).items() if name not in kept}

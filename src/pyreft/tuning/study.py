@@ -71,6 +71,7 @@ class Study:
             "edit": uniform(list(space.edits)),
             "layers": uniform(list(space.layers)),
             "positions": uniform(space.positions),
+            "dropout": uniform(space.dropout),
             "rank": optuna.distributions.FloatDistribution(0, 1),
             "lr": optuna.distributions.FloatDistribution(*space.lr, **log),
             "epochs": numbers(*space.epochs, **log),
