@@ -509,6 +509,17 @@ def test_token_types():
     assert loss_and_gradients(reach, adapted, batch)[0] != loss_and_gradients(reach, adapted, typed)[0]
 
 
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("config", [{}, {"positions": "f2+l3"}, {"intervention": "lora", "layers": "all"}])
+def test_dropout_on_the_edit_draws_the_same(config, side):
+    adapted = adapt(tiny_llama(), dropout=0.5, **config)
+    reach, batch = Reach(adapted), batch_of(rows_of(*LENGTHS), side)
+    assert_exact(reach, adapted, batch)
+    assert reach.why_not is None
+    with_dropout = loss_and_gradients(adapted, adapted, batch)[0]
+    assert abs(loss_and_gradients(adapted.eval(), adapted, batch)[0] - with_dropout) > 1e-3
+
+
 def test_dropout_that_is_no_module():
     """OPT keeps its rate as a number, which its config does not change any more."""
     base = next(one for one in ARCHITECTURES if one.name == "OPT").make()
