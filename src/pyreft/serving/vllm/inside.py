@@ -54,9 +54,20 @@ class Architecture:
         return cls._all[key]
 
     def site(self, part: str, layer: int) -> Site:
-        """Where a component is; see `served.Sites`."""
+        """Where a component is; see `served.Sites`.
+
+        Raises:
+            ReftError: it is not there, or in columns that vLLM may have elsewhere.
+        """
         if (part, layer) not in self._sites:
-            self._sites[part, layer] = find_site(self.model, part, layer, linear=True)
+            site = find_site(self.model, part, layer, linear=True)
+            if site.columns is not None and site.columns.groups > 1:
+                raise ReftError(
+                    f"queries, keys and values alternate in {site.path!r}, which vLLM puts in an order of its own, so "
+                    f"{part!r} cannot be served by it. Serve this adapter with --engine transformers.",
+                    setting="component",
+                )
+            self._sites[part, layer] = site
         return self._sites[part, layer]
 
     def check(self, adapter: Adapter) -> None:
