@@ -21,6 +21,7 @@ MORE = [
 ]
 MAKE = {one.name: one.make for one in (*ARCHITECTURES, *MORE)}
 HEADS, WIDTH, TOKEN = 4, 8, 2  # of each model; and the token of six that is edited
+GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 # how many heads keys and values have
 SHARED = {"GPT-2": 4, "GPT-BigCode": 1, "Phi-3": 2, "MPT": 4, "ModernBERT": 4, "GPT-NeoX": 4, "Bloom": 4, "Falcon": 1}
 SHARED |= {"Falcon 40B": 2, "Falcon RW": 4, "Persimmon": 4, "CodeGen": 4} | {one.name: 4 for one in MORE}
@@ -213,6 +214,8 @@ def test_a_class_of_that_name_from_elsewhere_is_not_that_class():
     elsewhere = type("BloomAttention", (Attention,), {})
     with pytest.raises(pyreft.ReftError, match="how BloomAttention takes queries, keys and values apart is not"):
         find_site(with_attention(elsewhere("query_key_value")), "value_output", 0)
+    lora = peft.get_peft_model(MAKE["Bloom"](), peft.LoraConfig(target_modules=["query_key_value"])).get_base_model()
+    assert find_site(lora, "value_output", 0) == find_site(MAKE["Bloom"](), "value_output", 0)
     bloom = MAKE["Bloom"]()
     bloom.transformer.h[0].self_attention.__class__ = type("Sharded", (BloomAttention,), {})
     assert find_site(bloom, "value_output", 0).columns == Columns(16, 24, 4)
@@ -228,6 +231,12 @@ def test_keys_and_values_that_no_cache_holds():
             "it reads, of which it makes keys and values anew at each step. Edit that, as "
             "'model.layers.1.self_attn.kv_a_layernorm.output'."
         )
+    config = pyreft.ReftConfig(component="model.layers.1.self_attn.kv_a_layernorm.output", positions="l2")
+    adapted = shaken(pyreft.get_reft_model(MAKE["DeepSeek-V3"](), config))
+    ids = torch.randint(3, 90, (2, 7))
+    found = [adapted.generate(input_ids=ids, use_cache=use, **GREEDY) for use in (True, False)]
+    assert torch.equal(*found)
+    assert not torch.equal(adapted(ids).logits, model(ids).logits)
     indexed = causal("", "deepseek_v32", **DEEPSEEK).make()
     with pytest.raises(pyreft.ReftError, match=r"'key_output' cannot be edited in .*kv_b_proj"):  # not the indexer's
         find_site(indexed, "key_output", 1)
@@ -268,10 +277,9 @@ def test_the_config_as_it_is(name, model, tmp_path):
         optimizer.zero_grad()
     assert losses[2] < losses[0]
     shaken(adapted)
-    greedy = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    found = [adapted.generate(input_ids=ids, use_cache=use, **greedy) for use in (True, False)]
+    found = [adapted.generate(input_ids=ids, use_cache=use, **GREEDY) for use in (True, False)]
     assert torch.equal(*found)
-    assert not torch.equal(found[0], base.generate(input_ids=ids, **greedy))
+    assert not torch.equal(found[0], base.generate(input_ids=ids, **GREEDY))
     adapted.save_pretrained(tmp_path)
     again = MAKE[name]()
     again.set_attn_implementation("eager")
