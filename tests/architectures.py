@@ -26,8 +26,7 @@ OF_MLP = ("gate_output", "up_output", "down_output")
 MOE = dict.fromkeys(("mlp_activation", *OF_MLP), "each expert has its own tokens")
 NO_GATE = {"gate_output": "the MLP has no gate"}
 QKV = ("query_output", "key_output", "value_output", "head_query_output", "head_key_output", "head_value_output")
-ALTERNATE = dict.fromkeys(QKV, "queries, keys and values alternate in one projection")
-LATENT = dict.fromkeys(QKV[1:3] + QKV[4:], "keys and values alternate in one projection")
+LATENT = dict.fromkeys(QKV[1:3] + QKV[4:], "the cache holds latents, of which each step makes keys and values anew")
 ATTENTION = ("attention_input", "attention_value_output", "attention_output", "head_attention_value_output", *QKV)
 NO_ATTENTION = dict.fromkeys(ATTENTION, "there is no attention")
 NO_MLP = dict.fromkeys(("mlp_input", "mlp_activation", "mlp_output", *OF_MLP), "there is no MLP")
@@ -206,7 +205,7 @@ ARCHITECTURES = [
     causal("Phi-3", "phi3"),
     causal("GPT-2", "gpt2", lacks=NO_GATE, n_inner=64),
     causal("GPT-J", "gptj", lacks=NO_GATE, rotary_dim=4, n_inner=64),
-    causal("GPT-NeoX", "gpt_neox", lacks=ALTERNATE | NO_GATE),
+    causal("GPT-NeoX", "gpt_neox", lacks=NO_GATE),
     causal(
         "GPT-Neo",
         "gpt_neo",
@@ -216,8 +215,12 @@ ARCHITECTURES = [
         num_heads=4,
     ),
     causal("GPT-BigCode", "gpt_bigcode", lacks=NO_GATE, n_inner=64),
-    causal("Bloom", "bloom", lacks=ALTERNATE | NO_GATE),
-    causal("Falcon", "falcon", lacks=ALTERNATE | NO_GATE),
+    causal("Bloom", "bloom", lacks=NO_GATE),
+    causal("Falcon", "falcon", lacks=NO_GATE),
+    causal("Falcon 40B", "falcon", lacks=NO_GATE, new_decoder_architecture=True, num_kv_heads=2),
+    causal("Falcon RW", "falcon", lacks=NO_GATE, multi_query=False, alibi=True),
+    causal("Persimmon", "persimmon", lacks=NO_GATE),
+    causal("CodeGen", "codegen", lacks=NO_GATE, rotary_dim=4, n_inner=64),
     causal("MPT", "mpt", lacks=NO_GATE, d_model=32, n_heads=4, n_layers=3, expansion_ratio=2),
     causal("OPT", "opt", lacks=NO_GATE, ffn_dim=64, word_embed_proj_dim=16),
     causal("StableLM", "stablelm"),
@@ -354,7 +357,8 @@ def table() -> str:
         "# Architectures",
         "",
         "What is tested on tiny random models of each architecture, in `tests/places/test_architectures.py`. There is "
-        "no list of architectures in the library: one that is missing here is likely to work.",
+        "no list of architectures in the library, but for the order of queries, keys and values in one projection: one "
+        "that is missing here is likely to work.",
         "",
         "| check | what holds |",
         "|---|---|",

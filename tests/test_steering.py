@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import pyreft
+from architectures import ARCHITECTURES
 from pyreft import pocket
 
 LAYER = 3
@@ -34,6 +35,23 @@ def test_the_vector_is_the_difference_of_the_means(base):
     adapted = pyreft.diff_mean(model, tokenizer, positive, negative, LAYER, batch_size=2)
     (intervention,) = adapted.interventions.values()
     torch.testing.assert_close(intervention.bias.detach(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_vector_of_values_that_alternate_with_queries_and_keys(base):
+    model, tokenizer = next(one for one in ARCHITECTURES if one.name == "GPT-NeoX").make(), base[1]
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    texts = ["a whale swims", "the castle is old"]
+    means = []
+    for text in texts:
+        seen = []
+        with model.gpt_neox.layers[1].attention.query_key_value.register_forward_hook(
+            lambda module, args, output, seen=seen: seen.append(output)
+        ):
+            model(tokenizer(text, return_tensors="pt")["input_ids"])
+        means.append(seen[0][0, 1:].view(-1, 4, 3, 8)[:, :, 2].flatten(1).mean(0))
+    adapted = pyreft.diff_mean(model, tokenizer, texts[:1], texts[1:], 1, component="value_output")
+    (intervention,) = adapted.interventions.values()
+    torch.testing.assert_close(intervention.bias.detach(), means[0] - means[1], atol=1e-5, rtol=1e-4)
 
 
 def test_it_is_an_adapter_like_any_other(base, tmp_path):

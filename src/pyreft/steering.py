@@ -97,5 +97,5 @@ def _sum_of_states(
     finally:
         handle.remove()
     chosen = rule.locate(chosen.to(seen[0].device) & batch["attention_mask"].bool(), batch["input_ids"])
-    states = seen[0] if site.columns is None else seen[0][..., slice(*site.columns)]
+    states = seen[0] if site.columns is None else site.columns.take(seen[0])
     return states[chosen].float().sum(0), int(chosen.sum())

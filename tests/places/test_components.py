@@ -4,14 +4,13 @@ import contextlib
 
 import peft
 import pytest
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 import pyreft
 from architectures import ARCHITECTURES
 from conftest import tiny_llama
 from pyreft.places.components import COMPONENTS, Site, find_site, number_of_layers
+from pyreft.places.lookup import Columns
 from pyreft.places.structure import find_blocks, hidden_width, stack_module
 
 MAKE = {one.name: one.make for one in ARCHITECTURES}
@@ -42,6 +41,10 @@ MAKE = {one.name: one.make for one in ARCHITECTURES}
         ("ModernBERT", "attention_value_output", "model.layers.1.attn.Wo", "input", 32, None),
         ("ModernBERT", "key_output", "model.layers.1.attn.Wqkv", "output", 32, (32, 64)),
         ("GPT-NeoX", "attention_value_output", "gpt_neox.layers.1.attention.dense", "input", 32, None),
+        ("GPT-NeoX", "value_output", "gpt_neox.layers.1.attention.query_key_value", "output", 32, (16, 24, 4)),
+        ("Falcon", "key_output", "transformer.h.1.self_attention.query_key_value", "output", 8, (32, 40)),
+        ("Falcon 40B", "query_output", "transformer.h.1.self_attention.query_key_value", "output", 32, (0, 16, 2)),
+        ("CodeGen", "value_output", "transformer.h.1.attn.qkv_proj", "output", 32, (8, 16, 4)),
         ("DeepSeek-V3", "query_output", "model.layers.1.self_attn.q_b_proj", "output", 48, None),
         ("OPT", "mlp_input", "model.decoder.layers.1.fc1", "input", 32, None),
         ("OPT", "mlp_activation", "model.decoder.layers.1.activation_fn", "output", 64, None),
@@ -79,7 +82,7 @@ MAKE = {one.name: one.make for one in ARCHITECTURES}
 )
 def test_components(name, component, path, side, width, columns):
     layer = None if "." in component else 1
-    assert find_site(MAKE[name](), component, layer) == Site(path, side, width, columns)
+    assert find_site(MAKE[name](), component, layer) == Site(path, side, width, columns and Columns(*columns))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +96,9 @@ def test_components(name, component, path, side, width, columns):
         ("GPT-2", "head_attention_value_output", 2, "transformer.h.0.attn.c_proj", (16, 24)),
         ("GPT-2", "head_key_output", 2, "transformer.h.0.attn.c_attn", (48, 56)),
         ("GPT-BigCode", "head_value_output", 0, "transformer.h.0.attn.c_attn", (40, 48)),
+        ("GPT-NeoX", "head_value_output", 1, "gpt_neox.layers.0.attention.query_key_value", (40, 48)),
+        ("Falcon 40B", "head_query_output", 3, "transformer.h.0.self_attention.query_key_value", (40, 48)),
+        ("Falcon 40B", "head_key_output", 1, "transformer.h.0.self_attention.query_key_value", (48, 56)),
         ("Phi-3", "head_value_output", 1, "model.layers.0.self_attn.qkv_proj", (56, 64)),
         ("DeepSeek-V3", "head_query_output", 1, "model.layers.0.self_attn.q_b_proj", (12, 24)),
         ("DeepSeek-V3", "head_attention_value_output", 1, "model.layers.0.self_attn.o_proj", (8, 16)),
@@ -101,7 +107,7 @@ def test_components(name, component, path, side, width, columns):
 )
 def test_heads(name, component, head, path, columns):
     site = find_site(MAKE[name](), component, 0, head)
-    assert (site.path, site.columns, site.width) == (path, columns, columns[1] - columns[0])
+    assert (site.path, site.columns, site.width) == (path, Columns(*columns), columns[1] - columns[0])
 
 
 @pytest.mark.parametrize(
@@ -151,14 +157,6 @@ def test_the_stacks_of_a_model():
         ),
         ("Mamba", "attention_output", 1, None, "in layer 1 of MambaForCausalLM, whose parts are norm, mixer. Give a"),
         ("Mixtral", "mlp_activation", 0, None, "Give a module's path, such as 'model.layers.0.<part>.output'."),
-        (
-            "Falcon",
-            "key_output",
-            0,
-            None,
-            "queries, keys and values alternate from head to head. Edit all of it by its",
-        ),
-        ("Falcon", "query_output", 0, None, "its path, 'transformer.h.0.self_attention.query_key_value.output'."),
         ("Llama", "head_query_output", 0, None, "head: 'head_query_output' needs the number of a head."),
         ("Llama", "head_query_output", 0, 4, "head: 'head_query_output' has the heads 0 to 3, got 4."),
         ("Llama", "head_key_output", 0, 2, "head: 'head_key_output' has the heads 0 to 1, got 2."),
@@ -171,17 +169,6 @@ def test_errors(name, component, layer, head, message):
     with pytest.raises(pyreft.ReftError) as caught:
         find_site(MAKE[name](), component, layer, head)
     assert message in str(caught.value)
-
-
-def test_projections_whose_parts_alternate_under_a_familiar_name_are_refused():
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 96, "n_positions": 64, "rotary_dim": 4}
-    codegen = AutoModelForCausalLM.from_config(AutoConfig.for_model("codegen", **sizes))
-    sizes |= {"multi_query": False}
-    bigcode = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_bigcode", **sizes))
-    for model in (codegen, bigcode):
-        with pytest.raises(pyreft.ReftError, match="alternate from head to head"):
-            find_site(model, "query_output", 0)
-        assert find_site(model, "head_attention_value_output", 0, 1).columns == (8, 16)
 
 
 class Block(nn.Module):
@@ -222,7 +209,7 @@ def test_blocks_with_lists_of_experts_longer_than_their_own():
 def test_widths_of_layers_that_another_adapter_wraps():
     model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj", "o_proj"])).get_base_model()
     assert find_site(model, "query_output", 0) == Site("model.layers.0.self_attn.q_proj", "output", 32)
-    assert find_site(model, "head_attention_value_output", 0, 1).columns == (8, 16)
+    assert find_site(model, "head_attention_value_output", 0, 1).columns == Columns(8, 16)
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT-2", "OPT", "BERT", "Mixtral"])
@@ -240,33 +227,3 @@ def test_an_adapted_model_is_read_as_it_was(name):
     places = [{"component": component, "layer": 0, "low_rank_dimension": 2} for component in sorted(whole)]
     peft.get_peft_model(model, pyreft.ReftConfig(representations=places), adapter_name="mlp")
     assert sites(model) == before
-
-
-@pytest.mark.parametrize(
-    ("component", "later", "alone"),
-    [("query_output", False, False), ("key_output", True, False), ("value_output", True, True)],
-)
-@pytest.mark.parametrize("name", ["GPT-2", "GPT-BigCode", "Phi-3", "MPT", "ModernBERT"])
-def test_columns_of_a_fused_projection_are_what_they_are_called(name, component, later, alone):
-    """A changed query of the first token is nothing to later tokens, a changed key is nothing to a token alone."""
-    model = MAKE[name]()
-    site = find_site(model, component, 0)
-    values = model.get_submodule(find_site(model, "attention_value_output", 0).path)
-
-    def change(module, args, output):
-        output[:, 0, slice(*site.columns)] *= -2
-        return output
-
-    @torch.no_grad()
-    def weighted_values(tokens):
-        found = []
-        with values.register_forward_pre_hook(lambda module, args: found.append(args[0].clone())):
-            model(tokens)
-            with model.get_submodule(site.path).register_forward_hook(change):
-                model(tokens)
-        return found
-
-    before, after = weighted_values(torch.arange(3, 9)[None])
-    assert bool((before[:, 1:] != after[:, 1:]).any()) is later
-    before, after = weighted_values(torch.tensor([[5]]))
-    assert (not torch.allclose(before, after)) is alone

@@ -76,6 +76,16 @@ def test_components(component):
     assert reach._way.kept == 1  # the block with the edit is run
 
 
+@pytest.mark.parametrize("name", ["GPT-NeoX", "Bloom", "Falcon 40B", "CodeGen"])
+def test_columns_that_alternate(name):
+    """The default config, in all layers: queries, keys and values of tokens that are left out come from the cache."""
+    base = next(one for one in ARCHITECTURES if one.name == name).make()
+    adapted = adapt(base, intervention="lora", component=["query_output", "value_output"])
+    reach = Reach(adapted)
+    assert_exact(reach, adapted, batch_of(rows_of(*LENGTHS), "left"))
+    assert type(reach._way) is SkipPrefixes
+
+
 @pytest.mark.parametrize("positions", ["l1", "l8", "f1+l2", "prompt", "all"])
 @pytest.mark.parametrize("layers", ["all", 3])
 def test_rules(positions, layers):

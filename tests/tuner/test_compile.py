@@ -6,7 +6,10 @@ import pytest
 import torch
 
 import pyreft
+from architectures import ARCHITECTURES
 from conftest import CACHE, pad, shaken, tiny_llama
+
+MAKE = {one.name: one.make for one in ARCHITECTURES} | {"Llama": tiny_llama}
 
 
 @pytest.fixture(autouse=True)
@@ -23,18 +26,20 @@ def batch(prompts):
 
 
 @pytest.mark.parametrize(
-    ("rule", "place"),
+    ("base", "rule", "place"),
     [
-        ("f1+l2", {"component": "block_output"}),
-        ("all", {"component": "block_input"}),
-        ("l2", {"intervention": "lora"}),
+        ("Llama", "f1+l2", {"component": "block_output"}),
+        ("Llama", "all", {"component": "block_input"}),
+        ("Llama", "l2", {"intervention": "lora"}),
+        ("GPT-NeoX", "l2", {"intervention": "lora"}),
+        ("GPT-NeoX", "all", {"component": "value_output"}),
     ],
 )
-def test_one_graph_trains_the_same(prompts, rule, place):
+def test_one_graph_trains_the_same(prompts, base, rule, place):
     config = pyreft.ReftConfig(
         positions=rule, low_rank_dimension=4, share_weights=False, **{"intervention": "loreft"} | place
     )
-    model = shaken(pyreft.get_reft_model(tiny_llama(), config))
+    model = shaken(pyreft.get_reft_model(MAKE[base](), config))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     results = []
     for call in (model, compiled):

@@ -128,9 +128,43 @@ def test_names_of_components_are_pefts_modules():
     torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "module"), [("GPT-2", "c_attn"), ("Phi-3", "gate_up_proj")])
+HEADS = torch.arange(96).view(4, 3, 8)  # of which each has its q, k and v
+SHARED = torch.arange(64).view(2, 4, 8)  # of two q, a k and a v each
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "rows"),
+    [
+        ("GPT-NeoX", "query_output", HEADS[:, 0]),
+        ("GPT-NeoX", "value_output", HEADS[:, 2]),
+        ("Bloom", "key_output", HEADS[:, 1]),
+        ("Falcon", "query_output", torch.arange(32)),
+        ("Falcon 40B", "query_output", SHARED[:, :2]),
+        ("Falcon 40B", "key_output", SHARED[:, 2]),
+        ("CodeGen", "value_output", HEADS[:, 1]),  # q, v, k
+    ],
+)
+def test_columns_that_alternate_as_a_lora_of_pefts(name, component, rows):
+    ours = adapt(MAKE[name](), component=component, positions="all", intervention_kwargs={"alpha": 7})
+    edits = list(interventions_of(ours, "default").values())
+    module = "qkv_proj" if name == "CodeGen" else "query_key_value"
+    theirs = peft_lora(MAKE[name](), target_modules=[module])
+    pairs = [layer for layer in theirs.modules() if isinstance(layer, peft.tuners.lora.Linear)]
+    with torch.no_grad():
+        for pair, edit in zip(pairs, edits, strict=True):
+            pair.lora_A["default"].weight.copy_(edit.A.weight)
+            pair.lora_B["default"].weight.zero_()[rows.flatten()] = edit.B.weight
+    ids = torch.randint(3, 90, (2, 9))
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(ours(ids).logits, MAKE[name]()(ids).logits, atol=1e-2)
+
+
+FUSED = [("GPT-2", "c_attn"), ("Phi-3", "gate_up_proj"), ("GPT-NeoX", "query_key_value"), ("CodeGen", "qkv_proj")]
+
+
+@pytest.mark.parametrize(("name", "module"), FUSED)
 def test_parts_of_a_fused_layer_as_a_lora_of_pefts(tmp_path, name, module):
-    components = ["query_output", "value_output"] if module == "c_attn" else ["gate_output", "up_output"]
+    components = ["gate_output", "up_output"] if module == "gate_up_proj" else ["query_output", "value_output"]
     ours = adapt(MAKE[name](), component=components, positions="all")
     ours.save_lora(tmp_path)
     theirs = peft.PeftModel.from_pretrained(MAKE[name](), tmp_path).eval()
@@ -261,10 +295,11 @@ def written_out(adapted, model, mask):
             site = find_site(model, entry.component, entry.layer, linear=True)
             assert site.path == where.removeprefix("base_model.model.")
 
-            def hook(module, args, output, edit=edit, columns=slice(*site.columns or (0, None))):
+            def hook(module, args, output, edit=edit, columns=site.columns):
                 product = args[0] @ edit.A.weight.T @ edit.B.weight.T * edit.scale
+                its = torch.arange(output.shape[-1])
                 output, shape = output.clone(), output.shape
-                output[..., columns] += product * mask.reshape(*shape[:-1], 1)
+                output[..., its if columns is None else columns.take(its)] += product * mask.reshape(*shape[:-1], 1)
                 return output
 
             hooks.enter_context(model.get_submodule(site.path).register_forward_hook(hook))
@@ -395,7 +430,7 @@ def test_components_without_an_input(component):
         ("Llama", "model.layers.0.self_attn.output", "component: no linear layer writes"),
         ("Llama", "model.layers.0.input_layernorm.output", "component: no linear layer writes"),
         ("GPT-2", "gate_output", "component: 'gate_output' was not found"),
-        ("GPT-NeoX", "value_output", "component: 'value_output' has no columns of its own.*Edit all of it by its path"),
+        ("DeepSeek-V3", "value_output", "component: 'value_output' cannot be edited in .*kv_b_proj': the cache holds"),
         ("Mixtral", "mlp_output", "component: 'mlp_output': '.*mlp' has experts, each with tokens of its own"),
         ("Qwen2-MoE", "up_output", "component: 'up_output': '.*mlp' has experts"),
     ],

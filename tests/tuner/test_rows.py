@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pyreft
+from architectures import ARCHITECTURES
 from conftest import FORMULAS, pad, shaken, tiny_llama
 from pyreft.interventions import Intervention, LoreftIntervention, intervention_class, stack
 from pyreft.tuner.located import Located
@@ -38,8 +39,12 @@ def ranked(formula):
     return {"low_rank_dimension": 4} if "low_rank_dimension" in names else {}
 
 
+def neox():
+    return next(one for one in ARCHITECTURES if one.name == "GPT-NeoX").make()
+
+
 def many(formula="loreft", base=None, adapters=ADAPTERS, **config):
-    config = {"layers": [1, 3], "intervention": formula, **ranked(formula), **config}
+    config = {"layers": [1, 2] if base else [1, 3], "intervention": formula, **ranked(formula), **config}
     adapted = peft.get_peft_model(tiny_llama() if base is None else base, pyreft.ReftConfig(**config), adapters[0])
     for name in adapters[1:]:
         adapted.add_adapter(name, pyreft.ReftConfig(**config))
@@ -75,6 +80,19 @@ def test_every_formula_by_row_is_that_of_each_row_alone(formula):
         with only(adapted, name):
             alone = adapted(ids[row : row + 1]).logits[0]
         torch.testing.assert_close(together[row], alone, atol=2e-5, rtol=1e-4)  # products of another shape round so
+
+
+@pytest.mark.parametrize("formula", ["loreft", "lora"])
+def test_columns_that_alternate_by_row_are_those_of_each_row_alone(formula):
+    adapted = many(formula, neox(), positions="f1+l2", component="value_output")
+    ids = torch.randint(3, 90, (3, 9))
+    together = adapted(ids, adapter_names=["b", "__base__", "a"]).logits
+    alone = []
+    for row, name in enumerate(["b", "__base__", "a"]):
+        with only(adapted, name):
+            alone.append(adapted(ids[row : row + 1]).logits)
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=1e-4)
+    assert not torch.allclose(alone[0], neox()(ids[:1]).logits, atol=1e-2)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

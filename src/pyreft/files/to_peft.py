@@ -94,10 +94,8 @@ def _pair(layer: ReftLayer, name: str) -> Pair:
     down, up = [], []
     for columns, edit in zip(layer.columns[name], loras, strict=True):
         a, b = (matrix.weight.detach().float().cpu() for matrix in (edit.A, edit.B))
-        whole = torch.zeros(widths[1], len(a))
-        whole[slice(*columns) if columns else slice(None)] = b
         down.append(a)
-        up.append(whole)
+        up.append(b if columns is None else columns.put(torch.zeros(len(a), widths[1]), b.T).T)
     return torch.cat(down), torch.cat(up, dim=1), scales.pop()
 
 

@@ -124,8 +124,9 @@ def residual_edit(base: Any, edits: PlaceEdits) -> Tensor | None:
     widths = widths_of(module)
     if place.side != "input" or widths is None or widths[1] != hidden_width(base):
         return None
-    states = torch.zeros(len(edits.edit), widths[0])
-    states[:, slice(*place.columns) if place.columns else slice(None)] = edits.edit
+    states = edits.edit
+    if place.columns is not None:
+        states = place.columns.put(torch.zeros(len(states), widths[0]), states)
     states = states.to(next(module.parameters()).device, base.dtype)  # weights may be packed integers
     return (module.forward(states) - module.forward(torch.zeros_like(states))).float().cpu()
 

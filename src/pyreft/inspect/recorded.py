@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ReftError
+from ..places.lookup import Columns
 from ..places.structure import has_stacks
 from ..positions import Positions
 from ..tuner.adapted import edits_of
@@ -27,7 +28,7 @@ class Place:
         index: its number among the adapter's representations.
         layer, component, head, positions: as the config says.
         path, side: the module whose input or output is edited.
-        columns: which part of the width, from start to before stop; none for all of it.
+        columns: which part of the width; none for all of it.
         rule: the position rule.
     """
 
@@ -38,11 +39,11 @@ class Place:
     positions: str | None
     path: str
     side: str
-    columns: tuple[int, int] | None
+    columns: Columns | None
     rule: Positions | None
 
     @property
-    def site(self) -> tuple[str, str, tuple[int, int] | None]:
+    def site(self) -> tuple[str, str, Columns | None]:
         """What two places have in common that edit the same states."""
         return self.path, self.side, self.columns
 

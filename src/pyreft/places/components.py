@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import ReftError
 from .by_path import find_path
+from .fused import fused_columns
 from .lookup import (
     ACTIVATION,
     ATTENTION,
@@ -22,6 +23,7 @@ from .lookup import (
     MLP_PROJECTIONS,
     PROJECTIONS,
     UP,
+    Columns,
     Named,
     Side,
     Site,
@@ -96,8 +98,9 @@ multiplied with, or to what is activated alone where there is no gate; and back 
         linear: the states must be what a linear layer writes, and its `input_width` is told.
 
     Raises:
-        ReftError: a component, layer or head that the model does not have; the message lists those it has. Or what no
-            linear layer writes, with `linear`.
+        ReftError: a component, layer or head that the model does not have; the message lists those it has. A part of a
+            fused projection where it is not known which columns are whose. Or what no linear layer writes, with
+            `linear`.
     """
     if not linear:
         return _find(model, component, layer, head, {})
@@ -183,15 +186,18 @@ class _Block:
         return self._site(module[0], side, states_width(self.model, module[0]))
 
     def find_head(self, name: str, head: int) -> Site:
-        """Return the columns of one head."""
+        """Return the place of one head, whose columns are side by side."""
         site, values = self.find(name), self.find("attention_value_output")
         count = self._heads()
         if name in ("key_output", "value_output"):  # fewer, where several queries share them
             count = site.width * count // (self.find("query_output") if name == "key_output" else values).width
         if not 0 <= head < count:
             raise ReftError(f"{self.component!r} has the heads 0 to {count - 1}, got {head}.", setting="head")
-        size, start = site.width // count, site.columns[0] if site.columns else 0
-        return replace(site, width=size, columns=(start + head * size, start + (head + 1) * size))
+        size, among = site.width // count, site.columns or Columns(0, site.width)
+        group, number = divmod(head, count // among.groups)
+        total = (widths_of(self.model.get_submodule(site.path)) or self._fail())[site.side == "output"]
+        start = group * (total // among.groups) + among.start + number * size
+        return replace(site, width=size, columns=Columns(start, start + size))
 
     def _mlp(self) -> tuple[Named, Named]:
         """What the MLP begins and what it ends with; both are the MLP itself where it is one module."""
@@ -227,7 +233,7 @@ class _Block:
         fused = _mlp_linear(first, "fused", first is last)
         if fused is not None and fused[1][1] == 2 * middle:
             start = 0 if part == "gate" else middle
-            return self._site(fused[0], "output", middle, (start, start + middle))
+            return self._site(fused[0], "output", middle, Columns(start, start + middle))
         path, (_, width) = _mlp_linear(first, part, first is last) or self._fail()
         if width != middle:
             raise ReftError(
@@ -249,18 +255,16 @@ class _Block:
         projection, (values, _) = linear_in(attention, PROJECTIONS["output"]) or self._fail()
         if part == "attention_value":
             return self._site(projection, "input", values)
-        if (own := linear_in(attention, PROJECTIONS[part])) is not None:
+        own, joined = (linear_in(attention, PROJECTIONS[name]) for name in (part, "fused"))
+        beside = [found is not None and _holder(found[0]) == _holder(projection) for found in (own, joined)]
+        if own is not None and beside != [False, True]:  # as that of an indexer, which is a part of its own
             return self._site(own[0], "output", own[1][1])
-        fused, (_, total) = linear_in(attention, PROJECTIONS["fused"]) or self._fail()
-        if _interleaved(fused, attention[1]):
-            raise ReftError(
-                f"{self.component!r} has no columns of its own in {fused!r}, where queries, keys and values "
-                f"alternate from head to head. Edit all of it by its path, '{fused}.output'.",
-                setting="component",
-            )
-        middle = (total + values) // 2  # queries are as wide as the weighted values; keys and values share the rest
-        start, stop = {"query": (0, values), "key": (values, middle), "value": (middle, total)}[part]
-        return self._site(fused, "output", stop - start, (start, stop))
+        fused, (_, total) = joined or self._fail()
+        if part == "query" and name_of(fused) == "kv_b_proj":
+            self._fail()
+        holder = self.model.get_submodule(_holder(fused))
+        columns = fused_columns(self.component, fused, holder, total, values)[part]
+        return self._site(fused, "output", (columns.stop - columns.start) * columns.groups, columns)
 
     def _attention(self) -> Named:
         """The attention of a token to its own stack: by its name, or as what holds the queries."""
@@ -279,7 +283,7 @@ class _Block:
                         return count
         self._fail()
 
-    def _site(self, path: str, side: Side, width: int, columns: tuple[int, int] | None = None) -> Site:
+    def _site(self, path: str, side: Side, width: int, columns: Columns | None = None) -> Site:
         return Site(path, side, width, columns, self.stack)
 
     def _fail(self) -> NoReturn:
@@ -293,14 +297,9 @@ class _Block:
         )
 
 
-def _interleaved(fused: str, attention: nn.Module) -> bool:
-    """Whether queries, keys and values alternate from head to head rather than standing side by side."""
-    name = name_of(fused)
-    return (
-        name in ("query_key_value", "kv_b_proj")
-        or not getattr(attention, "multi_query", True)  # GPT-BigCode
-        or (name == "qkv_proj" and not hasattr(attention, "num_key_value_heads"))  # CodeGen
-    )
+def _holder(path: str) -> str:
+    """The path of the module that a module is directly in."""
+    return path.rpartition(".")[0]
 
 
 def _mlp_linear(module: Named, part: str, whole: bool) -> tuple[str, tuple[int, int]] | None:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .structure import PREFIX, Stack, widths_of
 
@@ -36,6 +37,33 @@ EXPERTS = r"(\w+_)?experts?"
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Which numbers of a token's state: the same range in each of some equal parts of the last dimension.
+
+    Args:
+        start, stop: of the range, counted from where a part begins; `stop` is not in it.
+        groups: how many parts there are; with one, the range is one of the whole.
+    """
+
+    start: int
+    stop: int
+    groups: int = 1
+
+    def take(self, h: Tensor) -> Tensor:
+        """Return these numbers of `h`, `[..., width]`, those of one part after those of another; a view, with one."""
+        if self.groups == 1:
+            return h[..., self.start : self.stop]
+        return h.unflatten(-1, (self.groups, -1))[..., self.start : self.stop].flatten(-2)
+
+    def put(self, h: Tensor, new: Tensor) -> Tensor:
+        """Return `h` with these numbers replaced by `new`, `[..., width]`; `h` stays as it is."""
+        if self.groups > 1:
+            parts, new = h.unflatten(-1, (self.groups, -1)), new.unflatten(-1, (self.groups, -1))
+            return Columns(self.start, self.stop).put(parts, new).flatten(-2)
+        return torch.cat((h[..., : self.start], new, h[..., self.stop :]), dim=-1)
+
+
+@dataclass(frozen=True)
 class Site:
     """One place to edit.
 
@@ -43,7 +71,7 @@ class Site:
         path: of the module.
         side: its input or its output.
         width: how many numbers of a token's state are edited.
-        columns: which of them, from start to before stop of the last dimension; none for all.
+        columns: which of the state's numbers these are; none for all.
         stack: `"encoder"` or `"decoder"`, whose tokens pass there; empty for a model with one kind of tokens.
         input_width: how many numbers the linear layer reads that writes these states; none if it was not asked for.
     """
@@ -51,7 +79,7 @@ class Site:
     path: str
     side: Side
     width: int
-    columns: tuple[int, int] | None = None
+    columns: Columns | None = None
     stack: Stack = ""
     input_width: int | None = None
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..interventions import Intervention, OrthonormalColumns, stack
 from ..interventions.pyvene import Asked, speaks_pyvene
+from ..places.lookup import Columns
 from ..places.structure import PREFIX
 from .call import Call, Reading, innermost, running
 from .located import Key, Tokens
@@ -42,7 +43,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
     def __init__(self, module: nn.Module, side: str, edits: Any, stack: str, number: int) -> None:
         super().__init__()
         self.indices: dict[str, list[int]] = {}  # adapter -> the numbers of these among its representations
-        self.columns: dict[str, list[tuple[int, int] | None]] = {}  # and the part of the width that each edits
+        self.columns: dict[str, list[Columns | None]] = {}  # and the part of the width that each edits
         self.side, self.edits, self.stack, self.number = side, edits, stack, number
         self._module = (module,)  # in a tuple: the module is this one's parent, not its child
         if side == "input":
@@ -83,7 +84,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             self[adapter_name].to(device or device_of(self._module[0]))
 
     def add_intervention(
-        self, adapter_name: str, index: int, intervention: Intervention, columns: tuple[int, int] | None = None
+        self, adapter_name: str, index: int, intervention: Intervention, columns: Columns | None = None
     ) -> None:
         """Add an intervention of an adapter, the one of its representation `index`."""
         modules = cast(nn.ModuleList, self[adapter_name]) if adapter_name in self else nn.ModuleList()
@@ -172,12 +173,12 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
                 read = self._check_input(x)[at.rows, at.columns]
                 context["x"] = read if adapters else read.flatten(0, 1)
             there = h[at.rows, at.columns]  # gather: [n, k, d]
-            part = there if columns is None else there[..., slice(*columns)]
+            part = there if columns is None else columns.take(there)
             new = _formula(intervention, part if adapters else part.flatten(0, 1), strength, context).view_as(part)
             if at.valid is not None:
                 new = torch.where(at.valid[..., None], new, part)
             if columns is not None:
-                new = torch.cat((there[..., : columns[0]], new, there[..., columns[1] :]), dim=-1)
+                new = columns.put(there, new)
             h = new if isinstance(at.rows, slice) else h.index_put(cast(Any, at[:2]), new)  # scatter
         return h
 

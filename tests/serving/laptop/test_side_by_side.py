@@ -4,9 +4,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import pyreft
+from conftest import shaken
 from pyreft.loading import load_tokenizer
 from pyreft.serving.laptop.engine import Engine
 from pyreft.serving.laptop.requests import Request
+from pyreft.serving.served import read_adapter
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2}
@@ -47,3 +50,38 @@ def test_answers_are_those_of_generate(family):
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, pad_token_id=0
             )
         assert own == alone[0, len(prompt) :].tolist()
+
+
+def test_edits_in_columns_that_alternate(tmp_path):
+    """Two adapters and the base model in one batch, each as by itself."""
+    ends = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+
+    def make():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **SIZES, **ends)).eval()
+
+    def config(rule):
+        components = ["query_output", "value_output", "attention_output"]
+        return pyreft.ReftConfig(component=components, positions=rule, low_rank_dimension=3, intervention="lora")
+
+    adapted = pyreft.get_reft_model(make(), config("l2"), adapter_name="a")
+    adapted.add_adapter("b", config("all"))
+    shaken(adapted).save_pretrained(str(tmp_path))
+    engine = Engine(make(), load_tokenizer(None))
+    asked = [(name, prompt) for prompt in PROMPTS for name in ("a", None, "b")]
+    found = [[] for _ in asked]
+    for (name, prompt), own in zip(asked, found, strict=True):
+        deliver = lambda piece, own=own: own.append(piece.choice.token)  # noqa: E731
+        engine.submit(Request(prompt, deliver, name and read_adapter(tmp_path / name), most=10))
+        engine.scheduler.turn()
+    while any(engine.scheduler.counts.values()):
+        engine.scheduler.turn()
+    answers = {}
+    for (name, prompt), own in zip(asked, found, strict=True):
+        adapted.set_adapter(name or "a")
+        strength = 1.0 if name else 0.0
+        ids = torch.tensor([prompt])
+        alone = adapted.generate(input_ids=ids, max_new_tokens=10, do_sample=False, pad_token_id=0, strength=strength)
+        assert own == alone[0, len(prompt) :].tolist()
+        answers.setdefault(name, []).append(own)
+    assert answers["a"] != answers[None] != answers["b"] != answers["a"]

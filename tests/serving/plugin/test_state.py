@@ -1,8 +1,12 @@
 """The rows of a batch and the slots they hold, through the interfaces of both runners. No engine is needed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+import pyreft
+from architectures import ARCHITECTURES
 from pyreft.errors import ReftError
 from pyreft.serving.catalog import Store
 from pyreft.serving.vllm import flags
@@ -127,6 +131,29 @@ def test_what_a_graph_cannot_replay_is_refused_by_name(made, tmp_path):
         check_engine(config)
     config.use_v2_model_runner = True
     check_engine(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "served"),
+    [
+        ("GPT-NeoX", "value_output", False),
+        ("GPT-NeoX", "attention_output", True),
+        ("Bloom", "query_output", False),
+        ("Falcon 40B", "key_output", False),
+        ("Falcon", "value_output", True),  # side by side, here and there
+    ],
+)
+def test_columns_that_vllm_has_in_an_order_of_its_own_are_refused(tmp_path, name, component, served):
+    base = next(one for one in ARCHITECTURES if one.name == name).make()
+    config = engine(Settings(store=str(tmp_path / "store")))
+    config.model_config = SimpleNamespace(hf_config=base.config, hf_text_config=base.config)
+    pyreft.get_reft_model(base, pyreft.ReftConfig(component=component, intervention="lora")).save_pretrained(tmp_path)
+    adapter = Store(tmp_path / "store").add(tmp_path)
+    if served:
+        return check_adapter(adapter, config)
+    message = rf"^component: queries, keys and values alternate in '.*', .* so '{component}' cannot be served by it\. "
+    with pytest.raises(ReftError, match=message + r"Serve this adapter with --engine transformers\.$"):
+        check_adapter(adapter, config)
 
 
 def test_a_request_is_checked_against_the_stores_that_settings_have_named(made, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...places.components import find_site
-from ...places.lookup import Site
+from ...places.lookup import Columns, Site
 from ...places.structure import find_blocks, hidden_width
 from ..bank import Bank, Slots
 from ..served import Adapter
@@ -77,7 +77,7 @@ class Edits:
         self.bank.write(slot, adapter.edits(self._site))
         for layer, part in self.bank.inside.keys() - self._hooked:  # only what is edited costs a hook
             site = self._site(part, layer)
-            hook = partial(self._edit_part, (layer, part), slice(*(site.columns or (None,))))
+            hook = partial(self._edit_part, (layer, part), site.columns or Columns(0, site.width))
             self.model.get_submodule(site.path).register_forward_hook(hook)
             self._hooked.add((layer, part))
         self.loads += 1
@@ -112,13 +112,14 @@ class Edits:
             self.bank.edit_in(step, place, h)
         return h.view_as(states)
 
-    def _edit_part(self, key: tuple[int, str], columns: slice, module: nn.Module, args: tuple, output: Tensor) -> Any:
+    def _edit_part(self, key: tuple[int, str], columns: Columns, module: nn.Module, args: tuple, output: Tensor) -> Any:
         if (step := self._step()) is None:
             return None
         places = [place for place in self.bank.inside.get(key, ()) if step.tiles(place, output.device)]
         if not places:
             return None
         read, written = args[0].flatten(0, -2), output.flatten(0, -2).clone()
+        part = columns.take(written)
         for place in places:
-            self.bank.edit_in(step, place, written[:, columns], read=read)
-        return written.view_as(output)
+            self.bank.edit_in(step, place, part, read=read)
+        return (written if columns.groups == 1 else columns.put(written, part)).view_as(output)

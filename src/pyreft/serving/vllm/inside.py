@@ -13,7 +13,7 @@ from torch import nn
 
 from ...errors import ReftError
 from ...places.components import find_site
-from ...places.lookup import Site
+from ...places.lookup import Columns, Site
 from ..served import Adapter
 from .private import current
 
@@ -25,7 +25,7 @@ class Written(NamedTuple):
     """What a linear layer writes of a component."""
 
     module: nn.Module
-    columns: tuple[int, int] | None  # of its output; none for all
+    columns: Columns | None  # of its output, side by side; none for all
 
 
 class Architecture:
@@ -54,9 +54,20 @@ class Architecture:
         return cls._all[key]
 
     def site(self, part: str, layer: int) -> Site:
-        """Where a component is; see `served.Sites`."""
+        """Where a component is; see `served.Sites`.
+
+        Raises:
+            ReftError: it is not there, or in columns that vLLM may have elsewhere.
+        """
         if (part, layer) not in self._sites:
-            self._sites[part, layer] = find_site(self.model, part, layer, linear=True)
+            site = find_site(self.model, part, layer, linear=True)
+            if site.columns is not None and site.columns.groups > 1:
+                raise ReftError(
+                    f"queries, keys and values alternate in {site.path!r}, which vLLM puts in an order of its own, so "
+                    f"{part!r} cannot be served by it. Serve this adapter with --engine transformers.",
+                    setting="component",
+                )
+            self._sites[part, layer] = site
         return self._sites[part, layer]
 
     def check(self, adapter: Adapter) -> None:
@@ -109,7 +120,7 @@ class Inside:
             whole = _submodule(block, f"{above}.{one}" if above else one)
             if name in names and whole is not None and len(sizes := getattr(whole, "output_sizes", ())) == len(names):
                 start = sum(sizes[: names.index(name)])
-                return Written(whole, (start, start + sizes[names.index(name)]))
+                return Written(whole, Columns(start, start + sizes[names.index(name)]))
         raise ReftError(
             f"{part!r} is written by {path!r}, which vLLM's {type(block).__name__} does not have.", setting="component"
         )

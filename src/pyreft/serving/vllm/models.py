@@ -109,7 +109,8 @@ def edit(hidden: Tensor, residual: Tensor | None, layer: int) -> None:
 
 def hook_part(written_by: Written, layer: int, part: str) -> None:
     """Edit from now on what a linear layer writes of a component, in place."""
-    columns = slice(*(written_by.columns or (None,)))
+    its = written_by.columns
+    columns = slice(its.start, its.stop) if its else slice(None)
 
     def edit_written(module: nn.Module, args: tuple, output: Any) -> None:
         states = output if isinstance(output, Tensor) else output[0]  # beside which is a bias
