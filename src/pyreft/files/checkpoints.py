@@ -88,8 +88,9 @@ def steps_done(checkpoint: str) -> int:
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """Return how many `rows` a checkpoint was trained on, their `sha256`, and perhaps the training's `settings` and a digest of
-    its `base` model.
+    """Return how many `rows` a checkpoint was trained on, and their `sha256`.
+
+    Also, where it says them, the training's `settings` and a digest of its `base` model.
 
     Raises:
         ReftError: the file is missing or damaged.
