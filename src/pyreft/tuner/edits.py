@@ -53,7 +53,7 @@ class Edits:
         self.rules: dict[str, list[Positions | None]] = {}  # of each adapter, by representation
         self.places: dict[str, list[str]] = {}  # of each adapter, by representation: the stack whose tokens pass there
         self.kinds: dict[str, Any] = {}  # of each adapter: equal for those whose edits can be stacked, none otherwise
-        self.told_of_labels = False  # that they do not say where prompts end
+        self.told_of_labels = self.told_of_short = False  # that labels do not say where prompts end; see `short`
         self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
         self.causal = hasattr(model, "can_generate") and model.can_generate()
         self.removed = False

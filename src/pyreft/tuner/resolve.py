@@ -15,6 +15,7 @@ from .edits import Edits
 from .labels import tell_of_labels
 from .located import Key, Located, group_rows, mask_of, subspace_masks
 from .packed import Packed
+from .short import tell_of_short
 
 
 def resolve(
@@ -50,7 +51,8 @@ def resolve(
         otherwise = None if given is None else Positions.parse(given)  # for those without a rule
         rules = {(name, index): edits.rules[name][index] or otherwise for name, index in keys}
         lengths = call.given.get(LENGTHS) if stack != "decoder" else None
-        _add_by_rule(located, rules, tokens, labels, input_ids, packed, lengths)
+        prompt = _add_by_rule(located, rules, tokens, labels, input_ids, packed, lengths)
+        edits.told_of_short = edits.told_of_short or tell_of_short(rules.values(), prompt)
         if call.trains and labels is not None and lengths is None and not edits.told_of_labels:
             edits.told_of_labels = tell_of_labels(rules.values(), tokens, labels, packed)
     if SUBSPACES in call.given:
@@ -94,7 +96,8 @@ def _add_by_rule(
     input_ids: Tensor | None,
     packed: Packed | None,
     lengths: Any,
-) -> None:
+) -> Tensor:
+    """Add what the rules locate; return the mask of the prompts, of packed examples each by itself."""
     if packed is not None:
         tokens = packed.apart(tokens, False)
         labels = None if labels is None else packed.labels_apart(labels)
@@ -116,6 +119,7 @@ def _add_by_rule(
             mask = tokens if rule in endless else rule.locate(prompt, input_ids)
             masks[rule] = mask if packed is None else packed.together(mask)
         located.add(key, masks[rule], endless=rule in endless)
+    return prompt
 
 
 def _add_given(located: Located, edits: Edits, call: Call, keys: list[Key], tokens: Tensor) -> None:
