@@ -110,6 +110,7 @@ def test_without_a_rule_and_without_locations_the_model_is_the_base(model, adapt
         (at([-1], [-1]), "and indices from 0, got [[[-1], [-1]]]."),
         ({"sources->base": (None, [9, 9])}, "got {'sources->base': (None, [9, 9])}."),
         ({"source": 3}, "got {'source': 3}."),
+        (at([False, True], [True, False]), "and indices from 0, got [[[False, True], [True, False]]]."),
         (at([99], [9]), "expected indices from 0 to 9 in rows of 10 tokens (-1 for none), got 9 to 99."),
     ],
 )
@@ -117,6 +118,11 @@ def test_wrong_unit_locations(adapted, locations, got):
     with pytest.raises(pyreft.ReftError) as caught:
         adapted({"input_ids": IDS}, unit_locations=locations)
     assert got in str(caught.value)
+
+
+def test_inputs_without_names_are_told(adapted):
+    with pytest.raises(pyreft.ReftError, match=r"base: expected the inputs by their names, .*, got a Tensor"):
+        adapted.generate(IDS, unit_locations=at([9], [9]))
 
 
 @pytest.mark.parametrize(

@@ -574,6 +574,7 @@ def test_what_does_not_fit_the_model_leaves_it_untouched(model, config, message)
         ([[[1]] * 3, [[1]] * 3], "the adapter 'default' has 4 interventions, locations came for 3"),
         ([[[1]] * 4], "expected whole numbers of the shape [batch, interventions, positions] for a batch of 2"),
         ([[1], [2]], "got [2, 1]"),
+        ([[[True] * 10] * 4] * 2, "for a batch of 2, got [2, 4, 10] of torch.bool"),
     ],
 )
 def test_wrong_locations(model, locations, message):

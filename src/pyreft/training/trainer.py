@@ -21,7 +21,7 @@ from ..files.checkpoints import last_complete
 from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import EpochTeller, ReachPrinter
-from ..tuner.adapted import penalty
+from ..tuner.adapted import edits_of, penalty
 from ..tuner.call import LENGTHS, LOCATIONS, SUBSPACES
 from ..tuner.tuner import calls_tuner, tuner_of
 from .same_data import check_same_data
@@ -197,6 +197,12 @@ class ReftTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = {name: value for name, value in super()._prepare_inputs(inputs).items() if name != "id"}
+        if LOCATIONS in inputs and edits_of(self.model) is None:
+            raise ReftError(
+                f"locations came for a {type(self.model).__name__} without edits, which would leave them out. Train "
+                "what get_reft_model(model, config) returns.",
+                setting=LOCATIONS,
+            )
         if LOCATIONS not in inputs and isinstance(self.model, ReftModel) and None in self.model.position_rules:
             inputs[LOCATIONS] = "all"  # as in the original, where neither the config nor the data say which tokens
         return inputs

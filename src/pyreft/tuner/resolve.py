@@ -124,10 +124,11 @@ def _add_by_rule(
 
 def _add_given(located: Located, edits: Edits, call: Call, keys: list[Key], tokens: Tensor) -> None:
     at = torch.as_tensor(call.given[LOCATIONS], device=tokens.device)
-    if at.dim() != 3 or at.shape[0] != len(tokens) or at.is_floating_point():
+    numbers = not at.is_floating_point() and at.dtype != torch.bool
+    if at.dim() != 3 or at.shape[0] != len(tokens) or not numbers:
         raise ReftError(
             f"expected whole numbers of the shape [batch, interventions, positions] for a batch of "
-            f"{len(tokens)}, got {list(at.shape)}{' of ' + str(at.dtype) if at.is_floating_point() else ''}.",
+            f"{len(tokens)}, got {list(at.shape)}{'' if numbers else ' of ' + str(at.dtype)}.",
             setting=LOCATIONS,
         )
     for name in call.active:
