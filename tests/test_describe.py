@@ -56,6 +56,8 @@ def test_what_was_saved_fits(tmp_path, settings):
         ({"layers": [1]}, {}, "layers.3.reft_output.0 is no place of it"),
         ({"layers": [1, 3, 4]}, {}, "nothing of the block_output of layer 4 is there"),
         ({"positions": "f2+l2", "share_weights": False}, {}, "it has tensors of 2 places, the config names 4"),
+        ({"component": "mlp_output"}, {}, "nothing of the mlp_output of layer 1 is there, and 3 more"),
+        ({"component": "block_input"}, {}, "nothing of the block_input of layer 1 is there, and 3 more"),
         ({"modules_to_save": ["score"]}, {}, "nothing of 'score' is there"),
         ({}, {"base_model.model.model.layers.1.mlp.lora_A.weight": 3}, "layers.1.mlp.lora_A.weight is not known"),
         ({}, {"base_model.model.model.layers.1.reft_output.0.rotate_layer.free": None}, "which is no loreft of rank 4"),

@@ -10,6 +10,7 @@ import torch
 
 from ..errors import ReftError
 from ..interventions import INTERVENTIONS
+from ..places.components import COMPONENTS
 from ..places.structure import PREFIX
 from ..tuner.config import ReftConfig
 from ..tuner.representation import Representation
@@ -61,8 +62,12 @@ def check_fits(directory: str | os.PathLike, config: ReftConfig, shapes: Shapes)
 
 def _may_be(place: str, entry: Representation) -> bool:
     """Whether tensors are of an entry, by its layer's number or its module's path."""
-    if entry.layer is not None:
-        return str(entry.layer) in place.split(".")
+    name = entry.component.rpartition(".")[2]
+    if name.startswith("block_"):
+        return f".{entry.layer}.{PREFIX}{name.removeprefix('block_')}." in place
+    if name in COMPONENTS:  # some attentions are the block itself
+        at_block = f".{entry.layer}.{PREFIX}" in place and "attention" not in name
+        return str(entry.layer) in place.split(".") and not at_block
     path = re.sub(r"\[(\d+)\]", r".\1", entry.component).rpartition(".")[0]
     return f".{path}.{PREFIX}" in place
 
