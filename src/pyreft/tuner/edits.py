@@ -116,6 +116,12 @@ class Edits:
         call.gone = len(self.gone)
         return call
 
+    def labels_around(self) -> Any:
+        """The labels that surround a call which is given none."""
+        frames = (frame for frame in reversed(running.frames) if frame.edits is self)
+        found = (frame.labels for frame in frames if isinstance(frame, Surroundings) and frame.labels is not None)
+        return next(found, None)
+
     def check_running(self, call: Call) -> None:
         """Refuse to go on with a call whose adapters have been taken away since it began.
 

@@ -93,8 +93,8 @@ class Entry:
             if given:
                 call.given |= given
         else:
-            if named.get("labels") is not None:
-                given["labels"] = named["labels"]
+            if (labels := named.get("labels")) is not None or (labels := self.edits.labels_around()) is not None:
+                given["labels"] = labels
             call = self.batches.begin() if serves_requests(named) else self.edits.begin(given)
             call.height, call.is_forward = len(running.frames), True
             running.frames.append(call)

@@ -12,7 +12,7 @@ from ..errors import ReftError
 from ..positions import Positions, prompt_tokens
 from .call import LENGTHS, LOCATIONS, SUBSPACES, Call, Reading
 from .edits import Edits
-from .labels import tell_of_labels
+from .labels import tell_of_labels, tell_of_none
 from .located import Key, Located, group_rows, mask_of, subspace_masks
 from .packed import Packed
 from .short import tell_of_short
@@ -53,8 +53,11 @@ def resolve(
         lengths = call.given.get(LENGTHS) if stack != "decoder" else None
         prompt = _add_by_rule(located, rules, tokens, labels, input_ids, packed, lengths)
         edits.told_of_short = edits.told_of_short or tell_of_short(rules.values(), prompt)
-        if call.trains and labels is not None and lengths is None and not edits.told_of_labels:
-            edits.told_of_labels = tell_of_labels(rules.values(), tokens, labels, packed)
+        if call.trains and lengths is None and not edits.told_of_labels:
+            if labels is not None:
+                edits.told_of_labels = tell_of_labels(rules.values(), tokens, labels, packed)
+            elif edits.causal and stack != "encoder" and "labels" not in call.given:
+                edits.told_of_labels = tell_of_none(rules.values())
     if SUBSPACES in call.given:
         layers = [layer for layer in edits.layers if layer.stack == stack]
         ranks = {key: layer.rank(key) for layer in layers for key in keys if key[1] in layer.indices.get(key[0], ())}
