@@ -64,6 +64,19 @@ def test_several_answers_in_a_row_are_told_once(way):
     assert "Give each answer a row of its own" in message
 
 
+@pytest.mark.parametrize("way", ["model", "reach"])
+def test_packed_examples_are_not_several_answers_to_one_prompt(way):
+    model = adapted()
+    ids = torch.tensor([[1, 5, 6, 7, 1, 15, 16]])
+    labels = torch.tensor([[-100, -100, 6, 7, -100, -100, 16]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+        (model if way == "model" else Reach(model))(
+            input_ids=ids, labels=labels, position_ids=positions, use_cache=False
+        )
+
+
 @pytest.mark.parametrize(("positions", "labels"), [("l2", ONE), ("all", EVERY), ("all", SEVERAL)])
 def test_what_needs_no_word(positions, labels):
     assert told(adapted(positions=positions), labels) == []
