@@ -492,3 +492,16 @@ def test_a_name_of_which_peft_would_save_nothing(adapted, name):
     assert list(adapted.peft_config) == ["default"]
     with pytest.raises(ReftError, match="PEFT calls something else"):
         pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(), adapter_name=name)
+
+
+@pytest.mark.parametrize("change", [{"act_fn": "relu"}, {"positions": "f1"}, {"intervention": "lobireft"}])
+def test_other_edits_are_not_loaded_into_an_adapter_that_is_there(tmp_path, change):
+    """Their tensors alone would fit; what they mean is in the config."""
+    settings = {"layers": [2], "positions": "l1", "intervention": "consreft", "low_rank_dimension": 2}
+    pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(**settings | change)).save(tmp_path)
+    adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(**settings)).eval()
+    before = adapted(IDS).logits
+    with pytest.raises(pyreft.ReftError, match=r"expected the edits of this model, .*; it holds "):
+        adapted.load_adapter(tmp_path, "default")
+    assert torch.equal(adapted(IDS).logits, before)
+    adapted.load_adapter(tmp_path, "another")  # under a name of its own it is what it was
