@@ -173,7 +173,7 @@ def test_keys_of_the_original_that_go_without_saying():
         ({"representations": []}, "expected at least one edited place"),
         (
             {"representations": {"layer": 1, "component": "model.layers[12].output"}},
-            "layer: 1 is not that of the path 'model.layers[12].output'; leave it out.",
+            "layer: expected that of the path 'model.layers[12].output', got 1; give 12, or the path alone",
         ),
         ({"representations": {"layers": 1}}, "got 'layers'. Did you mean 'layer'?"),
         ({"representations": {"layer": 1, "unit": "w"}}, "expected the unit 'pos', or the number of a head, got 'w'"),
