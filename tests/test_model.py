@@ -110,6 +110,7 @@ def test_without_a_rule_and_without_locations_the_model_is_the_base(model, adapt
         (at([-1], [-1]), "and indices from 0, got [[[-1], [-1]]]."),
         ({"sources->base": (None, [9, 9])}, "got {'sources->base': (None, [9, 9])}."),
         ({"source": 3}, "got {'source': 3}."),
+        (at([False, True], [True, False]), "and indices from 0, got [[[False, True], [True, False]]]."),
         (at([99], [9]), "expected indices from 0 to 9 in rows of 10 tokens (-1 for none), got 9 to 99."),
     ],
 )
@@ -117,6 +118,11 @@ def test_wrong_unit_locations(adapted, locations, got):
     with pytest.raises(pyreft.ReftError) as caught:
         adapted({"input_ids": IDS}, unit_locations=locations)
     assert got in str(caught.value)
+
+
+def test_inputs_without_names_are_told(adapted):
+    with pytest.raises(pyreft.ReftError, match=r"base: expected the inputs by their names, .*, got a Tensor"):
+        adapted.generate(IDS, unit_locations=at([9], [9]))
 
 
 @pytest.mark.parametrize(
@@ -486,3 +492,16 @@ def test_a_name_of_which_peft_would_save_nothing(adapted, name):
     assert list(adapted.peft_config) == ["default"]
     with pytest.raises(ReftError, match="PEFT calls something else"):
         pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(), adapter_name=name)
+
+
+@pytest.mark.parametrize("change", [{"act_fn": "relu"}, {"positions": "f1"}, {"intervention": "lobireft"}])
+def test_other_edits_are_not_loaded_into_an_adapter_that_is_there(tmp_path, change):
+    """Their tensors alone would fit; what they mean is in the config."""
+    settings = {"layers": [2], "positions": "l1", "intervention": "consreft", "low_rank_dimension": 2}
+    pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(**settings | change)).save(tmp_path)
+    adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(**settings)).eval()
+    before = adapted(IDS).logits
+    with pytest.raises(pyreft.ReftError, match=r"expected the edits of this model, .*; it holds "):
+        adapted.load_adapter(tmp_path, "default")
+    assert torch.equal(adapted(IDS).logits, before)
+    adapted.load_adapter(tmp_path, "another")  # under a name of its own it is what it was

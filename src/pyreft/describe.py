@@ -8,6 +8,7 @@ import torch
 
 from .data.encode import default_format, prompt_text, token_ids, token_texts
 from .files.adapter import read_config, read_shapes
+from .files.fits import check_fits
 from .loading import base_of, load_tokenizer
 from .tuner.representation import Representation
 
@@ -16,9 +17,10 @@ def describe(adapter: str | os.PathLike) -> dict[str, Any]:
     """Return base model, number of parameters and edited places of an adapter, without loading a model.
 
     Raises:
-        ReftError: not an adapter, or a damaged one.
+        ReftError: not an adapter, or a damaged one, such as one whose tensors are not those of its config.
     """
-    config = read_config(adapter)
+    config, shapes = read_config(adapter), read_shapes(adapter)
+    check_fits(adapter, config, shapes)
     groups: dict[tuple, dict[str, Any]] = {}
     for entry in config.expand((config.base_model_shape or {}).get("num_hidden_layers", 0)):
         place = {
@@ -31,7 +33,7 @@ def describe(adapter: str | os.PathLike) -> dict[str, Any]:
     return {
         "base_model": config.base_model_name_or_path,
         "base_model_shape": config.base_model_shape,
-        "parameters": sum(map(math.prod, read_shapes(adapter).values())),
+        "parameters": sum(map(math.prod, shapes.values())),
         "prompt_format": config.prompt_format,
         "places": list(groups.values()),
     }

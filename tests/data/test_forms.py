@@ -374,5 +374,11 @@ def test_a_row_with_two_wrong_answers_is_one_row(tmp_path):
         encode_all(tokenizer_with(SILENT), found, "chat", 512, tally=Tally(rows=1))
 
 
+def test_where_every_row_is_left_out_it_is_told_why(tmp_path):
+    found = examples(tmp_path, {"messages": [USER, ANSWER | {"reasoning_content": "Hm."}]})
+    with pytest.raises(ReftError, match=r"no row is right:\n.*turn 2 .assistant.: .* leaves out reas"):
+        encode_all(pocket.load()[1], found, "chat", 512, tally=Tally("skip", rows=1))
+
+
 def test_the_format_of_chats(tmp_path):
     assert default_format(pocket.load()[1], examples(tmp_path, {"messages": MORE})) == "chat"

@@ -2,6 +2,7 @@
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from transformers import DataCollatorForSeq2Seq
@@ -88,6 +89,31 @@ def test_ragged_locations_are_filled(tokenizer):
     collator = pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer))
     ragged = [{"input_ids": [5, 6], "labels": [5, 6], "intervention_locations": [[0], [0, 1]]}] * 2
     assert collator(ragged)["intervention_locations"].tolist() == [[[0, -1], [0, 1]]] * 2
+
+
+@pytest.mark.parametrize(
+    "locations",
+    [[4], 4, [[-2]], [[1.5]], [[False, True]], torch.tensor([[False, True]]), [["4"]], None, [[1], [2]], [[[1]]]],
+)
+def test_other_locations_are_told(tokenizer, locations):
+    collator = pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer))
+    items = [{"input_ids": [5, 6], "labels": [5, 6], "intervention_locations": at} for at in ([[1]], locations)]
+    with pytest.raises(pyreft.ReftError, match=r"locations: row 1 of the batch: expected indices of tokens \(-1 for "):
+        collator(items)
+
+
+@pytest.mark.parametrize("form", [np.array, torch.tensor, tuple])
+def test_locations_of_other_kinds(tokenizer, form):
+    collator = pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer))
+    items = [{"input_ids": [5, 6], "labels": [5, 6], "intervention_locations": form([[1, -1]])}]
+    assert collator(items)["intervention_locations"].tolist() == [[[1, -1]]]
+
+
+def test_one_text_is_no_list_of_texts(tokenizer):
+    """Letters would be as many prompts."""
+    for texts, name in ((("Why?", ["a", "b", "c", "d"]), "inputs"), ((["a", "b", "c", "d"], "Why?"), "outputs")):
+        with pytest.raises(pyreft.ReftError, match=f"{name}: expected a list of texts, got one text, 'Why.'"):
+            pyreft.make_last_position_supervised_data_module(tokenizer, None, *texts)
 
 
 @pytest.mark.parametrize(

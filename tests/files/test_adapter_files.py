@@ -295,7 +295,7 @@ def test_a_second_adapter_with_tensors_that_do_not_fit(adapter):
     expected = adapted(IDS).logits
     for changes in ({"layers": [2]}, {"low_rank_dimension": 3}):
         change(adapter, **UNIFORM | changes)
-        with pytest.raises(pyreft.ReftError, match=r"the file does not fit its config|size mismatch"):
+        with pytest.raises(pyreft.ReftError, match=r"expected the 3 tensors of .* is missing|size mismatch"):
             adapted.load_adapter(adapter, "second")
     assert list(adapted.peft_config) == ["default"]
     assert torch.equal(adapted(IDS).logits, expected)

@@ -3,6 +3,7 @@
 import csv
 import errno
 import json
+import shutil
 
 import pytest
 import torch
@@ -265,6 +266,19 @@ def test_another_base_model_cannot_go_on_from_a_checkpoint(data, tmp_path):
     tokenizer.save_pretrained(tmp_path / "base")
     with pytest.raises(pyreft.ReftError, match=r"this one has hidden_size 32 instead of 192, num_hidden_layers 4 inst"):
         prepared(data, tmp_path, resume=True, model=str(tmp_path / "base"))
+
+
+def test_other_weights_of_the_same_shape_cannot_go_on_from_a_checkpoint(data, tmp_path):
+    prepared(data, tmp_path, epochs=1).train()
+    base, tokenizer = load_base()
+    base.model.layers[3].mlp.down_proj.weight.data.mul_(1.01)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    message = "resume: .*checkpoint-2 was trained on another base model, of the same shape and with other weights"
+    with pytest.raises(pyreft.ReftError, match=message):
+        prepared(data, tmp_path, resume=True, model=str(tmp_path / "base"))
+    shutil.copytree(pocket.path(), tmp_path / "moved")  # the same one elsewhere
+    prepared(data, tmp_path, resume=True, model=str(tmp_path / "moved"))
 
 
 def test_what_is_held_out_depends_on_the_seed_alone(data, tmp_path):

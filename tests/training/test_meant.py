@@ -11,6 +11,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     LlamaConfig,
+    Trainer,
     TrainingArguments,
 )
 
@@ -18,6 +19,7 @@ import pyreft
 from conftest import tiny_llama
 from pyreft import pocket
 from pyreft.reach import Reach
+from pyreft.tuner import hooks
 
 IDS = torch.tensor([[1, 5, 6, 7, 8, 9, 10, 11], [1, 15, 16, 17, 18, 0, 0, 0]])
 MASK = (IDS != 0).long()
@@ -62,6 +64,19 @@ def test_several_answers_in_a_row_are_told_once(way):
     assert "Give each answer a row of its own" in message
 
 
+@pytest.mark.parametrize("way", ["model", "reach"])
+def test_packed_examples_are_not_several_answers_to_one_prompt(way):
+    model = adapted()
+    ids = torch.tensor([[1, 5, 6, 7, 1, 15, 16]])
+    labels = torch.tensor([[-100, -100, 6, 7, -100, -100, 16]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2]])
+        (model if way == "model" else Reach(model))(
+            input_ids=ids, labels=labels, position_ids=positions, use_cache=False
+        )
+
+
 @pytest.mark.parametrize(("positions", "labels"), [("l2", ONE), ("all", EVERY), ("all", SEVERAL)])
 def test_what_needs_no_word(positions, labels):
     assert told(adapted(positions=positions), labels) == []
@@ -103,6 +118,78 @@ def test_a_plain_collator_for_language_models_is_told():
     ).train()
     with pytest.warns(UserWarning, match="no prompt is found"):
         model(**batch)
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    """The model's own, for a Trainer that takes the labels off the call."""
+    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+class PopsLabels(pyreft.ReftTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        return (mean_loss(outputs, labels), outputs) if return_outputs else mean_loss(outputs, labels)
+
+
+def losses_of_trainer(kind, tmp_path, options, **settings):
+    model = adapted()
+    names = {"input_ids": IDS, "attention_mask": MASK, "labels": ONE}
+    rows = [{name: values[row] for name, values in names.items()} for row in range(2)]
+    args = TrainingArguments(
+        str(tmp_path), max_steps=3, learning_rate=0.1, per_device_train_batch_size=2, report_to="none",
+        label_names=["labels"], use_cpu=True, disable_tqdm=True, eval_strategy="steps", eval_steps=3, **settings,
+    )  # fmt: skip
+    trainer = kind(model, args, train_dataset=rows, eval_dataset=rows, **options)
+    trainer.train()
+    return [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log] + [
+        p.detach() for p in model.parameters() if p.requires_grad
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [(pyreft.ReftTrainer, {"compute_loss_func": mean_loss}), (PopsLabels, {})],
+    ids=["loss function", "labels taken off"],
+)
+def test_a_loss_that_takes_the_labels_leaves_the_edits_in_the_prompt(kind, options, tmp_path):
+    expected = losses_of_trainer(pyreft.ReftTrainer, tmp_path, {"reach": False})
+    found = losses_of_trainer(kind, tmp_path, options)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_label_smoothing_leaves_the_edits_in_the_prompt(tmp_path, monkeypatch):
+    seen = []
+    resolve = hooks.resolve
+
+    def noting(*args, **kwargs):
+        located = resolve(*args, **kwargs)
+        seen.extend(mask.tolist() for mask in located.masks.values())
+        return located
+
+    monkeypatch.setattr(hooks, "resolve", noting)
+    losses_of_trainer(pyreft.ReftTrainer, tmp_path, {"reach": False}, label_smoothing_factor=0.1)
+    assert len(seen) == 4  # with the evaluation
+    assert all(mask == [[False, True, True, *[False] * 5]] * 2 for mask in seen)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_a_plain_trainer_that_takes_the_labels_is_told(tmp_path):
+    with pytest.warns(UserWarning, match=r"came without labels.*label_smoothing_factor.*; pyreft.ReftTrainer does not"):
+        losses_of_trainer(Trainer, tmp_path, {}, label_smoothing_factor=0.1)
+
+
+@pytest.mark.parametrize(
+    ("positions", "given"),
+    [("f2", {}), ("all", {}), ("l2", {"prompt_lengths": [2, 3]}), ("l2", {"intervention_locations": [[[1]], [[2]]]})],
+)
+def test_where_no_labels_are_needed(positions, given):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(positions=positions)(input_ids=IDS, attention_mask=MASK, **given)
 
 
 # -- heads and embeddings -----------------------------------------------------------------------------------------

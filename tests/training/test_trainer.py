@@ -126,6 +126,15 @@ def test_a_wrong_number_of_interventions_is_told_in_training(tokenizer, tmp_path
         trainer.train()
 
 
+def test_locations_for_a_model_without_edits_are_told(tokenizer, tmp_path):
+    module = pyreft.make_last_position_supervised_data_module(tokenizer, None, ["Why?"], ["So."])
+    trainer = pyreft.ReftTrainerForCausalLM(model=pocket.load()[0], args=arguments(tmp_path), **module)
+    with pytest.raises(
+        pyreft.ReftError, match="locations came for a LlamaForCausalLM without edits, which would leave"
+    ):
+        trainer.train()
+
+
 def test_transformers_own_trainer_takes_an_adapted_model(tokenizer, tmp_path):
     adapted = pyreft.get_reft_model(
         tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4, intervention="loreft")

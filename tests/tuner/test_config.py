@@ -168,6 +168,8 @@ def test_a_rank_for_a_formula_without_one():
 def test_keys_of_the_original_that_go_without_saying():
     place = {"layer": "1", "component": "block_output", "unit": "pos", "max_number_of_units": 1}
     assert pyreft.ReftConfig(representations=[place]).expand(0)[0].layer == 1
+    for path in ("model.layers[1].mlp.output", "lm_head.input"):  # the original's users give the layer, too
+        pyreft.ReftConfig(representations=[place | {"component": path}])
 
 
 @pytest.mark.parametrize(
@@ -181,6 +183,10 @@ def test_keys_of_the_original_that_go_without_saying():
         ({"low_rank_dimension": "4"}, "low_rank_dimension: expected a whole number, got '4'."),
         ({"intervention": "loreff"}, "Did you mean 'loreft'?"),
         ({"representations": []}, "expected at least one edited place"),
+        (
+            {"representations": {"layer": 1, "component": "model.layers[12].output"}},
+            "layer: expected that of the path 'model.layers[12].output', got 1; give 12, or the path alone",
+        ),
         ({"representations": {"layers": 1}}, "got 'layers'. Did you mean 'layer'?"),
         ({"representations": {"layer": 1, "unit": "w"}}, "expected the unit 'pos', or the number of a head, got 'w'"),
         (

@@ -8,6 +8,7 @@ import torch
 from transformers import TextIteratorStreamer, TextStreamer, pipeline
 
 import pyreft
+from architectures import ARCHITECTURES
 from conftest import shaken, tiny_llama
 from pyreft import pocket
 
@@ -87,3 +88,26 @@ def test_pipelines(adapted, tokenizer, batch, batch_size):
     generator = pipeline("text-generation", model=adapted, tokenizer=tokenizer)
     found = generator(QUESTIONS, **GREEDY, batch_size=batch_size, return_full_text=False)
     assert [row[0]["generated_text"] for row in found] == texts
+
+
+@pytest.mark.parametrize("form", ["rows", "rows of three axes", "one row for all", "none"])
+def test_positions_that_are_given_go_with_their_tokens(form):
+    """As Qwen2-VL's, of three axes; GPT-2's are absolute, so that a wrong one is seen."""
+    kinds = {"rows of three axes": "Qwen2-VL"}
+    base = next(one for one in ARCHITECTURES if one.name == kinds.get(form, "GPT-2")).make().eval()
+    adapted = shaken(
+        pyreft.get_reft_model(base, pyreft.ReftConfig(positions="f1+l2", layers=[0], intervention="loreft"))
+    )
+    rows = [[5, 6, 7, 8, 9, 10], [20, 21, 22]]
+    options = {**GREEDY, "max_new_tokens": 4, "eos_token_id": None, "pad_token_id": 0}
+    alone = [adapted.generate(torch.tensor([row]), **options)[0, len(row) :] for row in rows]
+    ids = torch.tensor([rows[0], [*rows[1], 0, 0, 0]])
+    mask = (ids != 0).long()
+    positions = {
+        "rows": (mask.cumsum(-1) - 1).clamp(min=0),
+        "rows of three axes": (mask.cumsum(-1) - 1).clamp(min=0).expand(3, -1, -1),
+        "one row for all": torch.arange(6)[None],
+    }
+    given = {"position_ids": positions[form]} if form in positions else {}
+    found = adapted.generate(ids, attention_mask=mask, **given, **options)[:, 6:]
+    assert torch.equal(found, torch.stack(alone))

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoModel, AutoModelForSeq2SeqLM, BertConfig, LogitsProcessor, T5Config
 
 import pyreft
+from architectures import ARCHITECTURES
 from conftest import shaken, tiny_llama
 from pyreft.tuner.call import running
 
@@ -75,6 +76,25 @@ def test_it_is_edited_as_the_front_door(base, at, wrapped, ids):
     assert not torch.allclose(plain, expected, atol=1e-3)
     assert torch.equal(answers(module.forward, ids, **given), expected)
     assert not running.frames
+
+
+@pytest.mark.parametrize("name", ["LLaVA", "Qwen2-VL", "Gemma 3 with images"])
+def test_the_language_model_inside_is_called_for_a_text(name):
+    """As LoRA acts there: what the whole computes of the same text."""
+    base = next(one for one in ARCHITECTURES if one.name == name).make().eval()
+    inside, ids = base.get_decoder(), torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    given = {"attention_mask": (ids != 0).long()}
+    plain = answers(inside, ids, **given)
+    adapted = shaken(
+        pyreft.get_reft_model(base, pyreft.ReftConfig(layers=[1], positions="f1+l2", intervention="loreft"))
+    )
+    expected = answers(adapted.get_base_model().model, ids, **given)
+    for forward in (inside, inside.forward):
+        assert torch.equal(answers(forward, ids, **given), expected)
+    assert not torch.allclose(expected[1], plain[1], atol=1e-3)
+    adapted.unload()
+    assert torch.equal(answers(inside, ids, **given), plain)
+    assert not clean(base)
 
 
 def test_what_a_call_gives_counts(model, ids):

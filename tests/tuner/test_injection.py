@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import pyreft
 from conftest import shaken, tiny_llama
@@ -82,3 +83,28 @@ def test_into_a_model_that_is_compiled(model, ids):
     peft.set_peft_model_state_dict(compiled, {f"_orig_mod.{name}": tensor for name, tensor in state.items()})
     expected = logits(model, ids, use_cache=False)
     torch.testing.assert_close(logits(compiled, ids, use_cache=False), expected)
+
+
+@pytest.mark.parametrize("change", ["missing", "more", "none"])
+@pytest.mark.parametrize("door", ["from_pretrained", "a new name", "a name that is there", "set_peft_model_state_dict"])
+def test_a_half_adapter_is_refused_at_the_doors_of_peft(tmp_path, door, change):
+    """PEFT leaves the rest as it was made, at random."""
+    config = {"layers": [1, 3], "positions": "l2", "intervention": "loreft", "low_rank_dimension": 2}
+    peft.get_peft_model(tiny_llama(), pyreft.ReftConfig(**config)).save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    last = max(tensors)
+    if change == "more":
+        tensors[last.replace("layers.3", "layers.2")] = tensors[last].clone()
+    tensors = {} if change == "none" else {n: t for n, t in tensors.items() if n != last or change == "more"}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    model = peft.get_peft_model(tiny_llama(), pyreft.ReftConfig(**config))
+    doors = {
+        "from_pretrained": lambda: peft.PeftModel.from_pretrained(tiny_llama(), tmp_path),
+        "a new name": lambda: model.load_adapter(tmp_path, "another"),
+        "a name that is there": lambda: model.load_adapter(tmp_path, "default"),
+        "set_peft_model_state_dict": lambda: peft.set_peft_model_state_dict(model, tensors),
+    }
+    what = {"missing": f"got 5: {last} is missing", "more": "got 7: .*layers.2.* is not known", "none": "got 0: "}
+    with pytest.raises(pyreft.ReftError, match=f"expected the 6 tensors of the adapter's edits, {what[change]}"):
+        doors[door]()

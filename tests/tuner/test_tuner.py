@@ -551,7 +551,10 @@ def test_strength_multiplies_the_edit(model, strength):
     [
         ({"layers": [0, 7]}, "layer: this model has the layers 0 to 3, got 7."),
         ({"component": "block_outptu"}, "Did you mean 'block_output'?"),
-        ({"component": "model.layers[9].output"}, "component: expected one of block_input, block_output"),
+        (
+            {"representations": {"component": "model.layers[9].output"}},
+            "component: expected one of block_input, block_output",
+        ),
         (
             {"intervention": "loreft", "low_rank_dimension": 33},
             "expected a rank from 1 to the width 32 of the edited states, got 33",
@@ -574,6 +577,7 @@ def test_what_does_not_fit_the_model_leaves_it_untouched(model, config, message)
         ([[[1]] * 3, [[1]] * 3], "the adapter 'default' has 4 interventions, locations came for 3"),
         ([[[1]] * 4], "expected whole numbers of the shape [batch, interventions, positions] for a batch of 2"),
         ([[1], [2]], "got [2, 1]"),
+        ([[[True] * 10] * 4] * 2, "for a batch of 2, got [2, 4, 10] of torch.bool"),
     ],
 )
 def test_wrong_locations(model, locations, message):

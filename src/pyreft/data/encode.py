@@ -175,6 +175,8 @@ def encode_all(
             rows.append(row)
     tally.unread |= Counter(f"{name} of a turn" for name, _ in sorted(unread))
     tally.check()
+    if examples and not rows and tally.errors:
+        raise ReftError(f"no row is right:\n{tally.listed()}", also=tally.also)
     if examples and not rows:
         raise ReftError(
             f"no row is left of {len(examples):,}; the longest may have {limit} tokens.", setting="max_length"

@@ -3,6 +3,7 @@
 Knows tokenizers and lists, nothing of models or edits.
 """
 
+import reprlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,14 +75,38 @@ def tell_of_left_padding(collator: Any) -> None:
 
 
 def stack_locations(locations: list[Any], shifts: list[int]) -> torch.Tensor:
-    """`[batch][interventions][positions]`, ragged in the positions, as a tensor filled with -1."""
-    width = max(len(places) for row in locations for places in row)
+    """`[batch][interventions][positions]`, ragged in the positions, as a tensor filled with -1.
+
+    Raises:
+        ReftError: another nesting, or anything but indices, such as a mask.
+    """
+    rows = plain(locations)
+    for number, row in enumerate(rows):
+        nested = isinstance(row, list) and all(isinstance(part, list) for part in row)
+        if not nested or len(row) != len(rows[0]) or not all(_is_location(at) for part in row for at in part):
+            raise ReftError(
+                f"row {number} of the batch: expected indices of tokens (-1 for none), [interventions][positions], "
+                f"as many interventions in each row, got {reprlib.repr(row)}.",
+                setting="intervention_locations",
+            )
+    width = max(len(places) for row in rows for places in row)
     return torch.tensor(
         [
             [[int(at) + shift if at >= 0 else -1 for at in places] + [-1] * (width - len(places)) for places in row]
-            for row, shift in zip(locations, shifts, strict=True)
+            for row, shift in zip(rows, shifts, strict=True)
         ]
     )
+
+
+def plain(nested: Any) -> Any:
+    """Tensors, arrays and tuples, at whatever depth, as lists and numbers."""
+    if hasattr(nested, "tolist"):
+        return nested.tolist()
+    return [plain(part) for part in nested] if isinstance(nested, list | tuple) else nested
+
+
+def _is_location(at: Any) -> bool:
+    return isinstance(at, int | float) and not isinstance(at, bool) and at >= -1 and at == int(at)
 
 
 def encode_pair(
@@ -142,6 +167,9 @@ def make_data_module(
     Args:
         locate: from the number of an example and the length of its prompt to `[interventions][positions]`.
     """
+    for name, texts in (("inputs", inputs), ("outputs", outputs)):
+        if isinstance(texts, str):
+            raise ReftError(f"expected a list of texts, got one text, {reprlib.repr(texts)}.", setting=name)
     if len(inputs) != len(outputs) or not len(inputs):
         raise ReftError(f"Expected as many answers as prompts, at least one, got {len(inputs)} and {len(outputs)}.")
     if tokenizer.pad_token_id is None:

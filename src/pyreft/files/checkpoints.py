@@ -19,7 +19,7 @@ from .adapter import read_config_data, read_shapes
 from .text import read_json
 
 LAST_FILE = "trainer_state.json"  # what the Trainer writes last
-DATA_FILE = "data.json"  # how many rows a job was trained on, their hash, and its settings
+DATA_FILE = "data.json"  # how many rows a job was trained on, their hash, its settings, its base model
 OPTIMIZER = ("optimizer.pt", "scheduler.pt")
 
 _STATE: dict[str, tuple[type, ...]] = {"global_step": (int,), "max_steps": (int,), "log_history": (list,)}
@@ -88,7 +88,9 @@ def steps_done(checkpoint: str) -> int:
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """Return how many `rows` a checkpoint was trained on, their `sha256`, and perhaps the training's `settings`.
+    """Return how many `rows` a checkpoint was trained on, and their `sha256`.
+
+    Also, where it says them, the training's `settings` and a digest of its `base` model.
 
     Raises:
         ReftError: the file is missing or damaged.
@@ -98,6 +100,7 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
     check_type(f"{path}: rows", facts.get("rows"), int)
     check_type(f"{path}: sha256", facts.get("sha256"), str)
     check_type(f"{path}: settings", facts.get("settings", {}), dict)
+    check_type(f"{path}: base", facts.get("base", ""), str)
     return facts
 
 

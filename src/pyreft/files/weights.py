@@ -14,6 +14,7 @@ from ..errors import ReftError
 from ..places.structure import PREFIX
 from ..sharded import is_sharded
 from ..tuner.adapted import interventions_of
+from ..tuner.config import ReftConfig
 from ..tuner.representation import Representation
 from .adapter import check_room, is_adapter, load_tensors, read_config, read_shapes
 from .original import Values, fill, legacy_place, read_interventions, read_model
@@ -47,6 +48,7 @@ def checked_load(
         if is_adapter(place) and not known:
             check_room(place, read_config(place), model.get_base_model())
         elif is_adapter(place) and not renamed and not any(map(is_sharded, model.parameters())):
+            _check_edits(model.peft_config[adapter_name], place, positions=True)
             heads = saved_heads(place, model.get_base_model())
             load_tensors(
                 place, expected_tensors(model, adapter_name, place) | heads
@@ -80,16 +82,13 @@ def overwrite(model: PeftModel, adapter_name: str, directory: str | PathLike, in
         ReftError: files that are missing, damaged, or of another adapter; the model is then as it was.
     """
     config = model.peft_config[adapter_name]
-    layers = config.base_model_shape["num_hidden_layers"]
-    representations = config.expand(layers)
     place = legacy_place(directory)
     if place is not None:
+        representations = config.expand(config.base_model_shape["num_hidden_layers"])
         fill(_legacy_values(model, adapter_name, place, representations, include_model))
         return
     with reading(directory):
-        theirs = _edits(read_config(directory).expand(layers))
-        if theirs != (ours := _edits(representations)):
-            raise ReftError(f"{directory}: expected the edits of this model, {ours}; it holds {theirs}.")
+        _check_edits(config, directory)
         heads = saved_heads(directory, model.get_base_model())
         state = load_tensors(directory, expected_tensors(model, adapter_name, directory) | heads)
     with torch.no_grad():
@@ -111,9 +110,25 @@ def _legacy_values(
     return values
 
 
-def _edits(representations: list[Representation]) -> list[tuple]:
-    """What says, beside the tensors, which edits they make, at whatever tokens."""
+def _check_edits(config: ReftConfig, directory: str | PathLike, positions: bool = False) -> None:
+    """Refuse a directory of other edits than a config's, of which the tensors alone would not tell.
+
+    Args:
+        positions: whether the tokens have to be the same, too.
+
+    Raises:
+        ReftError: with both.
+    """
+    layers = (config.base_model_shape or {}).get("num_hidden_layers")
+    ours, theirs = (_edits(one.expand(layers), positions) for one in (config, read_config(directory)))
+    if ours != theirs:
+        raise ReftError(f"{directory}: expected the edits of this model, {ours}; it holds {theirs}.")
+
+
+def _edits(representations: list[Representation], positions: bool) -> list[tuple]:
+    """What says, beside the tensors, which edits they make."""
+    names = ("layer", "component", "intervention", "act_fn", *["positions"] * positions)
     return [
-        (entry.layer, entry.component, entry.intervention, entry.act_fn, (entry.intervention_kwargs or {}).get("alpha"))
+        (*(getattr(entry, name) for name in names), (entry.intervention_kwargs or {}).get("alpha"))
         for entry in representations
     ]

@@ -35,6 +35,7 @@ from ..model import ReftModel
 from ..positions import IGNORED, Positions
 from ..reach import Reach
 from ..reach.callbacks import ReachPrinter
+from ..reach.tensors import sample
 from ..tasks.suites import GENERATED, GLUE
 from ..training.checkpointing import Checkpointing, CheckpointingTrainer, check_same_training, disk_full_as_os_error
 from ..tuner.config import ReftConfig
@@ -158,6 +159,8 @@ class PreparedJob:
     def _attach(self, model: Any) -> None:
         self.job = replace(self.job, lr=learning_rate(self.job, model))
         set_seed(self.job.seed)
+        heads = tuple(f"{name}." for name in getattr(self.config, "modules_to_save", None) or ())
+        self._base = sample(p for name, p in model.named_parameters() if not name.startswith(heads))
         self.model: Any = attach(model, self.config, self.job.model)
         self.reach: Reach | None = None
         job = self.job
@@ -165,7 +168,7 @@ class PreparedJob:
             self.reach = self._make_reach(self.model)
         if self.checkpoint:
             check_same(self.checkpoint, self.config)
-            check_same_training(self.checkpoint, self.rows, job.schedule)
+            check_same_training(self.checkpoint, self.rows, job.schedule, self._base)
             check_unfinished(self.checkpoint, self.output, math.ceil(self.steps()))
 
     def _make_reach(self, model: ReftModel) -> Reach:
@@ -199,7 +202,7 @@ class PreparedJob:
             compute_metrics=self.compute_metrics,
             callbacks=[EarlyStoppingCallback(self.job.early_stopping)] if self.job.early_stopping else None,
         )
-        trainer.settings = self.job.schedule
+        trainer.settings, trainer.base = self.job.schedule, self._base
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ReachPrinter)
         for callback in self.callbacks:

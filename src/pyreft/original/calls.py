@@ -57,7 +57,14 @@ def translate(
     if twice := given.keys() & kwargs.keys():
         raise ReftError("given by position and by name.", setting=min(twice))
     call = {**given, **kwargs}
-    call = {**(call.pop("base", None) or {}), **call}
+    base = call.pop("base", None)
+    if not isinstance(base, Mapping | None):
+        raise ReftError(
+            f"expected the inputs by their names, such as tokenizer(..., return_tensors='pt'), got a "
+            f"{type(base).__name__}.",
+            setting="base",
+        )
+    call = {**(base or {}), **call}
     generates = order is GENERATE
     unit_locations, subspaces = call.pop("unit_locations", None), call.pop(SUBSPACES, None)
     everywhere = unit_locations is None and LOCATIONS not in call and None in rules

@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+from ..data.supervised import plain
 from ..errors import ReftError
 from ..positions import Positions
 
@@ -77,19 +78,12 @@ def _nested(given: Any, batch: int, interventions: int) -> Any:
     if isinstance(given, dict):
         given = next((given[key] for key in ("sources->base", "base") if key in given), None)
     paired = isinstance(given, tuple) or (isinstance(given, list) and len(given) == 2 and given[0] is None)
-    nested = _plain(given[-1] if paired else given)
+    nested = plain(given[-1] if paired else given)
     if isinstance(nested, int):
         nested, paired = [nested], False
     if not paired and isinstance(nested, list) and nested and all(isinstance(part, int) for part in nested):
         return [[nested] * batch] * interventions
     return nested
-
-
-def _plain(nested: Any) -> Any:
-    """Tensors and arrays, at whatever depth, as lists and numbers."""
-    if hasattr(nested, "tolist"):
-        return nested.tolist()
-    return [_plain(part) for part in nested] if isinstance(nested, list | tuple) else nested
 
 
 def _once(rows: Any, batch: int) -> Any:
@@ -167,7 +161,7 @@ def read_unit_locations(
             )
         by_row = [[list(rows[row]) for rows in nested] for row in range(batch)]
         flat = [at for row in by_row for places in row for at in places]
-        if not all(isinstance(at, int) and at >= 0 for at in flat):
+        if not all(type(at) is int and at >= 0 for at in flat):
             raise ReftError(f"{expected} and indices from 0, got {nested}.", setting="unit_locations")
     except TypeError:
         raise ReftError(f"{expected}, got {unit_locations!r}.", setting="unit_locations") from None

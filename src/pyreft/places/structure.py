@@ -49,6 +49,13 @@ def stack_module(model: Any, stack: Stack = "") -> Any:
     return model.get_encoder() if stack == "encoder" else model.get_decoder()
 
 
+def text_model(model: Any) -> Any:
+    """The language model inside a model for text and images or sound; none in one that is for text alone."""
+    config: Any = getattr(model, "config", None)
+    composite = hasattr(config, "get_text_config") and config.get_text_config() is not config
+    return model.get_decoder() if composite else None
+
+
 def find_blocks(model: nn.Module, stack: Stack = "") -> tuple[str, nn.ModuleList]:
     """Return the path and the list of the blocks of a stack.
 
@@ -128,10 +135,8 @@ def widths_of(module: nn.Module) -> tuple[int, int] | None:
 
 def _scope(model: Any, stack: Stack) -> Any:
     """The part of a model that holds the blocks: a stack, the language model of a composite model, or all of it."""
-    config: Any = getattr(model, "config", None)
-    if not stack and hasattr(config, "get_text_config") and config.get_text_config() is not config:
-        return model.get_decoder()
-    return stack_module(model, stack)
+    inner = None if stack else text_model(model)
+    return stack_module(model, stack) if inner is None else inner
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:

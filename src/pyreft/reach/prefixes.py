@@ -15,6 +15,7 @@ from ..positions import IGNORED
 from ..tuner.call import GIVEN, LENGTHS, STRENGTH
 from ..tuner.edits import Edits
 from ..tuner.located import Located
+from ..tuner.packed import find_packed
 from ..tuner.resolve import locate
 from .arguments import COUNT, FUSED, TYPES, columns_of
 from .cache import Layout, Pair
@@ -23,6 +24,8 @@ from .loss import log_probs
 from .parts import Parts
 from .rows import NotExactError, Rows, cut
 from .store import Store
+
+_PACKED = "position_ids do not count on in each row, as in packed ones"
 
 
 @dataclass
@@ -87,6 +90,8 @@ class SkipPrefixes:
             raise NotExactError(f"{TYPES} are given")
         if labels.shape != ids.shape or (mask is not None and mask.shape != ids.shape):
             raise NotExactError("labels or the attention mask are not [batch, tokens]")
+        if find_packed(ids, call) is not None:  # whose labels would be taken for those of one text
+            raise NotExactError(_PACKED)
         tokens = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         given = {name: call[name] for name in GIVEN if call.get(name) is not None}
         located = locate(self._edits, tokens, labels, ids, given)
@@ -206,7 +211,7 @@ def _check_positions(given: Tensor, ids: Tensor, rows: Rows) -> None:
     columns = torch.arange(given.shape[1], device=rows.device)
     counted = given.gather(1, first) + columns - first
     if not bool(((given == counted) | (columns < first) | (columns >= end)).all()):
-        raise NotExactError("position_ids do not count on in each row, as in packed ones")
+        raise NotExactError(_PACKED)
 
 
 def _move(located: Located, rows: Rows) -> Located:

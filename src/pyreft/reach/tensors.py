@@ -6,7 +6,7 @@ that count as `tensor.data.mul_` does, by a few of its numbers; once an epoch by
 
 import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 _SPOTS = 8  # numbers of each tensor that are looked at in each step
 _ROW = 8192  # bytes
+_SAMPLES = 1024  # numbers of each parameter that tell a base model from another
 
 
 class Values:
@@ -92,6 +93,22 @@ class Values:
             digest.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
             digest.update(_bits(tensor).cpu().numpy().data)
         return digest.hexdigest()
+
+
+@torch.no_grad()
+def sample(parameters: Iterable[Tensor]) -> str:
+    """A digest of some numbers of each parameter, in bfloat16: the same on any device, and in any type not below it.
+
+    Those that are offloaded are left out.
+    """
+    digest = xxhash.xxh3_128()
+    for tensor in (part for parameter in parameters for part in _plain(parameter)):
+        flat = tensor.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // _SAMPLES)]
+        some = some.to(torch.bfloat16) if some.is_floating_point() else some
+        digest.update(f"{list(tensor.shape)}".encode())
+        digest.update(_bits(some).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def _own_tensors(modules: list[nn.Module]) -> Iterator[Tensor]:

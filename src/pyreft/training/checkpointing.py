@@ -17,12 +17,15 @@ from ..files.checkpoints import DATA_FILE, problem_of, read_facts
 from .trainer import ReftTrainer, ReftTrainerForCausalLM, ReftTrainerForSequenceClassification
 
 
-def check_same_training(checkpoint: str, rows: Sequence[dict[str, Any]], settings: Mapping[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of other rows or settings; one that does not say it is taken.
+def check_same_training(
+    checkpoint: str, rows: Sequence[dict[str, Any]], settings: Mapping[str, Any], base: str
+) -> None:
+    """Refuse to go on from a checkpoint of other rows, settings or weights; one that does not say it is taken.
 
     Args:
         rows: of the training.
         settings: by name, those that a training cannot change on its way.
+        base: a digest of the base model.
 
     Raises:
         ReftError: with the numbers of rows, or the first setting that differs.
@@ -46,6 +49,12 @@ def check_same_training(checkpoint: str, rows: Sequence[dict[str, Any]], setting
                 "the settings it began with: give the same, or train to another output.",
                 setting="resume",
             )
+    if before.get("base", base) != base:
+        raise ReftError(
+            f"{checkpoint} was trained on another base model, of the same shape and with other weights; resume with "
+            "the same base model, or train to another output.",
+            setting="resume",
+        )
 
 
 def facts_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -59,12 +68,14 @@ def facts_of(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 class Checkpointing(ReftTrainer):
     """A trainer that takes back a checkpoint it could not complete, and says in each what it was trained on."""
 
-    settings: Mapping[str, Any] = {}  # of the training, see `check_same_training`
+    settings: Mapping[str, Any] = {}  # of the training, and
+    base: str | None = None  # of the base model, see `check_same_training`
 
     @cached_property
     def _data(self) -> str:
         rows: Any = self.train_dataset
-        return json.dumps({**facts_of(rows), "settings": dict(self.settings)})
+        base = {} if self.base is None else {"base": self.base}
+        return json.dumps({**facts_of(rows), **base, "settings": dict(self.settings)})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._check_parameters()  # before an earlier one of this step is removed

@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 import warnings
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from ..files.checkpoints import last_complete
 from ..model import ReftModel
 from ..reach import Reach
 from ..reach.callbacks import EpochTeller, ReachPrinter
-from ..tuner.adapted import penalty
-from ..tuner.call import LENGTHS, LOCATIONS, SUBSPACES
+from ..tuner.adapted import edits_of, penalty
+from ..tuner.call import LENGTHS, LOCATIONS, SUBSPACES, Surroundings, within
 from ..tuner.tuner import calls_tuner, tuner_of
 from .same_data import check_same_data
 
@@ -122,16 +122,26 @@ class ReftTrainer(Trainer):
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return super().evaluation_loop(*args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         """As `Trainer` does it.
 
         Raises:
             ReftError: the loss is no finite number any more.
         """
-        loss = super().training_step(*args, **kwargs)
+        with self._labelled(inputs):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss).all()):
             raise self._diverged(f"the loss of step {self.state.global_step + 1} is {loss.mean().item()}")
         return loss
+
+    def _labelled(self, inputs: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Tells where the prompts of a step end, also where the loss takes the labels off, as label smoothing does."""
+        labels, edits = inputs.get("labels"), edits_of(self.model)
+        if edits is None or not isinstance(labels, Tensor):
+            return nullcontext()
+        return within(Surroundings(edits, labels=labels.to(self.args.device)))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._check_parameters()
@@ -198,11 +208,18 @@ class ReftTrainer(Trainer):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Where only the loss is asked for, and it is the model's, only what the edits can reach is computed."""
         partly = prediction_loss_only and type(self).compute_loss is ReftTrainer.compute_loss
-        with self.reach.serving(losses=True) if partly and self.reach is not None else nullcontext():
+        served = self.reach.serving(losses=True) if partly and self.reach is not None else nullcontext()
+        with self._labelled(inputs), served:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs = {name: value for name, value in super()._prepare_inputs(inputs).items() if name != "id"}
+        if LOCATIONS in inputs and edits_of(self.model) is None:
+            raise ReftError(
+                f"locations came for a {type(self.model).__name__} without edits, which would leave them out. Train "
+                "what get_reft_model(model, config) returns.",
+                setting=LOCATIONS,
+            )
         if LOCATIONS not in inputs and isinstance(self.model, ReftModel) and None in self.model.position_rules:
             inputs[LOCATIONS] = "all"  # as in the original, where neither the config nor the data say which tokens
         return inputs

@@ -37,10 +37,13 @@ class Surroundings:
         edits: of the model that is called.
         row_adapters: an adapter for each row.
         off: the base model alone.
+        labels: of the rows, for calls that are given none.
     """
 
-    def __init__(self, edits: Any, *, row_adapters: list[str] | None = None, off: bool = False) -> None:
-        self.edits, self.row_adapters, self.off = edits, row_adapters, off
+    def __init__(
+        self, edits: Any, *, row_adapters: list[str] | None = None, off: bool = False, labels: Tensor | None = None
+    ) -> None:
+        self.edits, self.row_adapters, self.off, self.labels = edits, row_adapters, off, labels
 
 
 class Call:

@@ -53,7 +53,7 @@ class Edits:
         self.rules: dict[str, list[Positions | None]] = {}  # of each adapter, by representation
         self.places: dict[str, list[str]] = {}  # of each adapter, by representation: the stack whose tokens pass there
         self.kinds: dict[str, Any] = {}  # of each adapter: equal for those whose edits can be stacked, none otherwise
-        self.told_of_labels = False  # that they do not say where prompts end
+        self.told_of_labels = self.told_of_short = False  # that labels do not say where prompts end; see `short`
         self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
         self.causal = hasattr(model, "can_generate") and model.can_generate()
         self.removed = False
@@ -115,6 +115,12 @@ class Edits:
         call = Call(self, given, enabled, row_adapters, dict(self.strengths))
         call.gone = len(self.gone)
         return call
+
+    def labels_around(self) -> Any:
+        """The labels that surround a call which is given none."""
+        frames = (frame for frame in reversed(running.frames) if frame.edits is self)
+        found = (frame.labels for frame in frames if isinstance(frame, Surroundings) and frame.labels is not None)
+        return next(found, None)
 
     def check_running(self, call: Call) -> None:
         """Refuse to go on with a call whose adapters have been taken away since it began.

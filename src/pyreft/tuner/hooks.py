@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import ReftError
 from ..interventions import orthonormalize
-from ..places.structure import without_adapters
+from ..places.structure import text_model, without_adapters
 from ..positions import IGNORED
 from .caches import cache_of, counts, serves_requests
 from .call import GIVEN, LENGTHS, LOCATIONS, STRENGTH, Call, Reading, innermost, running
@@ -38,8 +38,9 @@ def attach(edits: Edits, batches: Batches, stacks: dict[str, nn.Module]) -> None
     """
     inner: Any = without_adapters(edits.model)
     backbone = getattr(inner, getattr(inner, "base_model_prefix", "") or "", None)
-    # some trainers call the backbone directly, without the head
-    modules = dict.fromkeys(entry for entry in (edits.model, inner, backbone) if isinstance(entry, nn.Module))
+    # some trainers call the backbone directly, without the head; and some programs the language model, without images
+    text = None if stacks else text_model(inner)
+    modules = dict.fromkeys(entry for entry in (edits.model, inner, backbone, text) if isinstance(entry, nn.Module))
     for depth, module in enumerate(modules):
         Entry(edits, batches, depth, None if stacks else "").attach(module)
     for name, module in stacks.items():
@@ -92,8 +93,8 @@ class Entry:
             if given:
                 call.given |= given
         else:
-            if named.get("labels") is not None:
-                given["labels"] = named["labels"]
+            if (labels := named.get("labels")) is not None or (labels := self.edits.labels_around()) is not None:
+                given["labels"] = labels
             call = self.batches.begin() if serves_requests(named) else self.edits.begin(given)
             call.height, call.is_forward = len(running.frames), True
             running.frames.append(call)

@@ -50,3 +50,18 @@ def tell_of_labels(
         )
         return True
     return False
+
+
+def tell_of_none(rules: Iterable[Positions | None]) -> bool:
+    """Warn where a call to learn from has no labels, and a rule asks where prompts end; say whether one was given."""
+    if torch.compiler.is_compiling() or not any(
+        rule and (rule.last or rule.own or rule.whole == "prompt") for rule in rules
+    ):
+        return False
+    warnings.warn(
+        "A call in training came without labels, so each row is a prompt as a whole: if it ends with an answer, the "
+        "edits are behind that, where generate makes none. Pass labels, or prompt_lengths. transformers' Trainer takes "
+        "the labels off with label_smoothing_factor and compute_loss_func; pyreft.ReftTrainer does not lose them.",
+        stacklevel=2,
+    )
+    return True

@@ -224,7 +224,7 @@ def subspace_masks(
             mask = torch.zeros(len(rows), rank, dtype=torch.bool)
             for row, entry in enumerate(entries):
                 chosen = range(rank) if entry is None else entry
-                if not all(0 <= direction < rank for direction in chosen):
+                if not all(0 <= direction < rank and not isinstance(direction, bool) for direction in chosen):
                     raise ReftError(
                         f"expected directions from 0 to {rank - 1}, got {list(chosen)}.", setting="subspaces"
                     )

@@ -114,13 +114,26 @@ class Methods:
         located = resolve(self.edits, call, "", tokens, None, ids)
         if mask is not None and not bool(tokens[:, -1].all()) and is_empty(cache_of(kwargs)):
             order = tokens.long().argsort(dim=1, stable=True)
-            for aligned in [key for key, value in kwargs.items() if key in _BY_TOKEN or _is_by_token(value, mask)]:
+            for aligned in [key for key, value in kwargs.items() if _is_by_token(key, value, mask)]:
                 kwargs[aligned] = take(kwargs[aligned], order)
+            if (positions := kwargs.get("position_ids")) is not None:
+                kwargs["position_ids"] = _align_positions(positions, order)
             located.reorder(order)
         call.located = located
         return args, kwargs
 
 
-def _is_by_token(value: Any, mask: Tensor) -> bool:
-    """Whether this is a mask, ids or types of the same tokens."""
-    return isinstance(value, Tensor) and value.shape == mask.shape and not value.is_floating_point()
+def _is_by_token(name: str, value: Any, mask: Tensor) -> bool:
+    """Whether this is `[batch, tokens, ...]`: the prompts, or a mask or types of the same tokens."""
+    if name in _BY_TOKEN:
+        return value is not None
+    alike = isinstance(value, Tensor) and value.shape == mask.shape and not value.is_floating_point()
+    return alike and name != "position_ids"
+
+
+def _align_positions(positions: Tensor, order: Tensor) -> Tensor:
+    """Reorder the positions of tokens: `[batch, tokens]`, one row for all, or several of each, `[n, batch, tokens]`."""
+    if positions.shape[-1] != order.shape[1]:
+        return positions
+    shape = (*positions.shape[:-2], *order.shape)
+    return positions.expand(shape).gather(-1, order.expand(shape))

@@ -57,6 +57,14 @@ class Representation:
         check_fields(self, SETTING_TYPES | {"component": (str,), "layer": (int, str), "head": (int,)})
         if isinstance(self.layer, str):
             (self.layer,) = read_layers(self.layer)
+        numbers = re.findall(r"(?<=[.\[])\d+(?=[.\]])", self.component)  # of a path
+        if self.layer is not None and numbers and str(self.layer) not in numbers:
+            raise ReftError(
+                f"expected that of the path {self.component!r}, got {self.layer}; give {numbers[0]}, or the path alone "
+                "in `representations`.",
+                setting="layer",
+                also=["representations"],
+            )
         if self.side not in (None, "prefix", "suffix"):
             raise ReftError(f"expected prefix or suffix, got {self.side!r}.", setting="side")
         if isinstance(self.intervention, nn.Module):

@@ -12,9 +12,10 @@ from ..errors import ReftError
 from ..positions import Positions, prompt_tokens
 from .call import LENGTHS, LOCATIONS, SUBSPACES, Call, Reading
 from .edits import Edits
-from .labels import tell_of_labels
+from .labels import tell_of_labels, tell_of_none
 from .located import Key, Located, group_rows, mask_of, subspace_masks
 from .packed import Packed
+from .short import tell_of_short
 
 
 def resolve(
@@ -50,9 +51,13 @@ def resolve(
         otherwise = None if given is None else Positions.parse(given)  # for those without a rule
         rules = {(name, index): edits.rules[name][index] or otherwise for name, index in keys}
         lengths = call.given.get(LENGTHS) if stack != "decoder" else None
-        _add_by_rule(located, rules, tokens, labels, input_ids, packed, lengths)
-        if call.trains and labels is not None and lengths is None and not edits.told_of_labels:
-            edits.told_of_labels = tell_of_labels(rules.values(), tokens, labels, packed)
+        prompt = _add_by_rule(located, rules, tokens, labels, input_ids, packed, lengths)
+        edits.told_of_short = edits.told_of_short or tell_of_short(rules.values(), prompt)
+        if call.trains and lengths is None and not edits.told_of_labels:
+            if labels is not None:
+                edits.told_of_labels = tell_of_labels(rules.values(), tokens, labels, packed)
+            elif edits.causal and stack != "encoder" and "labels" not in call.given:
+                edits.told_of_labels = tell_of_none(rules.values())
     if SUBSPACES in call.given:
         layers = [layer for layer in edits.layers if layer.stack == stack]
         ranks = {key: layer.rank(key) for layer in layers for key in keys if key[1] in layer.indices.get(key[0], ())}
@@ -94,7 +99,8 @@ def _add_by_rule(
     input_ids: Tensor | None,
     packed: Packed | None,
     lengths: Any,
-) -> None:
+) -> Tensor:
+    """Add what the rules locate; return the mask of the prompts, of packed examples each by itself."""
     if packed is not None:
         tokens = packed.apart(tokens, False)
         labels = None if labels is None else packed.labels_apart(labels)
@@ -116,14 +122,16 @@ def _add_by_rule(
             mask = tokens if rule in endless else rule.locate(prompt, input_ids)
             masks[rule] = mask if packed is None else packed.together(mask)
         located.add(key, masks[rule], endless=rule in endless)
+    return prompt
 
 
 def _add_given(located: Located, edits: Edits, call: Call, keys: list[Key], tokens: Tensor) -> None:
     at = torch.as_tensor(call.given[LOCATIONS], device=tokens.device)
-    if at.dim() != 3 or at.shape[0] != len(tokens) or at.is_floating_point():
+    numbers = not at.is_floating_point() and at.dtype != torch.bool
+    if at.dim() != 3 or at.shape[0] != len(tokens) or not numbers:
         raise ReftError(
             f"expected whole numbers of the shape [batch, interventions, positions] for a batch of "
-            f"{len(tokens)}, got {list(at.shape)}{' of ' + str(at.dtype) if at.is_floating_point() else ''}.",
+            f"{len(tokens)}, got {list(at.shape)}{'' if numbers else ' of ' + str(at.dtype)}.",
             setting=LOCATIONS,
         )
     for name in call.active:

@@ -6,7 +6,7 @@ the `Call` that runs says.
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NoReturn
 
@@ -265,13 +265,34 @@ class ReftTuner(BaseTuner):
     ) -> dict[str, Tensor]:
         if (tuner := tuner_of(model)) is not None:
             tuner.check_attached()
-        own = (key for key, tensor in model.state_dict().items() if not tensor.is_floating_point())
-        whole = {cls._remove_adapter_name_from_key(key, adapter_name) for key in own}  # buffers of a user's class
+        mark = re.compile(rf"\.{cls.prefix}(input|output)\.{re.escape(adapter_name)}\.")
+        own = {
+            cls._remove_adapter_name_from_key(key, adapter_name): tensor
+            for key, tensor in model.state_dict().items()
+            if mark.search(key)
+        }
+        _check_complete({key for key in state_dict if f".{cls.prefix}" in key}, own)
         for name, tensor in state_dict.items():  # however PEFT came by it
-            check_values(name, tensor, floats=f".{cls.prefix}" in name and name not in whole)
+            of_float = name not in own or own[name].is_floating_point()  # a user's class may have other buffers
+            check_values(name, tensor, floats=f".{cls.prefix}" in name and of_float)
         return super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+
+
+def _check_complete(found: Collection[str], expected: Collection[str]) -> None:
+    """Refuse tensors that are not those of all edits of an adapter: PEFT would leave the others as they were made.
+
+    Raises:
+        ReftError: with one that is missing, or one that is not known.
+    """
+    for what, names in (("missing", set(expected) - set(found)), ("not known", set(found) - set(expected))):
+        if names:
+            raise ReftError(
+                f"expected the {len(expected)} tensors of the adapter's edits, got {len(found)}: "
+                f"{min(names)} is {what}. Was the file copied completely, and is it this adapter's?",
+                setting="state_dict",
+            )
 
 
 def tuner_of(model: nn.Module) -> ReftTuner | None:
