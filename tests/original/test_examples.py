@@ -279,9 +279,7 @@ def test_classification(base, tmp_path):
     ],
 )
 def test_regression_and_several_labels(base, tmp_path, label, changes):
-    trainer, before = classifier(
-        base[1], tmp_path, label, changes, metric_for_best_model="loss", num_train_epochs=12
-    )
+    trainer, before = classifier(base[1], tmp_path, label, changes, metric_for_best_model="loss", num_train_epochs=12)
     assert before < 0.7
     assert trainer.evaluate()["eval_accuracy"] > 0.9
 
