@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import pyreft
+from conftest import tiny_llama
 from pyreft.tuner.representation import Representation
 
 READY = pyreft.LoreftIntervention(embed_dim=8, low_rank_dimension=2)
@@ -32,6 +33,17 @@ def test_a_file_that_says_nothing_of_dropout_has_none():
     assert pyreft.ReftConfig(**written).dropout == 0.3
     del written["dropout"]
     assert pyreft.ReftConfig(**written).dropout == 0.0
+
+
+def test_a_path_is_one_place_in_whatever_layers():
+    config = pyreft.ReftConfig(component=["model.layers[1].mlp.output", "block_output"])
+    assert [(place.layer, place.component) for place in config.expand(2)] == [
+        (None, "model.layers[1].mlp.output"),
+        (0, "block_output"),
+        (1, "block_output"),
+    ]
+    model = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(component="model.layers[1].mlp.output"))
+    assert len(model.interventions) == 1
 
 
 def test_places_that_name_no_formula_are_the_originals():

@@ -551,10 +551,7 @@ def test_strength_multiplies_the_edit(model, strength):
     [
         ({"layers": [0, 7]}, "layer: this model has the layers 0 to 3, got 7."),
         ({"component": "block_outptu"}, "Did you mean 'block_output'?"),
-        (
-            {"representations": {"component": "model.layers[9].output"}},
-            "component: expected one of block_input, block_output",
-        ),
+        ({"component": "model.layers[9].output"}, "component: expected one of block_input, block_output"),
         (
             {"intervention": "loreft", "low_rank_dimension": 33},
             "expected a rank from 1 to the width 32 of the edited states, got 33",

@@ -146,10 +146,16 @@ def _with_input(model: nn.Module, component: str, site: Site) -> Site:
     return replace(site, input_width=widths[0])
 
 
+def is_path(component: str) -> bool:
+    """Whether a component is the path of a module, which is one place, not the name of a part that each layer has."""
+    prefix, _, name = component.rpartition(".")
+    return bool(prefix) and not (prefix in ("encoder", "decoder") and name in COMPONENTS)
+
+
 def _read(model: nn.Module, component: str) -> tuple[Stack, str]:
     """Take the stack off a component's name."""
     prefix, _, name = component.rpartition(".")
-    if prefix in ("encoder", "decoder") and name in COMPONENTS:
+    if prefix and not is_path(component):
         stack: Stack = "encoder" if prefix == "encoder" else "decoder"
         stack_module(model, stack)
         return stack, name

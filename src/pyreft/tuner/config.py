@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import ReftError, check_type, did_you_mean
 from ..interventions import intervention_class, setting_names, short_name
+from ..places.components import is_path
 from ..places.structure import PREFIX
 from ..positions import Positions, rule_name
 from .from_peft import read_lora
@@ -74,7 +75,8 @@ class ReftConfig(PeftConfig):
             entry does not say, the fields below say for it. An entry without positions, here and there, edits at
             the locations that come with each call.
         layers: `"all"`, a number, a list of numbers, or text such as `"3;9;18"`.
-        component: which states of a layer; a list of several edits each of them, with parameters of its own. If
+        component: which states of a layer, or the path of one module, as `"model.layers[3].mlp.output"`; a list of
+            several edits each of them, with parameters of its own. If
             nothing is said, `value_output` and `attention_output` for `"lora"`, `block_output` for other formulas.
         positions: `f<n>`, `l<n>`, `f<n>+l<m>`, `prompt` or `all`, or a function (see
             `pyreft.positions.register_rule`); `l16` if nothing is said here and there are no representations.
@@ -240,12 +242,18 @@ class ReftConfig(PeftConfig):
     def expand(self, number_of_layers: int | None) -> list[Representation]:
         """The edited places one by one, for a model of so many layers.
 
-        The order is that of the interventions in every call and file: by layer, of a layer by component. A prefix and
-        a suffix with weights of their own come as in the original: first all prefixes, then all suffixes.
+        The order is that of the interventions in every call and file: by layer, of a layer by component; modules that
+        are given by their paths come first, once each, unless their layers are named. A prefix and a suffix with
+        weights of their own come as in the original: first all prefixes, then all suffixes.
         """
         if self.representations is not None:
             return self.representations
-        layers = range(number_of_layers or 0) if self.layers == "all" else self.layers
+        names = read_components(self.component)
+        if self.layers == "all":  # a path names its own
+            places: list[tuple[int | None, str]] = [(None, name) for name in names if is_path(name)]
+            places += [(n, name) for n in range(number_of_layers or 0) for name in names if not is_path(name)]
+        else:
+            places = [(layer, name) for layer in self.layers for name in names]
         rule = Positions.parse(self.positions or DEFAULT_POSITIONS)
         sides = [None] if self.share_weights else [part.side for part in rule.sides()]
         return [
@@ -258,8 +266,7 @@ class ReftConfig(PeftConfig):
                 **{name: getattr(self, name) for name in (*SETTINGS, "intervention_kwargs")},
             )
             for side in sides
-            for layer in layers
-            for component in read_components(self.component)
+            for layer, component in places
         ]
 
     @classmethod
