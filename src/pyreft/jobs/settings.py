@@ -12,6 +12,7 @@ from ..data.fields import FORMATS, Format, Turns
 from ..data.files import Reading
 from ..data.tally import OnError
 from ..errors import ReftError, did_you_mean
+from ..interventions import intervention_class, short_name
 from ..tasks.suites import GLUE, check_suite
 from ..tuner.config import DEFAULT_POSITIONS
 from ..tuner.representation import default_dropout, default_intervention
@@ -120,7 +121,9 @@ class TrainingJob:
     @property
     def formula(self) -> str | None:
         """The formula of the edits; none if the method is LoRA at every token."""
-        return METHODS[self.method] if self.method else self.intervention or default_intervention(self.component)
+        if self.method:
+            return METHODS[self.method]
+        return short_name(intervention_class(self.intervention or default_intervention(self.component)))
 
     @property
     def edit_dropout(self) -> float:
