@@ -21,7 +21,7 @@ from ..tuner.representation import default_dropout, default_intervention
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
 LORA = "lora"
 REFT_ALONE = ("layers", "positions", "component", "intervention", "share_weights")
-_SCHEDULE = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dropout", "dtype")
+_SCHEDULE = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dtype")
 _POSITIVE = (
     *("epochs", "lr", "batch_size", "gradient_accumulation"),
     *("save_steps", "alpha", "limit", "early_stopping"),
@@ -143,7 +143,7 @@ class TrainingJob:
     @property
     def schedule(self) -> dict[str, Any]:
         """The settings that a training cannot change on its way; that it has more epochs than at first, it can."""
-        return {name: getattr(self, name) for name in _SCHEDULE}
+        return {name: getattr(self, name) for name in _SCHEDULE} | {"dropout": self.edit_dropout}
 
     @classmethod
     def from_settings(
