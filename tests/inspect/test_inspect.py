@@ -139,6 +139,10 @@ def test_recording_leaves_the_model_as_it_was():
     assert model.training
     assert edit.training
     assert not edit._forward_hooks
+    model.get_base_model().transformer.h[0].eval()  # as all of a base model is that comes from the hub
+    modes = [module.training for module in model.modules()]
+    record_edits(model, ROWS)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_mean_sizes_count_from_the_nearer_end():

@@ -56,6 +56,17 @@ def test_the_loss_at_a_strength_is_that_of_edits_so_large():
     assert loss_by_strength(model, rows, strengths, batch_size=2).losses == pytest.approx(curve.losses, rel=1e-4)
 
 
+def test_no_dropout_falls_on_a_curve_or_an_answer():
+    model = tiny_gpt2(place(1, "loreft", low_rank_dimension=2, dropout=0.5))
+    rows = [{"input_ids": row["input_ids"], "labels": [-100] * 2 + row["input_ids"][2:]} for row in ROWS]
+    tokenizer = pocket.load()[1]
+    curve, answers = loss_by_strength(model, rows, [1, 2]), answers_by_strength(model, tokenizer, ROWS, [1, 2])
+    model.train()
+    assert loss_by_strength(model, rows, [1, 2]) == curve
+    assert answers_by_strength(model, tokenizer, ROWS, [1, 2]) == answers
+    assert model.training
+
+
 def test_the_strength_turns_the_answer(loaded):
     model, tokenizer = loaded
     curve = loss_by_strength(model, read_rows(DATA, tokenizer), [0, 1])

@@ -176,6 +176,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(data, tmp_path):
         ({"seed": 7}, "was made with seed = 42, now it is 7"),
         ({"batch_size": 2}, "was made with batch_size = 5, now it is 2"),
         ({"weight_decay": 0.1}, r"was made with weight_decay = 0\.0, now it is 0\.1"),
+        ({"dropout": 0.1}, r"was made with dropout = 0\.0, now it is 0\.1"),
         ({"dtype": "bfloat16"}, "was made with dtype = 'auto', now it is 'bfloat16'"),
     ],
 )
@@ -255,7 +256,7 @@ def test_nothing_is_left_to_resume(data, tmp_path, epochs, steps):
     (tmp_path / "out" / "loss.csv").unlink()  # as where it was cut off while it wrote
     assert prepared(data, tmp_path, epochs=epochs, resume=True).train()["earlier_steps"] == 4
     assert (tmp_path / "out" / "loss.csv").exists()
-    result = prepared(data, tmp_path, epochs=3, resume=True).train()
+    result = prepared(data, tmp_path, epochs=3, resume=True, dropout=0.0).train()  # which it was, unsaid
     assert (result["earlier_steps"], result["steps"]) == (4, 6)
 
 

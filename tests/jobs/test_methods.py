@@ -44,6 +44,7 @@ def test_what_is_named_has_no_dropout():
         ({}, 4096, 1.1e-3),
         ({"lr": 0.3}, 4096, 0.3),
         ({"rank": 4, "layers": "0"}, 192, 8e-3),
+        ({"intervention": "LoRA"}, 64, 8e-3),
         ({"intervention": "loreft"}, 64, 1e-3),
         ({"component": "block_output"}, 64, 1e-3),
         ({"method": "loreft"}, 64, 1e-3),

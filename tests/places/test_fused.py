@@ -229,9 +229,10 @@ def test_keys_and_values_that_no_cache_holds():
         assert str(caught.value) == (
             f"component: {component!r} cannot be edited in 'model.layers.1.self_attn.kv_b_proj': the cache holds what "
             "it reads, of which it makes keys and values anew at each step. Edit that, as "
-            "'model.layers.1.self_attn.kv_a_layernorm.output'."
+            "'model.layers.1.self_attn.kv_a_layernorm.output', or 'block_output', with the formula 'loreft' or others."
         )
-    config = pyreft.ReftConfig(component="model.layers.1.self_attn.kv_a_layernorm.output", positions="l2")
+    path = "model.layers.1.self_attn.kv_a_layernorm.output"
+    config = pyreft.ReftConfig(layers=[1], component=path, positions="l2")
     adapted = shaken(pyreft.get_reft_model(MAKE["DeepSeek-V3"](), config))
     ids = torch.randint(3, 90, (2, 7))
     found = [adapted.generate(input_ids=ids, use_cache=use, **GREEDY) for use in (True, False)]

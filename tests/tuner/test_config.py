@@ -82,6 +82,9 @@ def test_layers_as_peft_calls_them():
         ({"exclude_modules": ["layers.3"]}, "exclude_modules: ReFT calls it otherwise: give layers and component"),
         ({"target_modules": ["q_proj"]}, "target_modules: .* give component, or representations"),
         ({"r": 8}, "r: .* give low_rank_dimension"),
+        ({"lora_alpha": 16}, "lora_alpha: .* give intervention_kwargs="),
+        ({"lora_dropout": 0.1}, "lora_dropout: .* give dropout"),
+        ({"intervention_types": pyreft.NoreftIntervention}, "intervention_types: .* give intervention"),
     ],
 )
 def test_what_peft_calls_otherwise(settings, message):

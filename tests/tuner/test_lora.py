@@ -436,8 +436,7 @@ def test_components_without_an_input(component):
     ],
 )
 def test_places_that_cannot_be(name, component, message):
-    layers = {"layers": [0]} if "." not in component else {}
-    config = pyreft.ReftConfig(intervention="lora", component=component, **layers)
+    config = pyreft.ReftConfig(intervention="lora", component=component, layers=[0])
     with pytest.raises(pyreft.ReftError, match=message):
         pyreft.get_reft_model(MAKE[name](), config)
 

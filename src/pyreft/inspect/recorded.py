@@ -17,7 +17,7 @@ from ..positions import Positions
 from ..tuner.adapted import edits_of
 from ..tuner.call import Call, innermost
 from ..tuner.layer import ReftLayer
-from .examples import Row, batches, check_edited
+from .examples import Row, batches, check_edited, evaluating
 
 
 @dataclass(frozen=True)
@@ -105,16 +105,13 @@ def record_edits(
         raise ReftError(f"{type(base).__name__}: a model with an encoder and a decoder cannot be looked at yet.")
     check_edited(edits.rules[name], rows)
     recorder = _Recorder(base, name, model.peft_config[name])
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for number, batch in enumerate(batches(rows, batch_size, next(base.parameters()).device)):
                 recorder.first_row = number * batch_size
                 model(**batch)
     finally:
         recorder.remove()
-        model.train(training)
     return RecordedEdits(name, list(rows), recorder.edits())
 
 

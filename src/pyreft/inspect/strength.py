@@ -15,7 +15,7 @@ from ..errors import ReftError
 from ..generation import answer_ids
 from ..jobs.held_out import mean_loss
 from ..positions import IGNORED
-from .examples import Row, batches
+from .examples import Row, batches, evaluating
 
 STRENGTHS = tuple(step / 4 for step in range(9))
 """From 0 to 2."""
@@ -55,6 +55,8 @@ def loss_by_strength(
 ) -> StrengthCurve:
     """Return the loss of a causal language model on rows with answers, at each strength of its active adapters.
 
+    The model is run in evaluation mode, and left as it was.
+
     Raises:
         ReftError: no strengths, one that is not finite, or rows without answers.
     """
@@ -62,7 +64,8 @@ def loss_by_strength(
     if not rows or not all("labels" in row and max(row["labels"][1:], default=IGNORED) >= 0 for row in rows):
         raise ReftError("loss_by_strength: expected rows with answers, that is with labels; see read_rows.")
     values = [float(strength) for strength in strengths]
-    losses = [mean_loss(model, batches(rows, batch_size, model.device), strength=value) for value in values]
+    with evaluating(model):
+        losses = [mean_loss(model, batches(rows, batch_size, model.device), strength=value) for value in values]
     return StrengthCurve(answers, values, losses)
 
 
@@ -79,7 +82,7 @@ def answers_by_strength(
     """Return a causal language model's answers to prompts at each strength, and two curves of the loss.
 
     The curves say how likely two answers are at each strength: that of the base model, and that of the adapter at
-    strength 1. Where they cross, the answer turns.
+    strength 1. Where they cross, the answer turns. The model is run in evaluation mode, and left as it was.
 
     Args:
         rows: prompts; see `text_rows`.
@@ -96,7 +99,8 @@ def answers_by_strength(
     asked = dict.fromkeys([0.0, 1.0, *map(float, strengths)])
     found = {}
     for number, strength in enumerate(asked, 1):
-        found[strength] = list(answer_ids(model, tokenizer, prompts, strength=strength, **options))
+        with evaluating(model):
+            found[strength] = list(answer_ids(model, tokenizer, prompts, strength=strength, **options))
         if progress is not None:
             progress(number, len(asked))
     texts = {s: tokenizer.batch_decode(ids, skip_special_tokens=True) for s, ids in found.items()}

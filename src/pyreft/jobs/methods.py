@@ -13,7 +13,7 @@ from .. import pocket
 from ..errors import ReftError
 from ..files.adapter import EMBEDDED, read_config_data, read_shapes, remembered
 from ..files.together import save_together
-from ..interventions import intervention_class, setting_names
+from ..interventions import intervention_class, setting_names, short_name
 from ..model import ReftModel, get_reft_model
 from ..tuner.config import ReftConfig, ReftPeftType
 from ..tuner.injection import base_model_shape
@@ -45,7 +45,7 @@ def make_config(job: TrainingJob) -> PeftConfig:
     scaled = "alpha" in setting_names(intervention_class(formula))[0]
     alone = _LORA_ALONE if scaled else ("alpha", *_LORA_ALONE)
     _refuse(job, alone, "it is LoRA's; representation edits have no such setting")
-    if job.intervention not in (formula, None):
+    if job.intervention is not None and short_name(intervention_class(job.intervention)) != formula:
         raise ReftError(
             f"the method {job.method!r} is the formula {formula!r}, got {job.intervention!r}.", setting="intervention"
         )

@@ -12,6 +12,7 @@ from ..data.fields import FORMATS, Format, Turns
 from ..data.files import Reading
 from ..data.tally import OnError
 from ..errors import ReftError, did_you_mean
+from ..interventions import intervention_class, short_name
 from ..tasks.suites import GLUE, check_suite
 from ..tuner.config import DEFAULT_POSITIONS
 from ..tuner.representation import default_dropout, default_intervention
@@ -20,7 +21,7 @@ from ..tuner.representation import default_dropout, default_intervention
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
 LORA = "lora"
 REFT_ALONE = ("layers", "positions", "component", "intervention", "share_weights")
-_SCHEDULE = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dropout", "dtype")
+_SCHEDULE = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dtype")
 _POSITIVE = (
     *("epochs", "lr", "batch_size", "gradient_accumulation"),
     *("save_steps", "alpha", "limit", "early_stopping"),
@@ -120,7 +121,9 @@ class TrainingJob:
     @property
     def formula(self) -> str | None:
         """The formula of the edits; none if the method is LoRA at every token."""
-        return METHODS[self.method] if self.method else self.intervention or default_intervention(self.component)
+        if self.method:
+            return METHODS[self.method]
+        return short_name(intervention_class(self.intervention or default_intervention(self.component)))
 
     @property
     def edit_dropout(self) -> float:
@@ -140,7 +143,7 @@ class TrainingJob:
     @property
     def schedule(self) -> dict[str, Any]:
         """The settings that a training cannot change on its way; that it has more epochs than at first, it can."""
-        return {name: getattr(self, name) for name in _SCHEDULE}
+        return {name: getattr(self, name) for name in _SCHEDULE} | {"dropout": self.edit_dropout}
 
     @classmethod
     def from_settings(

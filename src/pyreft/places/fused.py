@@ -48,7 +48,8 @@ def fused_columns(component: str, path: str, attention: nn.Module, total: int, v
     if name == "kv_b_proj":
         raise ReftError(
             f"{component!r} cannot be edited in {path!r}: the cache holds what it reads, of which it makes keys and "
-            f"values anew at each step. Edit that, as '{holder}.kv_a_layernorm.output'.",
+            f"values anew at each step. Edit that, as '{holder}.kv_a_layernorm.output', or 'block_output', "
+            "with the formula 'loreft' or others.",
             setting="component",
         )
     classes = [cls.__name__ for cls in type(attention).__mro__ if cls.__module__.startswith("transformers.")]

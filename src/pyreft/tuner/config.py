@@ -55,6 +55,8 @@ _OTHER_NAMES = {
     "target_modules": "component, or representations for modules by their paths",
     "exclude_modules": "layers and component, which name what is edited and nothing else",
     "r": "low_rank_dimension",
+    "lora_alpha": 'intervention_kwargs={"alpha": ...} beside intervention="lora"',
+    "lora_dropout": "dropout",
 }
 # keys of the original's representations that say what is always so here
 _IMPLIED = ("unit", "max_number_of_units", "intervention_type")
@@ -93,7 +95,8 @@ class ReftConfig(PeftConfig):
         prompt_format: how prompts were written in training from files, for those who ask the adapter later.
         base_model_shape: type and sizes of the base model, filled in; an adapter fits no other.
         model_type: accepted for the original's callers.
-        intervention_types: a class for all representations that name none, or a list with one for each.
+        intervention_types: a class for all representations that name none, or a list with one for each; without
+            representations, name the `intervention`.
         layers_to_transform: `layers`, as PEFT calls it.
         init_weights: begin at h' = h (true), as PEFT calls `intervention_kwargs={"init": "identity"}`, or not.
 
@@ -180,6 +183,9 @@ class ReftConfig(PeftConfig):
                 for place in self.representations:
                     place.begin(init_weights)
             self.component = self.component or "block_output"  # which says nothing any more
+        elif intervention_types is not None:
+            raise ReftError("it is for representations, of which there are none; give intervention.",
+                            setting="intervention_types")  # fmt: skip
         else:
             self.low_rank_dimension = self._rank_of(cls)
             self.component = self.component or default_component(cls)

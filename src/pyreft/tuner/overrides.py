@@ -83,7 +83,7 @@ class Methods:
         if any(edit.training and getattr(getattr(edit, "dropout", None), "p", 0) for edit in edits):
             warnings.warn(
                 "generate: the edits are in training, so that their dropout falls on the answers. Call model.eval() "
-                "before it.",
+                "before it, or, where a trainer generates, train with dropout=0.",
                 UserWarning,
                 stacklevel=3,
             )
