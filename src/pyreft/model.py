@@ -27,8 +27,8 @@ from .places.structure import without_adapters
 from .positions import Positions
 from .tuner.call import Surroundings, within
 from .tuner.config import ReftConfig
-from .tuner.edits import Edits, check_strength
 from .tuner.injection import detach
+from .tuner.registry import Edits, check_strength
 from .tuner.tuner import tuner_of
 
 # by task, how PEFT knows the modules that turn states into classes

@@ -16,7 +16,7 @@ from ..positions import IGNORED
 from ..reach.layers import SkipLayers
 from ..reach.prefixes import SkipPrefixes
 from ..reach.rows import cut
-from ..tuner.edits import Edits
+from ..tuner.registry import Edits
 from ..tuner.resolve import locate
 
 _CHUNK = 256  # rows that are cut together

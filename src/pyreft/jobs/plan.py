@@ -21,7 +21,7 @@ from ..positions import IGNORED, Positions
 from ..reach.layers import SkipLayers
 from ..reach.prefixes import SkipPrefixes
 from ..tuner.adapted import edits_of
-from ..tuner.edits import Edits
+from ..tuner.registry import Edits
 from .count import Count, Held, count_batches, cut_rows
 from .job import PreparedJob
 from .settings import LORA

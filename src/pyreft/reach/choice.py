@@ -10,7 +10,7 @@ import torch
 import xxhash
 from torch import nn
 
-from ..tuner.edits import Edits
+from ..tuner.registry import Edits
 from .arguments import COUNT, FUSED, TYPES, check_call
 from .layers import LayerPlan, SkipLayers
 from .loss import own_loss

@@ -17,8 +17,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from ..places.structure import path_of
 from ..positions import IGNORED
 from ..tuner.caches import cache_name, cache_of
-from ..tuner.edits import Edits
 from ..tuner.located import Located
+from ..tuner.registry import Edits
 from .blocks import Blocks
 from .cache import Layout, Pair, empty_cache, is_ordinary, pairs_of, prefix_cache, sliding_window
 from .rows import NotExactError, Rows

@@ -13,9 +13,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from ..positions import IGNORED
 from ..tuner.call import GIVEN, LENGTHS, STRENGTH
-from ..tuner.edits import Edits
 from ..tuner.located import Located
 from ..tuner.packed import find_packed
+from ..tuner.registry import Edits
 from ..tuner.resolve import locate
 from .arguments import COUNT, FUSED, TYPES, columns_of
 from .cache import Layout, Pair

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..positions import IGNORED
-from ..tuner.edits import Edits
 from ..tuner.layer import ReftLayer
+from ..tuner.registry import Edits
 from . import trials
 from .arguments import COUNT, FUSED
 from .layers import SkipLayers

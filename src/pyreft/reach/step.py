@@ -18,8 +18,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..errors import ReftError
 from ..places.structure import without_adapters
 from ..positions import IGNORED
-from ..tuner.edits import Edits
 from ..tuner.in_part import in_part
+from ..tuner.registry import Edits
 from ..tuner.tuner import calls_tuner, tuner_of
 from .arguments import FUSED
 from .choice import Choice

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..places.structure import ancestors, path_of
-from ..tuner.edits import Edits
+from ..tuner.registry import Edits
 from .anatomy import Structure, outside_of_edits
 from .frozen import context_of, longest_plain_row, why_not_entered, why_not_frozen
 from .parts import Parts

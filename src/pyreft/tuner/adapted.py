@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from ..interventions import Intervention
-from .edits import Edits
 from .layer import ReftLayer
+from .registry import Edits
 
 
 def reft_layers(model: nn.Module) -> list[ReftLayer]:

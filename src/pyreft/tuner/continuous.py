@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..errors import ReftError
 from .call import Call
-from .edits import Edits
 from .located import Located
+from .registry import Edits
 from .resolve import resolve
 
 

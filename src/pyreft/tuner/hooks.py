@@ -18,10 +18,10 @@ from .caches import cache_of, counts, serves_requests
 from .call import GIVEN, LENGTHS, LOCATIONS, STRENGTH, Call, Reading, innermost, running
 from .continuous import Batches
 from .direct import close_door, open_door
-from .edits import Edits
 from .located import Located, times_of
 from .packed import find_packed, tell_of_cache, tokens_of
 from .recompute import bind, recomputes, unbind
+from .registry import Edits
 from .resolve import resolve
 
 _GIVEN = frozenset(GIVEN)

@@ -14,8 +14,8 @@ from . import hooks
 from .adapted import edits_of
 from .config import ReftConfig, shape_differences
 from .continuous import Batches
-from .edits import Edits
 from .overrides import METHODS, Methods
+from .registry import Edits
 from .representation import Representation
 
 SitesByPath = dict[str, list[tuple[Site, int, Intervention]]]

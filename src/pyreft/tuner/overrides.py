@@ -10,9 +10,9 @@ from torch import Tensor
 from .caches import cache_of, is_empty
 from .call import Call, innermost, within
 from .continuous import Batches
-from .edits import Edits
 from .hooks import Preparing, take_given
 from .located import take
+from .registry import Edits
 from .resolve import resolve
 
 _BY_TOKEN = ("inputs", "input_ids", "inputs_embeds", "attention_mask")  # of any type and width

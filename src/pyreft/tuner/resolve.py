@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..positions import Positions, prompt_tokens
 from .call import LENGTHS, LOCATIONS, SUBSPACES, Call, Reading
-from .edits import Edits
 from .labels import tell_of_labels, tell_of_none
 from .located import Key, Located, group_rows, mask_of, subspace_masks
 from .packed import Packed
+from .registry import Edits
 from .short import tell_of_short
 
 
