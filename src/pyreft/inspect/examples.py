@@ -5,11 +5,10 @@ edits but which tokens a position rule chooses.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -102,18 +101,6 @@ def batches(rows: Sequence[Row], size: int, device: torch.device) -> Iterator[di
             labels = [torch.tensor(row.get("labels", [IGNORED] * len(row["input_ids"]))) for row in part]
             batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
         yield {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A model in evaluation, so that no dropout falls on it, each of its modules afterwards in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _masks(row: Row) -> tuple[Tensor, Tensor | None]:

@@ -14,10 +14,10 @@ from ..errors import ReftError
 from ..places.lookup import Columns
 from ..places.structure import has_stacks
 from ..positions import Positions
-from ..tuner.adapted import edits_of
+from ..tuner.adapted import edits_of, evaluating
 from ..tuner.call import Call, innermost
 from ..tuner.layer import ReftLayer
-from .examples import Row, batches, check_edited, evaluating
+from .examples import Row, batches, check_edited
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def record_edits(
     check_edited(edits.rules[name], rows)
     recorder = _Recorder(base, name, model.peft_config[name])
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating([model]), torch.no_grad():
             for number, batch in enumerate(batches(rows, batch_size, next(base.parameters()).device)):
                 recorder.first_row = number * batch_size
                 model(**batch)

@@ -15,7 +15,8 @@ from ..errors import ReftError
 from ..generation import answer_ids
 from ..jobs.held_out import mean_loss
 from ..positions import IGNORED
-from .examples import Row, batches, evaluating
+from ..tuner.adapted import evaluating
+from .examples import Row, batches
 
 STRENGTHS = tuple(step / 4 for step in range(9))
 """From 0 to 2."""
@@ -64,7 +65,7 @@ def loss_by_strength(
     if not rows or not all("labels" in row and max(row["labels"][1:], default=IGNORED) >= 0 for row in rows):
         raise ReftError("loss_by_strength: expected rows with answers, that is with labels; see read_rows.")
     values = [float(strength) for strength in strengths]
-    with evaluating(model):
+    with evaluating([model]):
         losses = [mean_loss(model, batches(rows, batch_size, model.device), strength=value) for value in values]
     return StrengthCurve(answers, values, losses)
 
@@ -99,7 +100,7 @@ def answers_by_strength(
     asked = dict.fromkeys([0.0, 1.0, *map(float, strengths)])
     found = {}
     for number, strength in enumerate(asked, 1):
-        with evaluating(model):
+        with evaluating([model]):
             found[strength] = list(answer_ids(model, tokenizer, prompts, strength=strength, **options))
         if progress is not None:
             progress(number, len(asked))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..positions import IGNORED
-from ..tuner.layer import ReftLayer
+from ..tuner.adapted import evaluating
 from ..tuner.registry import Edits
 from . import trials
 from .arguments import COUNT, FUSED
@@ -182,7 +182,7 @@ class Probe:
         mixed = torch.is_autocast_enabled(device.type) and self._base.dtype != torch.float32
         with (
             torch.no_grad(),
-            _without_dropout(self._edits.layers),
+            evaluating(self._edits.layers),
             torch.autocast(device.type, enabled=mixed),
             torch.random.fork_rng([device] if device.type == "cuda" else []),
         ):
@@ -226,16 +226,3 @@ def _apart(found: Tensor, expected: Tensor) -> float:
     found, expected = found.float(), expected.float()
     distance = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
     return math.inf if math.isnan(distance) else distance
-
-
-@contextmanager
-def _without_dropout(layers: list[ReftLayer]) -> Iterator[None]:
-    """Edits in evaluation, each module of them afterwards in the mode it was in."""
-    training = [module for layer in layers for module in layer.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

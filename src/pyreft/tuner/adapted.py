@@ -1,5 +1,8 @@
 """What an adapted model has: its edited layers, its interventions, its edits."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -35,4 +38,17 @@ def penalty(model: nn.Module) -> Tensor | None:
 
 def edits_of(model: nn.Module) -> Edits | None:
     """The edits of an adapted model, none if it has no representation edits."""
-    return next((layer.edits for layer in reft_layers(model)), None)
+    return next((module.edits for module in model.modules() if isinstance(module, ReftLayer)), None)
+
+
+@contextmanager
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """These modules and all in them in evaluation, without dropout, each of them afterwards in the mode it was in."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
