@@ -69,7 +69,6 @@ class Call:
         self.active = list(dict.fromkeys(name for names in enabled for name in names))  # as they are summed
         self._strengths = strengths
         self.entered: list[int] = []  # the entries whose forward runs, from the outermost
-        self.waiting: list[tuple[int, Any]] = []  # those of them, and their modules, whose forward has yet to begin
         self.left: list[tuple[int, str | None]] = []  # those whose forward ran within the one that runs
         self.gone = 0  # how many adapters had been deleted when it began
         self.readings: dict[str, Reading | None] = {}  # by stack; none: only the states say how many tokens there are
@@ -81,6 +80,7 @@ class Call:
         # whether the inputs of its steps are prepared, so that a step is told from another call; and those of the next
         self.prepares = self.prepared = False
         self.passed = 0  # of a generation: how many tokens its steps have read
+        self.behind: Any = None  # and the cache with which one began behind all located tokens
         self.is_forward = self.trains = False  # whether it is one forward, and that for training
         self.height = 0  # of the stack of what runs, below a call that is one forward
 
@@ -115,10 +115,11 @@ class Call:
 class _Running(threading.local):
     def __init__(self) -> None:  # in each thread
         self.frames: list[Surroundings | Call] = []
+        self.announced: list[tuple[Any, Any]] = []  # entries, and their modules, whose forward has yet to begin
 
 
 running = _Running()
-"""What runs in this thread, the innermost last. The list is only ever changed in place: `torch.compile`, where it has
+"""What runs in this thread, the innermost last. The lists are only ever changed in place: `torch.compile`, where it has
 to break a graph, loses what is assigned to a thread's attributes, and keeps what is done to a list."""
 
 

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from .call import running
+
 FORWARD, REPLICATE = "forward", "_replicate_for_data_parallel"
 
 
@@ -16,8 +18,6 @@ class Entrance(Protocol):
     """What a `Door` asks of `hooks.Entry`."""
 
     edits: Any
-
-    def admits(self) -> nn.Module | None: ...
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]: ...
 
@@ -43,21 +43,17 @@ class Door:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], nn.Module):  # accelerate makes it a method, where it unwraps a model
             return Door(self.entry, args[0], self.own)(*args[1:], **kwargs)
-        entry = self.entry
-        if entry.edits.removed:
-            return self._plain(self.module, args, kwargs)
-        if (announced := entry.admits()) is not None:  # by the hooks, of what may be a copy
-            return self._plain(announced, args, kwargs)
-        output = None
-        try:
-            args, kwargs = entry.before(self.module, args, kwargs)
-            entry.admits()
-            output = self._plain(self.module, args, kwargs)
-        finally:
-            entry.after(self.module, args, output)
-        return output
-
-    def _plain(self, module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        entry, module, announced = self.entry, self.module, running.announced
+        if announced and announced[-1][0] is entry:  # by the hooks, of what may be a copy
+            module = announced.pop()[1]
+        elif not entry.edits.removed:
+            output = None
+            try:
+                args, kwargs = entry.before(module, args, kwargs)
+                output = self(*args, **kwargs)
+            finally:
+                entry.after(module, args, output)
+            return output
         return type(module).forward(module, *args, **kwargs) if self.own is None else self.own(*args, **kwargs)
 
     def replicate(self) -> nn.Module:

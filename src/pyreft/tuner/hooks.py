@@ -85,49 +85,39 @@ class Entry:
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Enter a call: the one that runs, if this forward is a part of it, or a new one."""
-        given = {} if _GIVEN.isdisjoint(kwargs) else take_given(kwargs)
-        frame = self._frame()
-        named = _named(module, args, kwargs) if len(args) > 1 else kwargs
-        if isinstance(frame, Call) and self._is_part(frame):
-            call = frame
-            if given:
-                call.given |= given
-        else:
-            if (labels := named.get("labels")) is not None or (labels := self.edits.labels_around()) is not None:
-                given["labels"] = labels
-            call = self.batches.begin() if serves_requests(named) else self.edits.begin(given)
-            call.height, call.is_forward = len(running.frames), True
-            running.frames.append(call)
+        given = None if _GIVEN.isdisjoint(kwargs) else take_given(kwargs)
+        named = kwargs if len(args) < 2 else _named(module, args, kwargs)
+        frames = running.frames  # mostly the last that began is this model's, and each decoding step asks
+        call = frames[-1] if frames and frames[-1].edits is self.edits else innermost(self.edits)
+        if not isinstance(call, Call) or not self._is_part(call):
+            call = self._begin(given or {}, named)
+        elif given:
+            call.given |= given
         outermost = not call.entered
-        call.waiting.append((self.depth, module))
+        running.announced.append((self, module))
         call.entered.append(self.depth)  # from here on `after` leaves again, whatever happens
         if outermost:
             self._begin_forward(call, module)
-        if self.stack is not None and (outermost or self.stack):
+        if self.stack if not outermost else self.stack is not None:
             if call.active:
-                self._read(call, self.stack, module, args, named)
+                self._read(call, cast(str, self.stack), module, args, named)
             elif call.row_adapters is not None and call.located is None:
                 self._check_rows(call, module, args, named)
         return args, kwargs
 
-    def admits(self) -> nn.Module | None:
-        """The module whose forward begins now, if `before` has announced it, and none the next time."""
-        call = self._frame()
-        waits = isinstance(call, Call) and call.waiting and call.waiting[-1][0] == self.depth
-        return call.waiting.pop()[1] if waits else None
-
     def after(self, module: nn.Module, args: tuple, output: Any) -> None:
         """Leave a call where it was entered."""
-        call = self._frame()
+        frames, announced = running.frames, running.announced
+        call = frames[-1] if frames and frames[-1].edits is self.edits else innermost(self.edits)
         if not isinstance(call, Call) or not call.entered or call.entered[-1] != self.depth:
             return
         call.entered.pop()
-        if call.waiting and call.waiting[-1][0] == self.depth:  # its forward did not begin, or another took its place
-            call.waiting.pop()
-        call.left.append((self.depth, self.stack))
+        if announced and announced[-1][0] is self:  # its forward did not begin, or another took its place
+            announced.pop()
         if self.stack is not None and (reading := call.readings.get(self.stack)) is not None:
             self._remember(call, reading, output)
         if call.entered:
+            call.left.append((self.depth, self.stack))
             return
         call.left.clear()
         if call.is_forward:
@@ -135,18 +125,18 @@ class Entry:
             if call.trains:
                 self.edits.steps.watch(output)
             if output is not None:  # as where it raised
-                self._check_running(call)
-        else:
+                self.edits.check_running(call)
+        elif call.readings:
             call.readings.clear()
 
-    def _frame(self) -> Any:
-        """What runs of the model in this thread: mostly the last that began, without asking further."""
-        frames = running.frames
-        return frames[-1] if frames and frames[-1].edits is self.edits else innermost(self.edits) if frames else None
-
-    def _check_running(self, call: Call) -> None:
-        if self.edits.removed or len(self.edits.gone) > call.gone:
-            self.edits.check_running(call)
+    def _begin(self, given: dict[str, Any], named: dict[str, Any]) -> Call:
+        """Begin a call that is this one forward, or the requests of continuous batching."""
+        if (labels := named.get("labels")) is not None or (labels := self.edits.labels_around()) is not None:
+            given["labels"] = labels
+        call = self.batches.begin() if serves_requests(named) else self.edits.begin(given)
+        call.height, call.is_forward = len(running.frames), True
+        running.frames.append(call)
+        return call
 
     def _is_part(self, call: Call) -> bool:
         """Whether a forward belongs to the call that runs: as a part of its forward, or as its next step."""
@@ -160,7 +150,8 @@ class Entry:
         if STRENGTH in call.given:
             self.edits.check_given(call.given)
         if call.generating:
-            self._check_running(call)
+            if self.edits.removed or len(self.edits.gone) > call.gone:
+                self.edits.check_running(call)
             if self.stack != "encoder":
                 call.prepared = False
         elif call.active and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -171,9 +162,11 @@ class Entry:
 
     def _read(self, call: Call, stack: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Find what is edited in this forward."""
+        cache = cache_of(kwargs)
+        if cache is not None and cache is call.behind and cache.get_seq_length() >= cast(Located, call.located).until:
+            return
         call.readings.pop(stack, None)
-        inputs, cache = _inputs(module, args, kwargs), cache_of(kwargs)
-        counted = cache is not None and counts(cache)
+        inputs, counted = _inputs(module, args, kwargs), cache is not None and counts(cache)
         if inputs is None:
             call.readings[stack] = None  # pictures or sound came in: only the states say how many tokens they are
             return
@@ -183,6 +176,8 @@ class Entry:
         if call.generating and past >= located.until:  # an answer after the last located token: nothing to compute
             if cache is not None and not counted:
                 cache.reft_past = Past(self.edits.key, None, end, [], None)
+            elif cache is not None and call.located is not None and isinstance(cache.get_seq_length(), int):
+                call.behind = cache
             return
         call.passed = end
         reading = call.read(stack, located, inputs.shape[0], inputs.shape[1], past)
