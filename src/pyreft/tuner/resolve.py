@@ -112,16 +112,13 @@ def _add_by_rule(
         input_ids = input_ids if input_ids is None or not missing else nn.functional.pad(input_ids, (0, missing))
     prompt = prompt_tokens(tokens, labels, lengths)
     masks: dict[Positions, Tensor] = {}
-    endless: set[Positions] = set()
     for key, rule in rules.items():
         if rule is None:
             continue
         if rule not in masks:
-            if rule.endless:
-                endless.add(rule)
-            mask = tokens if rule in endless else rule.locate(prompt, input_ids)
+            mask = tokens if rule.endless else rule.locate(prompt, input_ids)
             masks[rule] = mask if packed is None else packed.together(mask)
-        located.add(key, masks[rule], endless=rule in endless)
+        located.add(key, masks[rule], endless=rule.endless)
     return prompt
 
 
