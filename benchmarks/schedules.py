@@ -1,15 +1,17 @@
 """Learning rates and schedules for LoRA of rank 1 at the last 16 tokens, on the short tasks of the study.
 
-    python benchmarks/schedules.py [--seeds 3] [--heldout]
+    python benchmarks/schedules.py [--seeds 3]
+    python benchmarks/schedules.py --heldout [--tasks emoji middle ...] [--steps 80] [--seeds 6]
 
-Scores are of the validation examples; `--heldout` scores what these chose, on the others, on all four tasks. A row is
-printed when it is there, and kept in `results/`.
+Scores are of the validation examples; `--heldout` scores on the others what these chose, and what a `Trainer` has by
+default. A row is printed when it is there, and replaces that of the same task, schedule, steps and seed in `results/`.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,6 @@ from _study.settings import FULL, Setting
 from _study.tasks import TASKS, load_task
 from _study.training import Run
 from pyreft import ReftConfig, get_reft_model
-
-STEPS = FULL.marks[-1]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Schedule:
         clip: the most that the gradient's norm may be, as the 1 of a `Trainer`; none clips nothing.
         of_b: how many times the rate of A that of B is, as in LoRA+ (arXiv 2402.12354).
         alpha: α/r, as the rank is 1.
+        dropout: on the edit.
+        steps: how many there are.
     """
 
     lr: float
@@ -44,14 +46,17 @@ class Schedule:
     clip: float | None = None
     of_b: float = 1.0
     alpha: float = 2.0
+    dropout: float = 0.0
+    steps: int = FULL.marks[-1]
 
     def factor(self, step: int) -> float:
         """What the rate is multiplied with in a step."""
-        rising = min(1.0, (step + 1) / (self.warmup * STEPS)) if self.warmup else 1.0
-        return rising * ((STEPS - step) / STEPS if self.falls else 1.0)
+        rising = min(1.0, (step + 1) / (self.warmup * self.steps)) if self.warmup else 1.0
+        return rising * ((self.steps - step) / self.steps if self.falls else 1.0)
 
 
-CHOSEN = Schedule(8e-3)
+DEFAULT = Schedule(8e-3, clip=1, dropout=0.3)  # of `pyreft train`
+COMPARED = (DEFAULT, *(replace(DEFAULT, lr=lr, falls=True) for lr in (8e-3, 1.2e-2, 1.6e-2)))
 SCHEDULES = (
     *(Schedule(lr) for lr in (3e-3, 8e-3)),
     *(Schedule(lr, falls=True) for lr in (3e-3, 5e-3, 8e-3, 1.2e-2, 2e-2)),
@@ -73,13 +78,14 @@ class Scaled(Setting):
 
     def adapt(self, model: Any) -> Any:
         kwargs = {"alpha": self.alpha}
-        config = ReftConfig(intervention="lora", positions="l16", low_rank_dimension=1, intervention_kwargs=kwargs)
+        chosen = {"positions": "l16", "low_rank_dimension": 1, "dropout": self.dropout}
+        config = ReftConfig(intervention="lora", intervention_kwargs=kwargs, **chosen)
         return get_reft_model(model, config)
 
 
 def train(task: str, schedule: Schedule, seed: int) -> Run:
     """The trained adapter of a task."""
-    setting = Scaled("located LoRA", 1, "l16", alpha=schedule.alpha)
+    setting = Scaled("located LoRA", 1, "l16", alpha=schedule.alpha, dropout=schedule.dropout)
     run = Run(setting, FULL, load_task(task).train, schedule.lr, seed)
     named = [(name, parameter) for name, parameter in run.model.named_parameters() if parameter.requires_grad]
     groups = [
@@ -91,7 +97,7 @@ def train(task: str, schedule: Schedule, seed: int) -> Run:
     run.optimizer.register_step_pre_hook(_clipping(parameters, schedule.clip))
     falling = LambdaLR(run.optimizer, schedule.factor)
     run.optimizer.register_step_post_hook(lambda *_: falling.step())
-    run.train(STEPS)
+    run.train(schedule.steps)
     return run
 
 
@@ -107,19 +113,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--heldout", action="store_true", help="score what was chosen, on held-out examples")
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["emoji", "middle"])
+    parser.add_argument("--steps", type=int, default=FULL.marks[-1])
     given = parser.parse_args()
     torch.set_num_threads(1)
     split, first = ("heldout", 0) if given.heldout else ("validation", 1000)
     path = Path(__file__).parent / "results" / f"schedules_{split}.json"
-    rows: list[dict[str, Any]] = []
-    for schedule in (CHOSEN,) if given.heldout else SCHEDULES:
-        for task in TASKS if given.heldout else ("emoji", "middle"):
-            for seed in range(first, first + given.seeds):
-                run = train(task, schedule, seed)
-                score = run.score(getattr(load_task(task), split)[: FULL.heldout])
-                rows.append({"task": task, **asdict(schedule), "seed": seed, "score": score, "seconds": run.seconds})
-                print(rows[-1], flush=True)
-                path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    schedules = [replace(one, steps=given.steps) for one in (COMPARED if given.heldout else SCHEDULES)]
+    for task, schedule, seed in itertools.product(given.tasks, schedules, range(first, first + given.seeds)):
+        run = train(task, schedule, seed)
+        score = run.score(getattr(load_task(task), split)[: FULL.heldout])
+        which = {"task": task, **asdict(schedule), "seed": seed}
+        row = {**which, "score": score, "seconds": run.seconds}
+        print(row, flush=True)
+        kept = json.loads(path.read_text())["rows"] if path.exists() else []
+        rows = [one for one in kept if any(one.get(name) != value for name, value in which.items())] + [row]
+        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

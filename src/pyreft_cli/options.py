@@ -131,6 +131,12 @@ LearningRate = Annotated[
 BatchSize = Annotated[int | None, Option(help="Examples in a batch.  [default: 8]")]
 GradientAccumulation = Annotated[int | None, Option(help="Batches in a step.  [default: 1]")]
 WarmupRatio = Annotated[float | None, Option(help="Share of the steps to warm up.  [default: 0]")]
+LrSchedulerType = Annotated[
+    str | None,
+    Option(
+        help="The rate after that: constant, linear or cosine.  [default: constant for the formula lora, else linear]"
+    ),
+]
 WeightDecay = Annotated[float | None, Option(help="Weight decay.  [default: 0]")]
 Seed = Annotated[int | None, Option(help="Seed.  [default: 42]")]
 Reach = Annotated[

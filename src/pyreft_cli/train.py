@@ -37,6 +37,7 @@ def train(
     batch_size: options.BatchSize = None,
     gradient_accumulation: options.GradientAccumulation = None,
     warmup_ratio: options.WarmupRatio = None,
+    lr_scheduler_type: options.LrSchedulerType = None,
     weight_decay: options.WeightDecay = None,
     max_length: options.MaxLength = None,
     long_rows: options.LongRows = None,

@@ -62,6 +62,7 @@ def tune(
     batch_size: options.BatchSize = None,
     gradient_accumulation: options.GradientAccumulation = None,
     warmup_ratio: options.WarmupRatio = None,
+    lr_scheduler_type: options.LrSchedulerType = None,
     weight_decay: options.WeightDecay = None,
     limit: options.Limit = None,
     max_length: options.MaxLength = None,

@@ -3,7 +3,9 @@
 import csv
 import errno
 import json
+import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -65,6 +67,28 @@ def test_what_a_job_leaves(data, tmp_path):
     adapted, _ = load_adapted(out)
     ids = torch.tensor([[2, 50, 60, 70]])
     assert torch.equal(adapted(ids).logits, job.model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "shares"),
+    [
+        ({"intervention": "lora"}, [1, 1, 1, 1, 1, 1]),
+        ({"intervention": "lora", "warmup_ratio": 0.5}, [0, 1 / 3, 2 / 3, 1, 1, 1]),
+        ({"intervention": "lora", "lr_scheduler_type": "linear"}, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ({}, [1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6]),
+        ({"lr_scheduler_type": "cosine"}, [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]),
+    ],
+)
+def test_the_rate_stays_for_lora_and_falls_for_others(data, tmp_path, changes, shares):
+    job = prepared(data, tmp_path, **changes)
+    job.train()
+    history = json.loads((Path(job.last_checkpoint()) / "trainer_state.json").read_text())["log_history"]
+    assert [entry["learning_rate"] for entry in history if "loss" in entry] == pytest.approx([0.01 * s for s in shares])
+
+
+def test_a_schedule_that_is_not_known(data, tmp_path):
+    with pytest.raises(pyreft.ReftError, match=r"expected constant, linear, cosine, got 'constnat'\..*'constant'"):
+        prepared(data, tmp_path, lr_scheduler_type="constnat")
 
 
 @pytest.mark.parametrize("component", [None, "query_output,mlp_output", ["query_output", "mlp_output"]])
@@ -173,6 +197,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(data, tmp_path):
         ({"format": "text"}, "was made with prompt_format = 'chat', now it is 'text'"),
         ({"lr": 0.02}, r"resume: .*was made with lr = 0\.01, now it is 0\.02; a training goes on with the settings it"),
         ({"warmup_ratio": 0.1}, r"was made with warmup_ratio = 0\.0, now it is 0\.1"),
+        ({"lr_scheduler_type": "cosine"}, "was made with lr_scheduler_type = 'linear', now it is 'cosine'"),
         ({"seed": 7}, "was made with seed = 42, now it is 7"),
         ({"batch_size": 2}, "was made with batch_size = 5, now it is 2"),
         ({"weight_decay": 0.1}, r"was made with weight_decay = 0\.0, now it is 0\.1"),

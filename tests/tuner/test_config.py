@@ -2,6 +2,15 @@ import json
 
 import pytest
 import torch
+from peft import get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
 import pyreft
 from conftest import tiny_llama
@@ -17,15 +26,56 @@ def test_what_is_edited_if_nothing_is_said():
         return config.intervention, config.low_rank_dimension, config.component, config.positions, config.dropout
 
     v_o = ["value_output", "attention_output"]
-    assert said() == ("lora", 1, v_o, "l16", 0.3)
+    assert said() == ("lora", 1, v_o, None, 0.3)
     assert said(layers=[1], positions="l4") == ("lora", 1, v_o, "l4", 0.3)
-    assert said(dropout=0.0) == ("lora", 1, v_o, "l16", 0.0)
-    assert said(intervention="lora", low_rank_dimension=3) == ("lora", 3, v_o, "l16", 0.0)
-    assert said(intervention="loreft") == ("loreft", 8, "block_output", "l16", 0.0)
-    assert said(component="mlp_output") == ("loreft", 8, "mlp_output", "l16", 0.0)
-    assert said(low_rank_dimension=4) == ("loreft", 4, "block_output", "l16", 0.0)
+    assert said(dropout=0.0) == ("lora", 1, v_o, None, 0.0)
+    assert said(intervention="lora", low_rank_dimension=3) == ("lora", 3, v_o, None, 0.0)
+    assert said(intervention="loreft") == ("loreft", 8, "block_output", None, 0.0)
+    assert said(component="mlp_output") == ("loreft", 8, "mlp_output", None, 0.0)
+    assert said(low_rank_dimension=4) == ("loreft", 4, "block_output", None, 0.0)
     assert said(representations={"layer": 1})[4] == 0.0
     assert said(intervention="red")[1:3] == (None, "block_output")
+
+
+def test_rules_that_are_not_said_are_filled_in_by_the_model(tmp_path):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = BertConfig(vocab_size=60, pad_token_id=0, **sizes)
+    for model, rule in [
+        (tiny_llama(), "l16"),
+        (tiny_llama().model, "all"),
+        (LlamaForSequenceClassification(LlamaConfig(vocab_size=60, **sizes)), "all"),
+        (BertForSequenceClassification(shape), "all"),
+        (BertForTokenClassification(shape), "all"),
+    ]:
+        config = pyreft.ReftConfig()
+        adapted = get_peft_model(model, config)
+        assert config.positions == rule
+        adapted.save_pretrained(tmp_path / "adapter")
+        assert pyreft.ReftConfig.from_pretrained(tmp_path / "adapter").positions == rule
+
+    config = pyreft.ReftConfig(positions="l16")
+    get_peft_model(BertModel(shape), config)
+    assert config.positions == "l16"
+    config = pyreft.ReftConfig(representations={"layer": 1})
+    get_peft_model(BertModel(shape), config)
+    assert config.positions is None
+    assert config.expand(2)[0].rule() is None
+    config = pyreft.ReftConfig(layers=[7])
+    with pytest.raises(pyreft.ReftError):
+        get_peft_model(BertModel(shape), config)
+    assert config.positions is None
+
+
+def test_by_default_every_token_of_a_classifiers_row_is_edited():
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=60, pad_token_id=0, **sizes)).eval()
+    ids = torch.randint(1, 60, (2, 24))
+    before = model(input_ids=ids).last_hidden_state
+    config = pyreft.ReftConfig(layers=[1], component="block_output", low_rank_dimension=2)
+    adapted = get_peft_model(model, config).eval()
+    after = adapted(input_ids=ids).last_hidden_state
+    assert bool((after != before).any(-1).all())
 
 
 def test_a_file_that_says_nothing_of_dropout_has_none():

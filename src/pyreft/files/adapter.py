@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..errors import ReftError, check_type, did_you_mean
-from ..places.structure import PREFIX
+from ..places.structure import PREFIX, generates
 from ..tuner.config import ReftConfig, ReftPeftType
 from ..tuner.injection import detach, representations_of, site_of
 from ..tuner.values import check_values
@@ -81,7 +81,7 @@ def model_card(config: ReftConfig, model: Any) -> str:
         front["base_model"] = base
     places = config.expand((config.base_model_shape or {}).get("num_hidden_layers", 0))
     found = {f"{place.intervention} at the tokens {place.positions or 'that each call names'}" for place in places}
-    answers = hasattr(model, "can_generate") and model.can_generate()
+    answers = generates(model)
     return _CARD.format(
         header="\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items()),
         base=own or base or "BASE_MODEL",

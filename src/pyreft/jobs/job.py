@@ -168,7 +168,7 @@ class PreparedJob:
             self.reach = self._make_reach(self.model)
         if self.checkpoint:
             check_same(self.checkpoint, self.config)
-            check_same_training(self.checkpoint, self.rows, job.schedule, self._base)
+            check_same_training(self.checkpoint, self.rows, job.settled, self._base)
             check_unfinished(self.checkpoint, self.output, math.ceil(self.steps()))
 
     def _make_reach(self, model: ReftModel) -> Reach:
@@ -202,7 +202,7 @@ class PreparedJob:
             compute_metrics=self.compute_metrics,
             callbacks=[EarlyStoppingCallback(self.job.early_stopping)] if self.job.early_stopping else None,
         )
-        trainer.settings, trainer.base = self.job.schedule, self._base
+        trainer.settings, trainer.base = self.job.settled, self._base
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ReachPrinter)
         for callback in self.callbacks:
@@ -258,6 +258,8 @@ class PreparedJob:
             per_device_eval_batch_size=job.batch_size,
             gradient_accumulation_steps=job.gradient_accumulation,
             warmup_steps=round(job.warmup_ratio * steps),
+            # what transformers calls constant does not warm up
+            lr_scheduler_type="constant_with_warmup" if job.scheduler == "constant" else job.scheduler,
             weight_decay=job.weight_decay,
             seed=job.seed,
             logging_steps=1,

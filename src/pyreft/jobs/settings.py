@@ -21,7 +21,8 @@ from ..tuner.representation import default_dropout, default_intervention
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
 LORA = "lora"
 REFT_ALONE = ("layers", "positions", "component", "intervention", "share_weights")
-_SCHEDULE = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dtype")
+_SETTLED = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dtype")
+SCHEDULERS = ("constant", "linear", "cosine")  # of those of transformers
 _POSITIVE = (
     *("epochs", "lr", "batch_size", "gradient_accumulation"),
     *("save_steps", "alpha", "limit", "early_stopping"),
@@ -54,6 +55,9 @@ class TrainingJob:
             model.
         epochs, lr, batch_size, gradient_accumulation, warmup_ratio, weight_decay, seed: of the training; for the
             learning rate, if it is not given, see `jobs.methods.learning_rate`.
+        lr_scheduler_type: whether the rate, once it is warm, stays, `constant`, or falls to 0, `linear` or `cosine`;
+            by default it stays for the formula `lora`, which learns more so (`benchmarks/schedules.py`), and falls in a
+            line for others.
         max_length: the most tokens of a row, the model's context if not given.
         long_rows: what becomes of rows with more: `refuse`, `cut` their prompts from the left, or `skip` them.
         format: how prompts are written: `text`, `chat` or `alpaca`; by default as the data and tokenizer suggest.
@@ -99,6 +103,7 @@ class TrainingJob:
     batch_size: int = 8
     gradient_accumulation: int = 1
     warmup_ratio: float = 0.0
+    lr_scheduler_type: str | None = None
     weight_decay: float = 0.0
     seed: int = 42
     max_length: int | None = None
@@ -141,9 +146,15 @@ class TrainingJob:
         return Reading(**{f.name: getattr(self, f.name) for f in fields(Reading)})
 
     @property
-    def schedule(self) -> dict[str, Any]:
+    def scheduler(self) -> str:
+        """How the learning rate goes on once it is warm."""
+        return self.lr_scheduler_type or ("constant" if self.formula == "lora" else "linear")
+
+    @property
+    def settled(self) -> dict[str, Any]:
         """The settings that a training cannot change on its way; that it has more epochs than at first, it can."""
-        return {name: getattr(self, name) for name in _SCHEDULE} | {"dropout": self.edit_dropout}
+        known = {name: getattr(self, name) for name in _SETTLED}
+        return known | {"dropout": self.edit_dropout, "lr_scheduler_type": self.scheduler}
 
     @classmethod
     def from_settings(
@@ -205,10 +216,9 @@ def check_settings(job: TrainingJob) -> None:
     for name in ("dropout", "warmup_ratio", "validation_split"):
         if (value := getattr(job, name)) is not None and not 0 <= value < 1:
             raise ReftError(f"expected a share from 0 to below 1, got {value}.", setting=name)
-    if job.method is not None and job.method not in METHODS:
-        raise ReftError(
-            f"expected {', '.join(METHODS)}, got {job.method!r}.{did_you_mean(job.method, METHODS)}", setting="method"
-        )
+    for name, known in (("method", METHODS), ("lr_scheduler_type", SCHEDULERS)):
+        if (value := getattr(job, name)) is not None and value not in known:
+            raise ReftError(f"expected {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}", setting=name)
     for name in ("task", "data_dir", "decoding"):
         if job.suite is None and getattr(job, name) is not None:
             raise ReftError(

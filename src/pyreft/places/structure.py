@@ -25,6 +25,11 @@ def without_adapters(model: nn.Module) -> nn.Module:
     return model
 
 
+def generates(model: Any) -> bool:
+    """Whether a model can write text: a language model, and no classifier, encoder or backbone."""
+    return hasattr(model, "can_generate") and model.can_generate()
+
+
 def has_stacks(model: nn.Module) -> bool:
     """Whether a model has an encoder and a decoder, each with tokens of its own."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))

@@ -81,7 +81,9 @@ class ReftConfig(PeftConfig):
             several edits each of them, with parameters of its own. If
             nothing is said, `value_output` and `attention_output` for `"lora"`, `block_output` for other formulas.
         positions: `f<n>`, `l<n>`, `f<n>+l<m>`, `prompt` or `all`, or a function (see
-            `pyreft.positions.register_rule`); `l16` if nothing is said here and there are no representations.
+            `pyreft.positions.register_rule`). If nothing is said here and there are no representations, it is filled
+            in by the model: `l16` for one that generates, `all` for others, such as classifiers and encoders, which
+            may read any token.
         intervention: a name in `pyreft.interventions.INTERVENTIONS` such as `"loreft"`, or a class. If nothing is
             said, `"lora"`; beside a component, representations or a rank, which are in the original's manner,
             `"loreft"`.
@@ -189,7 +191,6 @@ class ReftConfig(PeftConfig):
         else:
             self.low_rank_dimension = self._rank_of(cls)
             self.component = self.component or default_component(cls)
-            self.positions = DEFAULT_POSITIONS if self.positions is None else self.positions
             if init_weights is not None:
                 self.intervention_kwargs = beginning(cls, self.intervention_kwargs, init_weights)
         self.intervention = short_name(cls)
@@ -245,8 +246,8 @@ class ReftConfig(PeftConfig):
         takes = others or "low_rank_dimension" in names
         return default_rank(cls) if self.low_rank_dimension is None and takes else self.low_rank_dimension
 
-    def expand(self, number_of_layers: int | None) -> list[Representation]:
-        """The edited places one by one, for a model of so many layers.
+    def expand(self, number_of_layers: int | None, positions: str = DEFAULT_POSITIONS) -> list[Representation]:
+        """The edited places one by one, for a model of so many layers; `positions` are those of a config without.
 
         The order is that of the interventions in every call and file: by layer, of a layer by component; modules that
         are given by their paths come first, once each, unless their layers are named. A prefix and a suffix with
@@ -254,19 +255,19 @@ class ReftConfig(PeftConfig):
         """
         if self.representations is not None:
             return self.representations
+        positions = self.positions or positions
         names = read_components(self.component)
         if self.layers == "all":  # a path names its own
             places: list[tuple[int | None, str]] = [(None, name) for name in names if is_path(name)]
             places += [(n, name) for n in range(number_of_layers or 0) for name in names if not is_path(name)]
         else:
             places = [(layer, name) for layer in self.layers for name in names]
-        rule = Positions.parse(self.positions or DEFAULT_POSITIONS)
-        sides = [None] if self.share_weights else [part.side for part in rule.sides()]
+        sides = [None] if self.share_weights else [part.side for part in Positions.parse(positions).sides()]
         return [
             Representation(
                 component=component,
                 layer=layer,
-                positions=self.positions,
+                positions=positions,
                 side=side,
                 intervention=self.intervention,
                 **{name: getattr(self, name) for name in (*SETTINGS, "intervention_kwargs")},

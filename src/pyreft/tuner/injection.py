@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ..errors import ReftError
 from ..interventions import Intervention
 from ..places.components import Site, find_site, number_of_layers
-from ..places.structure import has_stacks, hidden_width, stack_module
+from ..places.structure import generates, has_stacks, hidden_width, stack_module
 from . import hooks
 from .adapted import edits_of
-from .config import ReftConfig, shape_differences
+from .config import DEFAULT_POSITIONS, ReftConfig, shape_differences
 from .continuous import Batches
 from .overrides import METHODS, Methods
 from .registry import Edits
@@ -24,8 +24,8 @@ SitesByPath = dict[str, list[tuple[Site, int, Intervention]]]
 def make_interventions(model: nn.Module, config: ReftConfig) -> tuple[list[Representation], list[Site], SitesByPath]:
     """Check a config against a model and make its interventions.
 
-    The config notes whose they are: its modules become names, and it gets the shape of the model. Nothing is changed if
-    anything does not fit.
+    The config notes whose they are: its modules become names, and it gets the shape of the model and the rule that goes
+    with it. Nothing is changed if anything does not fit.
     """
     shape = base_model_shape(model)
     if config.base_model_shape is not None and (other := shape_differences(config.base_model_shape, shape)):
@@ -38,12 +38,21 @@ def make_interventions(model: nn.Module, config: ReftConfig) -> tuple[list[Repre
     for entry in representations:
         entry.settle()
     config.base_model_shape = shape
+    if config.representations is None:
+        config.positions = config.positions or _default_positions(model)
     return representations, sites, by_path
 
 
 def representations_of(config: ReftConfig, model: nn.Module) -> list[Representation]:
     """The edited places of a config in a model, one by one."""
-    return config.expand(number_of_layers(model, config.component) if config.representations is None else 0)
+    if config.representations is not None:
+        return config.representations
+    return config.expand(number_of_layers(model, config.component), _default_positions(model))
+
+
+def _default_positions(model: nn.Module) -> str:
+    """All tokens for a model that does not generate: the head of a classifier may read any of them."""
+    return DEFAULT_POSITIONS if generates(model) else "all"
 
 
 def site_of(entry: Representation, model: nn.Module) -> Site:

@@ -13,6 +13,7 @@ from typing import Any
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..errors import ReftError, did_you_mean
+from ..places.structure import generates
 from ..positions import Positions
 from .call import STRENGTH, Call, Surroundings, running, within
 from .deletion import delete_edits
@@ -55,7 +56,7 @@ class Edits:
         self.kinds: dict[str, Any] = {}  # of each adapter: equal for those whose edits can be stacked, none otherwise
         self.told_of_labels = self.told_of_short = False  # that labels do not say where prompts end; see `short`
         self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
-        self.causal = hasattr(model, "can_generate") and model.can_generate()
+        self.causal = generates(model)
         self.removed = False
         self.gone: list[str] = []  # the names of adapters that were deleted
         self.wrapped = False  # whether a PEFT model holds the edits; if not, the model itself does

@@ -80,7 +80,7 @@ class Workplace:
     def fingerprint(self) -> dict[str, Any]:
         """What must be the same when the study goes on."""
         job = self.asked.job
-        kept = {name: getattr(job, name) for name in self.asked.kept} | job.schedule
+        kept = {name: getattr(job, name) for name in self.asked.kept} | job.settled
         settings = kept | {"score": self.asked.score, **self.space.to_dict()}
         return self.shared.fingerprint() | {"settings": settings}
 
