@@ -28,6 +28,7 @@ from .config import ReftConfig
 from .in_part import in_part
 from .injection import check_free, check_name, detach, leave_inference, make_interventions, watched
 from .layer import ReftLayer, device_of, refuse_merge, type_of
+from .row_heads import attend
 from .values import check_values
 
 _COMPILED = "_orig_mod."  # before the paths in a model that `torch.compile` has wrapped
@@ -226,6 +227,7 @@ class ReftTuner(BaseTuner):
             if not names:
                 raise ReftError("expected one name for each row, got none.", setting="adapter_names")
             self.edits.check_names(names, "adapter_names")
+            attend(self.edits, self._heads())
             around.append(Surroundings(self.edits, row_adapters=list(names)))
         with within(*around):  # in any case: a call that is interrupted leaves nothing running
             yield
