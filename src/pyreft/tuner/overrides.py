@@ -1,4 +1,4 @@
-"""What an adapted model does itself in place of transformers' methods of these names: `generate`, and three more."""
+"""What an adapted model does itself in place of transformers' methods of these names: `generate`, and four more."""
 
 import inspect
 import warnings
@@ -10,14 +10,17 @@ from torch import Tensor
 
 from .caches import cache_of, is_empty
 from .call import Call, innermost, within
-from .continuous import Batches
+from .continuous import Batches, check_requests
 from .hooks import Preparing, take_given
 from .located import take
 from .registry import Edits
 from .resolve import resolve
 
 _BY_TOKEN = ("inputs", "input_ids", "inputs_embeds", "attention_mask")  # of any type and width
-METHODS = ("generate", "prepare_inputs_for_generation", "delete_adapter", "init_continuous_batching")
+METHODS = (
+    *("generate", "prepare_inputs_for_generation", "delete_adapter"),
+    *("init_continuous_batching", "generate_batch"),
+)
 
 
 class Methods:
@@ -41,6 +44,11 @@ class Methods:
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """See `Batches`."""
         return self.batches.init_continuous_batching(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's, which would drop what its requests cannot be given."""
+        check_requests(kwargs)
+        return type(self.model).generate_batch(self.model, *args, **kwargs)
 
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """As the model's, which takes our layers for parameters and passes them over."""
