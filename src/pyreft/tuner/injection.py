@@ -75,9 +75,17 @@ def site_of(entry: Representation, model: nn.Module) -> Site:
     """Where in a model a representation edits.
 
     Raises:
-        ReftError: there is no such place, or nothing to read where the intervention reads.
+        ReftError: there is no such place, or nothing to read where the intervention reads; or no forward passes there.
     """
-    return find_site(model, entry.component, entry.layer, entry.head, linear=entry.reads_input)
+    site = find_site(model, entry.component, entry.layer, entry.head, linear=entry.reads_input)
+    parent = site.path.rpartition(".")[0]
+    if isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+        raise ReftError(
+            f"PyTorch's MultiheadAttention reads the weights of {site.path!r} and never calls it, so nothing would be "
+            f"edited; the attention as a whole can be, as {parent}.output.",
+            setting="component",
+        )
+    return site
 
 
 def check_name(adapter_name: str) -> None:
