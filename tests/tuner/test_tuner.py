@@ -297,6 +297,18 @@ def test_two_adapters_in_one_model(model, tmp_path):
     assert torch.equal(both(ids).logits, alone["second"])
 
 
+@pytest.mark.parametrize("names", ["typo", ["default", "typo"]])
+def test_switching_to_an_adapter_that_is_not_there(model, prompts, names):
+    """With which the base model would answer."""
+    adapted, ids = adapt(model), torch.tensor([prompts[0]])
+    expected = adapted(ids).logits
+    with pytest.raises(
+        pyreft.ReftError, match=r"adapter_name: expected adapters of this model \(default\), got 'typo'"
+    ):
+        adapted.base_model.set_adapter(names)
+    assert torch.equal(adapted(ids).logits, expected)
+
+
 def test_training_one_step_changes_the_edits_alone(model):
     before = copy.deepcopy(model.state_dict())
     adapted = peft.get_peft_model(

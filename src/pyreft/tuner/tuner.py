@@ -168,7 +168,14 @@ class ReftTuner(BaseTuner):
         return [m for path, m in found if isinstance(m, AuxiliaryTrainingWrapper) and path.endswith(names)]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, or several.
+
+        Raises:
+            ReftError: no such adapter, with which the base model would answer.
+        """
         self.check_attached()
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self.edits.check_names(names, "adapter_name", base=False)
         for module in (*self._heads(), *reft_layers(self.model)):  # heads refuse several at once
             set_adapter(module, adapter_name, inference_mode, ReftLayer)
         self.active_adapter = adapter_name
