@@ -29,7 +29,7 @@ from .in_part import in_part
 from .injection import check_free, check_name, detach, leave_inference, make_interventions, watched
 from .layer import ReftLayer, device_of, refuse_merge, type_of
 from .row_heads import attend
-from .values import check_values
+from .values import check_unchanged, check_values
 
 _COMPILED = "_orig_mod."  # before the paths in a model that `torch.compile` has wrapped
 
@@ -110,6 +110,7 @@ class ReftTuner(BaseTuner):
         classes = [intervention_class(entry.intervention) for entry in representations]
         stackable = all(getattr(cls, "stackable", False) and not speaks_pyvene(cls) for cls in classes)
         self.edits.kinds[adapter_name] = representations if stackable else None
+        self.edits.made[adapter_name] = config.edits()
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         leave_inference(model)
 
@@ -245,6 +246,8 @@ class ReftTuner(BaseTuner):
             tuner.check_attached()
         found = super()._get_adapter_state_dict(model, *args, **kwargs)
         name, others = kwargs["adapter_name"], kwargs["unwanted_adapter_names"]
+        if tuner is not None and name in tuner.edits.made:
+            check_unchanged(name, tuner.edits.made[name], tuner.peft_config[name].edits())
         own = re.compile(rf"\.{cls.prefix}(input|output)\.{re.escape(name)}\.")
         found = {key: value for key, value in found.items() if own.search(key)}  # not that of a LoRA beneath
         # PEFT takes some for those of another adapter whose name is a part of their path, as "1" is of layer 1's
