@@ -27,16 +27,9 @@ from .places.structure import without_adapters
 from .positions import Positions
 from .tuner.call import Surroundings, within
 from .tuner.config import ReftConfig
-from .tuner.injection import detach
+from .tuner.injection import detach, task_heads
 from .tuner.registry import Edits, check_strength
 from .tuner.tuner import tuner_of
-
-# by task, how PEFT knows the modules that turn states into classes
-_CLASSIFIERS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
@@ -256,8 +249,7 @@ def get_reft_model(
 
 def _with_classifier(model: nn.Module, config: ReftConfig) -> ReftConfig:
     """The config of a classifier's adapter, with which the classifier is trained and saved, as of any PEFT method."""
-    heads = _CLASSIFIERS.get(str(getattr(config.task_type, "value", config.task_type)), ())
-    there = [name for name in heads if isinstance(getattr(model, name, None), nn.Module)]
+    there = [name for name in task_heads(config) if isinstance(getattr(model, name, None), nn.Module)]
     if there:
         config.modules_to_save = list(dict.fromkeys((*(config.modules_to_save or ()), *there)))
     return config

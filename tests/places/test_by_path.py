@@ -164,3 +164,14 @@ def test_a_width_that_nothing_tells():
     net = nn.Sequential(Weighted())
     with pytest.raises(pyreft.ReftError, match=r"The width of the states at '0' is neither .* Edit a linear layer"):
         peft.get_peft_model(net, config("0.output"))
+
+
+def test_a_module_that_is_never_called_is_refused():
+    """Only its weights are read, and an edit there would be none."""
+    base = encoder()
+    for place in ("0.self_attn.out_proj.output", "0.self_attn.out_proj.input"):
+        with pytest.raises(pyreft.ReftError, match=r"reads the weights of '0\.self_attn\.out_proj' and never calls it"):
+            peft.get_peft_model(base, pyreft.ReftConfig(representations={"component": place, "positions": "all"}))
+    plain = base.eval()(X)
+    config = pyreft.ReftConfig(representations={"component": "0.self_attn.output", "positions": "all"})
+    assert not torch.allclose(shaken(peft.get_peft_model(base, config)).eval()(X), plain, atol=1e-3)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig, MaxLengthCriteria, StoppingCriteriaList
 
 import pyreft
 from conftest import CACHE, shaken, tiny_llama
@@ -37,6 +37,33 @@ def test_generate_infers_the_padding(positions, side):
     found = adapted.generate(ids, **GREEDY)
     expected = adapted.generate(ids, attention_mask=ids.ne(0).long(), **GREEDY)
     torch.testing.assert_close(logits(found), logits(expected), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generate_infers_the_padding_that_the_models_config_names(side):
+    """Of a generation config that leaves a field open, transformers takes it from the model's."""
+    adapted = adapt("f1+l1")
+    ids = LEFT if side == "left" else RIGHT
+    for own, default in (({}, {}), ({"pad_token_id": 0}, {"pad_token_id": 5}), ({}, {"eos_token_id": 0})):
+        vars(adapted.generation_config).update({"pad_token_id": 0, "eos_token_id": None, **default})
+        mask = None if default.get("eos_token_id") == 0 else ids.ne(0).long()  # padding may then be the end of a text
+        config = GenerationConfig(**GREEDY, **own)
+        found, expected = (
+            adapted.generate(ids, generation_config=config),
+            adapted.generate(ids, attention_mask=mask, **GREEDY),
+        )
+        torch.testing.assert_close(logits(found), logits(expected), atol=0, rtol=0)
+
+
+def test_what_generate_is_given_by_its_place():
+    adapted = adapt()
+    config, few = GenerationConfig(**GREEDY), StoppingCriteriaList([MaxLengthCriteria(9)])
+    expected = adapted.generate(input_ids=RIGHT, attention_mask=RIGHT_MASK, **GREEDY)
+    for model in (adapted, adapted.get_base_model()):
+        found = model.generate(RIGHT, config, None, few, attention_mask=RIGHT_MASK)
+        torch.testing.assert_close(logits(found), logits(expected)[:2], atol=0, rtol=0)
+        with pytest.raises(TypeError, match="multiple values for argument 'inputs'"):
+            model.generate(RIGHT, inputs=LEFT)
 
 
 def test_a_mask_and_labels_by_their_places():

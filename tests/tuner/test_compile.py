@@ -147,6 +147,44 @@ def test_packed_rows_break_the_graph_and_are_right():
         torch.testing.assert_close(found, model(**inputs).logits, atol=1e-5, rtol=1e-4)
 
 
+class Logits(torch.nn.Module):
+    """A model as those who write graphs down wrap it, with tensors for arguments and result."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rule", ["l2", "f1+l2", "all"])
+def test_what_is_exported_edits_each_prompt_at_its_own_tokens(prompts, rule):
+    config = pyreft.ReftConfig(positions=rule, low_rank_dimension=4, intervention="loreft")
+    model = shaken(pyreft.get_reft_model(tiny_llama(), config)).eval()
+    ids, mask = pad(prompts, "left")
+    tokens = torch.export.Dim("tokens", min=3, max=64)
+    shapes = {"input_ids": {1: tokens}, "attention_mask": {1: tokens}, "use_cache": None}
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    exported = torch.export.export(model.get_base_model(), (), given, dynamic_shapes=shapes, strict=False).module()
+    for ids, mask in (pad(prompts[::-1], "right"), pad([prompt[:5] for prompt in prompts], "left")):
+        found = exported(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        torch.testing.assert_close(found, model(ids, attention_mask=mask).logits, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("rule", ["l2", "f1+l2", "all"])
+def test_what_is_traced_edits_each_prompt_at_its_own_tokens(prompts, rule):
+    config = pyreft.ReftConfig(positions=rule, low_rank_dimension=4, intervention="loreft")
+    model = shaken(pyreft.get_reft_model(tiny_llama(), config)).eval()
+    traced = torch.jit.trace(Logits(model), pad(prompts, "left"), check_trace=False)
+    for ids, mask in (pad(prompts[::-1], "right"), pad(prompts[:1], "right"), pad(prompts[1:], "left")):
+        found = traced(ids, mask)
+        torch.testing.assert_close(found, model(ids, attention_mask=mask).logits, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.slow  # the C++ compiler
 def test_with_the_default_compiler(prompts):
     model = shaken(

@@ -107,3 +107,19 @@ def test_a_manager_from_before_the_adapter_is_refused(many):
         model.generate_batch(inputs=many, continuous_batching_config=config, **settings)
     base.destroy_cached_continuous_batching_manager()
     assert config.allow_block_sharing
+
+
+GIVEN = {"adapter_names": ["b"], "strength": 0.5, "prompt_lengths": [3], "intervention_locations": [[[0]]]}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_what_no_request_can_be_given_is_refused(many, name):
+    """Transformers drops what `generate_batch` does not know, and `generate` with a paged cache comes to the same."""
+    config = pyreft.ReftConfig(positions="l1", layers=[1], low_rank_dimension=4, intervention="loreft")
+    model = pyreft.get_reft_model(tiny_llama(), config)
+    model.add_adapter("b", config)
+    settings = {"generation_config": GenerationConfig(**GREEDY, eos_token_id=-1, pad_token_id=0), name: GIVEN[name]}
+    with pytest.raises(pyreft.ReftError, match=f"^{name}: continuous batching takes it for no request"):
+        model.generate_batch(inputs=many[:1], warmup=False, **settings)
+    with pytest.raises(pyreft.ReftError, match=f"^{name}: continuous batching takes it for no request"):
+        model.generate(torch.tensor(many[:1]), cache_implementation="paged", **settings)

@@ -43,6 +43,18 @@ def test_the_edits_are_those_of_a_wrapped_model(model, ids):
     assert torch.equal(wrapped.generate(input_ids=ids, **GREEDY), model.generate(input_ids=ids, **GREEDY))
 
 
+@pytest.mark.parametrize("names", [["lm_heads"], ["lm_head", "scores"], ["classifier"]])
+def test_a_module_to_train_that_is_not_there_is_refused(names):
+    """PEFT passes over its name, and nothing would be trained beside the edits."""
+    base, adapted = tiny_llama(), pyreft.get_reft_model(tiny_llama(), config())
+    makes = (pyreft.get_reft_model, peft.get_peft_model, lambda base, config: adapted.add_adapter("b", config))
+    for make in makes:
+        with pytest.raises(pyreft.errors.ReftError, match=f"modules_to_save: .* which has no '{names[-1]}'"):
+            make(base, config(modules_to_save=names))
+    assert list(adapted.peft_config) == ["default"]
+    assert not any("reft_" in name for name, _ in base.named_modules())
+
+
 def test_its_tensors_go_into_another_one(model, ids):
     state = peft.get_peft_model_state_dict(model)
     assert {name.split(".reft_output")[0] for name in state} == {"model.layers.1", "model.layers.3"}

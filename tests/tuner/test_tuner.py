@@ -297,6 +297,32 @@ def test_two_adapters_in_one_model(model, tmp_path):
     assert torch.equal(both(ids).logits, alone["second"])
 
 
+@pytest.mark.parametrize("names", ["typo", ["default", "typo"]])
+def test_switching_to_an_adapter_that_is_not_there(model, prompts, names):
+    """With which the base model would answer."""
+    adapted, ids = adapt(model), torch.tensor([prompts[0]])
+    expected = adapted(ids).logits
+    with pytest.raises(
+        pyreft.ReftError, match=r"adapter_name: expected adapters of this model \(default\), got 'typo'"
+    ):
+        adapted.base_model.set_adapter(names)
+    assert torch.equal(adapted(ids).logits, expected)
+
+
+@pytest.mark.parametrize(("field", "value"), [("positions", "all"), ("layers", [0]), ("act_fn", "relu")])
+@pytest.mark.parametrize("make", [peft.get_peft_model, pyreft.get_reft_model])
+def test_a_config_that_is_changed_behind_its_edits_is_not_saved(model, tmp_path, make, field, value):
+    """The edits stay as they were made, and the files would say otherwise."""
+    adapted = make(model, pyreft.ReftConfig(layers=[1], positions="l2", intervention="loreft"))
+    config = adapted.peft_config["default"]
+    before = getattr(config, field)
+    setattr(config, field, value)
+    with pytest.raises(pyreft.ReftError, match=rf"^{field}: the edits of 'default' were made with .* was then changed"):
+        adapted.save_pretrained(str(tmp_path / "adapter"))
+    setattr(config, field, before)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+
+
 def test_training_one_step_changes_the_edits_alone(model):
     before = copy.deepcopy(model.state_dict())
     adapted = peft.get_peft_model(

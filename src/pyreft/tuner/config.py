@@ -314,6 +314,10 @@ class ReftConfig(PeftConfig):
         entries = [entry.to_dict() for entry in self.representations] if listed else None
         return data | {"peft_type": ReftPeftType.REFT.value, "representations": entries}
 
+    def edits(self) -> dict[str, Any]:
+        """What the config says of its edits, as plain data: what a model reads once, when they are made."""
+        return {name: value for name, value in self.to_dict().items() if name in (*_SAID_BY_EACH, "representations")}
+
 
 def _refusing_other_names(make: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(make)

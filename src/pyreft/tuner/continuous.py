@@ -8,13 +8,14 @@ import copy
 import functools
 import inspect
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ReftError
-from .call import Call
+from .call import GIVEN, Call, innermost
 from .located import Located
 from .registry import Edits
 from .resolve import resolve
@@ -46,6 +47,10 @@ class Batches:
         Keys and values of an edited prompt are those of its adapters: no request takes them from another. Which tokens
         are edited changes from step to step: no step is replayed as a CUDA graph.
         """
+        outer = innermost(self.edits)  # `generate` with the cache that is called paged
+        check_requests(
+            [*getattr(outer, "given", ()), *(["adapter_names"] if getattr(outer, "row_adapters", None) else [])]
+        )
         plain = functools.partial(type(self._model).init_continuous_batching, self._model)
         call = inspect.signature(plain).bind(*args, **kwargs)
         generation = call.arguments.get("generation_config") or self._model.generation_config
@@ -109,6 +114,21 @@ class Batches:
         io = manager.batch_processor.inputs_and_outputs
         pairs = getattr(io, "io_pairs", None)  # two, where the next row is prepared while one is computed
         return (io if pairs is None else pairs[io.current_pair].host_io).requests_in_batch
+
+
+def check_requests(given: Iterable[str]) -> None:
+    """Refuse what rows and calls may be given, and the requests of continuous batching, which go their own ways, not.
+
+    Raises:
+        ReftError: one of these names is among those given, and transformers would drop it.
+    """
+    for name in given:
+        if name in (*GIVEN, "adapter_names"):
+            raise ReftError(
+                "continuous batching takes it for no request: all have the adapters, and their strengths, that the "
+                "model has when it begins (set_adapter, set_strength). Or use generate with another cache.",
+                setting=name,
+            )
 
 
 def _in_a_prompt(bounds: Tensor, positions: Tensor, lengths: list[int]) -> bool:

@@ -40,6 +40,10 @@ class Door:
     def __wrapped__(self) -> Any:  # what takes the same arguments, for who asks for the signature
         return types.MethodType(type(self.module).forward, self.module) if self.own is None else self.own
 
+    @property
+    def __code__(self) -> types.CodeType:  # where it is written, for `torch.export`
+        return self.__wrapped__.__code__
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], nn.Module):  # accelerate makes it a method, where it unwraps a model
             return Door(self.entry, args[0], self.own)(*args[1:], **kwargs)

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..errors import ReftError
+from ..errors import ReftError, did_you_mean
 from ..interventions import Intervention
 from ..places.components import Site, find_site, number_of_layers
 from ..places.structure import generates, has_stacks, hidden_width, stack_module
@@ -17,6 +17,13 @@ from .continuous import Batches
 from .overrides import METHODS, Methods
 from .registry import Edits
 from .representation import Representation
+
+# by task, how PEFT knows the modules that turn states into classes; of these a model may have one
+CLASSIFIERS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 SitesByPath = dict[str, list[tuple[Site, int, Intervention]]]
 
@@ -30,6 +37,7 @@ def make_interventions(model: nn.Module, config: ReftConfig) -> tuple[list[Repre
     shape = base_model_shape(model)
     if config.base_model_shape is not None and (other := shape_differences(config.base_model_shape, shape)):
         raise ReftError(f"The adapter was made for another base model: this one has {other}.")
+    _check_heads(model, config)
     representations = representations_of(config, model)
     sites = [site_of(entry, model) for entry in representations]
     by_path: SitesByPath = {}
@@ -41,6 +49,23 @@ def make_interventions(model: nn.Module, config: ReftConfig) -> tuple[list[Repre
     if config.representations is None:
         config.positions = config.positions or _default_positions(model)
     return representations, sites, by_path
+
+
+def _check_heads(model: nn.Module, config: ReftConfig) -> None:
+    """Refuse a module to train beside the edits that the model does not have: PEFT would pass over its name."""
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    names = [name for path in paths if len(name := path.rsplit(".", 1)[-1]) > 1]
+    for name in config.modules_to_save or ():
+        if name not in task_heads(config) and not any(path.endswith(name) for path in paths):
+            raise ReftError(
+                f"expected modules of the model, which has no {name!r}.{did_you_mean(name, names)}",
+                setting="modules_to_save",
+            )
+
+
+def task_heads(config: ReftConfig) -> tuple[str, ...]:
+    """How PEFT knows the classifier of a config's task, by several names if there is not one for all models."""
+    return CLASSIFIERS.get(str(getattr(config.task_type, "value", config.task_type)), ())
 
 
 def representations_of(config: ReftConfig, model: nn.Module) -> list[Representation]:
@@ -59,9 +84,17 @@ def site_of(entry: Representation, model: nn.Module) -> Site:
     """Where in a model a representation edits.
 
     Raises:
-        ReftError: there is no such place, or nothing to read where the intervention reads.
+        ReftError: there is no such place, or nothing to read where the intervention reads; or no forward passes there.
     """
-    return find_site(model, entry.component, entry.layer, entry.head, linear=entry.reads_input)
+    site = find_site(model, entry.component, entry.layer, entry.head, linear=entry.reads_input)
+    parent = site.path.rpartition(".")[0]
+    if isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+        raise ReftError(
+            f"PyTorch's MultiheadAttention reads the weights of {site.path!r} and never calls it, so nothing would be "
+            f"edited; the attention as a whole can be, as {parent}.output.",
+            setting="component",
+        )
+    return site
 
 
 def check_name(adapter_name: str) -> None:

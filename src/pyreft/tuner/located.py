@@ -101,7 +101,7 @@ class Located:
                 if endless:
                     part = nn.functional.pad(part, (0, tokens - part.shape[1]), value=True)
                     part = part if only is None else part & only.to(part.device)[:, None]
-                times = rows // len(part)
+                times = rows // part.shape[0]  # which a trace follows, unlike its len
                 part = part.repeat_interleave(times, dim=0)
                 together = bool(self.adapters(key[0], rows))
                 chosen = only if only is None or times == 1 else only.repeat_interleave(times)

@@ -1,5 +1,6 @@
-"""What an adapted model does itself in place of transformers' methods of these names: `generate`, and three more."""
+"""What an adapted model does itself in place of transformers' methods of these names: `generate`, and four more."""
 
+import inspect
 import warnings
 from typing import Any
 
@@ -9,14 +10,17 @@ from torch import Tensor
 
 from .caches import cache_of, is_empty
 from .call import Call, innermost, within
-from .continuous import Batches
+from .continuous import Batches, check_requests
 from .hooks import Preparing, take_given
 from .located import take
 from .registry import Edits
 from .resolve import resolve
 
 _BY_TOKEN = ("inputs", "input_ids", "inputs_embeds", "attention_mask")  # of any type and width
-METHODS = ("generate", "prepare_inputs_for_generation", "delete_adapter", "init_continuous_batching")
+METHODS = (
+    *("generate", "prepare_inputs_for_generation", "delete_adapter"),
+    *("init_continuous_batching", "generate_batch"),
+)
 
 
 class Methods:
@@ -41,6 +45,11 @@ class Methods:
         """See `Batches`."""
         return self.batches.init_continuous_batching(*args, **kwargs)
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's, which would drop what its requests cannot be given."""
+        check_requests(kwargs)
+        return type(self.model).generate_batch(self.model, *args, **kwargs)
+
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """As the model's, which takes our layers for parameters and passes them over."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -60,6 +69,7 @@ class Methods:
         aligned to the right first, since generation continues the last column: the result is that of the left-padded
         batch.
         """
+        args, kwargs = self._by_name(args, kwargs)
         given, outer = take_given(kwargs), innermost(self.edits)
         if isinstance(outer, Call) and getattr(kwargs.get("generation_config"), "is_assistant", False):
             call = outer.again()  # drafts for the very generation that runs, with a cache of its own
@@ -76,6 +86,20 @@ class Methods:
             self.edits.check_running(call)
         return answers
 
+    def _by_name(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of `generate`, those given by their places by their names; what comes twice is refused."""
+        signature = inspect.signature(type(self.model).generate)
+        signature.bind_partial(self.model, *args, **kwargs)
+        names = [name for name, one in signature.parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD][1:]
+        return args[len(names) :], {**dict(zip(names, args, strict=False)), **kwargs}
+
+    def _token(self, name: str, kwargs: dict) -> Any:
+        """A token of a call of `generate`: given with it, or by its config, or else by the model's."""
+        if name in kwargs:
+            return kwargs[name]
+        value = getattr(kwargs.get("generation_config"), name, None)
+        return getattr(self.model.generation_config, name, None) if value is None else value
+
     def _check_dropout(self, call: Call) -> None:
         """Say that dropout falls on the answers of a model that was left in training."""
         names = call.active if call.row_adapters is None else dict.fromkeys(call.row_adapters)
@@ -90,8 +114,7 @@ class Methods:
 
     def _infer_mask(self, inputs: Tensor, kwargs: dict) -> Tensor | None:
         """The mask that `generate` infers from padding in the prompts where it is given none; none if it cannot."""
-        config = kwargs.get("generation_config") or self.model.generation_config
-        pad, eos = (kwargs.get(name, getattr(config, name, None)) for name in ("pad_token_id", "eos_token_id"))
+        pad, eos = self._token("pad_token_id", kwargs), self._token("eos_token_id", kwargs)
         ends = torch.as_tensor([] if eos is None else eos, device=inputs.device).flatten().tolist()
         if pad is None or inputs.dim() != 2 or inputs.is_floating_point() or pad in ends:
             return None

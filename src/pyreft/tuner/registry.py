@@ -54,6 +54,7 @@ class Edits:
         self.rules: dict[str, list[Positions | None]] = {}  # of each adapter, by representation
         self.places: dict[str, list[str]] = {}  # of each adapter, by representation: the stack whose tokens pass there
         self.kinds: dict[str, Any] = {}  # of each adapter: equal for those whose edits can be stacked, none otherwise
+        self.made: dict[str, dict[str, Any]] = {}  # of each adapter: what its config said of its edits
         self.told_of_labels = self.told_of_short = False  # that labels do not say where prompts end; see `short`
         self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
         self.causal = generates(model)
@@ -91,7 +92,7 @@ class Edits:
     def forget(self, name: str, others: Iterable[str], heads: Sequence[AuxiliaryTrainingWrapper]) -> list[str]:
         """Let go of an adapter; return those that are active then (see `delete_edits`)."""
         self.gone.append(name)
-        for known in (self.rules, self.places, self.kinds, self.strengths):
+        for known in (self.rules, self.places, self.kinds, self.made, self.strengths):
             known.pop(name, None)
         return delete_edits(name, others, self.layers, heads)
 

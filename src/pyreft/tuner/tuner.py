@@ -28,7 +28,8 @@ from .config import ReftConfig
 from .in_part import in_part
 from .injection import check_free, check_name, detach, leave_inference, make_interventions, watched
 from .layer import ReftLayer, device_of, refuse_merge, type_of
-from .values import check_values
+from .row_heads import attend
+from .values import check_unchanged, check_values
 
 _COMPILED = "_orig_mod."  # before the paths in a model that `torch.compile` has wrapped
 
@@ -109,6 +110,7 @@ class ReftTuner(BaseTuner):
         classes = [intervention_class(entry.intervention) for entry in representations]
         stackable = all(getattr(cls, "stackable", False) and not speaks_pyvene(cls) for cls in classes)
         self.edits.kinds[adapter_name] = representations if stackable else None
+        self.edits.made[adapter_name] = config.edits()
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         leave_inference(model)
 
@@ -167,7 +169,14 @@ class ReftTuner(BaseTuner):
         return [m for path, m in found if isinstance(m, AuxiliaryTrainingWrapper) and path.endswith(names)]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, or several.
+
+        Raises:
+            ReftError: no such adapter, with which the base model would answer.
+        """
         self.check_attached()
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        self.edits.check_names(names, "adapter_name", base=False)
         for module in (*self._heads(), *reft_layers(self.model)):  # heads refuse several at once
             set_adapter(module, adapter_name, inference_mode, ReftLayer)
         self.active_adapter = adapter_name
@@ -226,6 +235,7 @@ class ReftTuner(BaseTuner):
             if not names:
                 raise ReftError("expected one name for each row, got none.", setting="adapter_names")
             self.edits.check_names(names, "adapter_names")
+            attend(self.edits, self._heads())
             around.append(Surroundings(self.edits, row_adapters=list(names)))
         with within(*around):  # in any case: a call that is interrupted leaves nothing running
             yield
@@ -236,6 +246,8 @@ class ReftTuner(BaseTuner):
             tuner.check_attached()
         found = super()._get_adapter_state_dict(model, *args, **kwargs)
         name, others = kwargs["adapter_name"], kwargs["unwanted_adapter_names"]
+        if tuner is not None and name in tuner.edits.made:
+            check_unchanged(name, tuner.edits.made[name], tuner.peft_config[name].edits())
         own = re.compile(rf"\.{cls.prefix}(input|output)\.{re.escape(name)}\.")
         found = {key: value for key, value in found.items() if own.search(key)}  # not that of a LoRA beneath
         # PEFT takes some for those of another adapter whose name is a part of their path, as "1" is of layer 1's

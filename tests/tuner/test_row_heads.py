@@ -1,0 +1,110 @@
+"""Trained heads of rows with adapters of their own: each row has the answer of its adapter alone."""
+
+import threading
+
+import peft
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
+
+import pyreft
+from conftest import tiny_llama
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+CLASSES = {"pad_token_id": 0, "num_labels": 3}
+BASES = {
+    "one for each row": (lambda: LlamaForSequenceClassification(LlamaConfig(**SIZES, **CLASSES)), "SEQ_CLS", "score"),
+    "for each token": (lambda: LlamaForTokenClassification(LlamaConfig(**SIZES, **CLASSES)), "TOKEN_CLS", "score"),
+    "of several layers": (
+        lambda: RobertaForSequenceClassification(RobertaConfig(**SIZES, **CLASSES)),
+        "SEQ_CLS",
+        "classifier",
+    ),
+    "a language model's": (tiny_llama, "CAUSAL_LM", "lm_head"),
+    "what ids become": (tiny_llama, "CAUSAL_LM", "embed_tokens"),
+}
+IDS = torch.randint(3, 96, (4, 9), generator=torch.Generator().manual_seed(0))
+NAMES = ["b", "a", "__base__", "without"]
+
+
+def adapt(base):
+    make, task, head = BASES[base]
+    torch.manual_seed(0)
+
+    def config(saved=head):
+        return pyreft.ReftConfig(
+            layers=[1], positions="l2", low_rank_dimension=3, task_type=task, modules_to_save=[saved]
+        )
+
+    adapted = peft.PeftModel(make(), config(), "a")  # of a kind that adds no heads itself
+    adapted.add_adapter("b", config())
+    bare = config()
+    bare.modules_to_save = None
+    adapted.add_adapter("without", bare)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "reft_" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+    return adapted.eval()
+
+
+def alone(adapted, ask):
+    """What each row gives, asked with its adapter only."""
+    found = []
+    for row, name in enumerate(NAMES):
+        if name == "__base__":
+            with adapted.disable_adapter():
+                found.append(ask()[row])
+        else:
+            adapted.set_adapter(name)
+            found.append(ask()[row])
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_each_row_has_the_head_of_its_adapter(base):
+    adapted = adapt(base)
+    with torch.no_grad():
+        expected = alone(adapted, lambda: adapted(input_ids=IDS).logits)
+        for active in ("a", "without"):
+            adapted.set_adapter(active)
+            its_own = adapted(input_ids=IDS).logits
+            found = adapted(input_ids=IDS, adapter_names=NAMES).logits
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            assert torch.equal(adapted(input_ids=IDS).logits, its_own)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_each_row_is_generated_with_the_head_of_its_adapter(beams):
+    adapted = adapt("a language model's")
+    greedy = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+    expected = alone(adapted, lambda: adapted.generate(input_ids=IDS, **greedy))
+    assert torch.equal(adapted.generate(input_ids=IDS, adapter_names=NAMES, **greedy), expected)
+
+
+def test_calls_in_other_threads_have_heads_of_their_own():
+    adapted = adapt("one for each row")
+    with torch.no_grad():
+        expected = alone(adapted, lambda: adapted(input_ids=IDS).logits)
+        adapted.set_adapter("a")
+        active, wrong = adapted(input_ids=IDS).logits, []
+
+    def ask(by_row):
+        with torch.no_grad():
+            for _ in range(10):
+                found = adapted(input_ids=IDS, **({"adapter_names": NAMES} if by_row else {})).logits
+                if not torch.allclose(found, expected if by_row else active, atol=1e-4):
+                    wrong.append(by_row)
+
+    threads = [threading.Thread(target=ask, args=(by_row,)) for by_row in (True, False, True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
