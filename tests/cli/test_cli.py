@@ -204,6 +204,8 @@ def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, 
             "--output: expected a file, . is a directory",
         ),
         (("trian",), "No such command 'trian'"),
+        (("train", "--data", "a.jsonl", "--data", "b.jsonl", "--output", "out"), "--data: it stands there twice"),
+        (("generate", "--adapter", ".", "--file", "a.txt", "--file", "b.txt"), "--file: it stands there twice"),
     ],
 )
 def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
