@@ -110,6 +110,18 @@ def test_chat(demo):
     assert printed.count("/reset forgets the conversation") == 2
 
 
+def test_half_a_character_is_told_and_ends_no_chat(demo, monkeypatch):
+    adapter, figures = demo
+    asked = figures["answers"][0]
+    monkeypatch.setattr("pyreft_cli.chat.typed", lambda: iter(["K\udce4tzchen", asked["question"]]))
+    printed = run("chat", "--adapter", adapter, "--quiet").stdout
+    assert "(prompt: half a character, '\\udce4', as of text that is not UTF-8, or" in printed
+    assert asked["after"] in printed
+    for arguments in (("generate", "--adapter", adapter, "--prompt"), ("info", adapter, "--text")):
+        with pytest.raises(ReftError, match="prompt: half a character"):
+            run(*arguments, "K\udce4tzchen")
+
+
 def test_a_chat_longer_than_the_context_forgets_the_oldest_turns(demo):
     text = "Tell me about a cat and a dog and a horse and a whale please.\n" * 14
     printed = run("chat", "--adapter", demo[0], "--quiet", "--max-new-tokens", 16, text=text).stdout

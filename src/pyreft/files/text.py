@@ -143,6 +143,30 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader)
 
 
+def check_characters(value: Any, where: str) -> None:
+    """Refuse half a character, which no tokenizer takes: of a pair that was cut, or a byte that is no UTF-8.
+
+    Raises:
+        ReftError: with the place in the row.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half, before = ascii(value[error.start]), value[max(error.start - 20, 0) : error.start]
+            kind = "of an emoji that was cut in two"
+            if "\udc80" <= value[error.start] <= "\udcff":  # Python's sign for a byte of a terminal, or that half
+                kind = "of text that is not UTF-8, or " + kind
+            raise ReftError(f"{where}: half a character, {half}, as {kind}, after {before!r}; remove it.") from None
+    elif isinstance(value, dict):
+        for name, held in value.items():
+            check_characters(name, where)
+            check_characters(held, f"{where}: {name}")
+    elif isinstance(value, list):
+        for held in value:
+            check_characters(held, where)
+
+
 def too_deep(value: Any) -> bool:
     """Whether a value is nested deeper than anything that people write."""
     level = [value]
