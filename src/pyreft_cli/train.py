@@ -151,6 +151,9 @@ def _describe(prepared: Any) -> None:
         f"{counted(len(prepared.rows), 'example')}, {len(prepared.validation)} to validate on; "
         f"{trained:,} of {total:,} parameters ({100 * trained / total:.3f} %), learning rate {prepared.job.lr:g}."
     )
+    if prepared.shared:
+        shared = f"{prepared.shared:,} to validate on are trained on, too"
+        console.print(f"Of these, {shared}: their loss does not say what holds elsewhere.")
     if prepared.reach is not None:
         console.print(cost_line(prepared), markup=False)
 
