@@ -215,6 +215,10 @@ def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, 
             ("generate", "--adapter", ".", "--prompt", "a", "--output", "."),
             "--output: expected a file, . is a directory",
         ),
+        (
+            ("train", "--config", "octal.yaml", "--output", "out"),
+            "octal.yaml is not valid YAML: '010' would be read",
+        ),
         (("trian",), "No such command 'trian'"),
         (("train", "--data", "a.jsonl", "--data", "b.jsonl", "--output", "out"), "--data: it stands there twice"),
         (("generate", "--adapter", ".", "--file", "a.txt", "--file", "b.txt"), "--file: it stands there twice"),
@@ -224,6 +228,10 @@ def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
     (tmp_path / "bad.yaml").write_text("data: a.jsonl\nranks: 3\n")
     (tmp_path / "latin.yaml").write_bytes("data: é.jsonl\n".encode("latin-1"))
     (tmp_path / "twice.yaml").write_text("data: a.jsonl\nbatch_size: 3\nbatch-size: 2\n")
+    (tmp_path / "octal.yaml").write_text("data: b.jsonl\nseed: 010\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for name in ("a.txt", "a.md"):
+        (tmp_path / name).write_text("a\n")
     before = sorted(path.name for path in tmp_path.iterdir())
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 2

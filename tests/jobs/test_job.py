@@ -396,6 +396,7 @@ def test_how_settings_are_read(name, value, read):
         ("rank", 2.5, "a.yaml: rank: expected a whole number, got 2.5"),
         ("share_weights", "no", "a.yaml: share_weights: expected true or false, got 'no'"),
         ("output", ["o"], "a.yaml: output: expected text, got ['o']"),
+        ("output", 1.1, "a.yaml: output: expected text, got 1.1. Put it in quotes."),  # of which YAML had 1.10
         ("on_error", True, "a.yaml: on_error: expected text, got True"),
         ("turns", None, "a.yaml: turns: expected text, got None"),
     ],

@@ -4,6 +4,7 @@ Knows nothing of what the files mean.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text in which no name stands twice, of which PyYAML would take the last.
+    """The value of a YAML text in which no name stands twice, of which PyYAML would take the last, nor another number.
 
     Raises:
         YAMLError, ValueError, RecursionError: as PyYAML.
@@ -140,6 +141,17 @@ def parse_yaml(text: str) -> Any:
                 raise yaml.YAMLError(f"the name {name!r} stands there twice{node.start_mark}")
             return super().construct_mapping(node, deep)
 
+    def number(loader: Any, node: Any) -> float:
+        """A number that means what it looks like; YAML 1.1 has `010` for 8 and `1:30` for 90."""
+        value = (loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float)(node)
+        if ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            raise yaml.YAMLError(
+                f"{node.value!r} would be read as {value}; write what is meant, text in quotes{node.start_mark}"
+            )
+        return value
+
+    for kind in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", number)
     return yaml.load(text, Loader)
 
 
