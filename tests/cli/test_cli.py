@@ -215,6 +215,8 @@ def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, 
             ("generate", "--adapter", ".", "--prompt", "a", "--output", "."),
             "--output: expected a file, . is a directory",
         ),
+        (("generate", "--adapter", ".", "--file", "a.txt", "--output", "a.txt"), "a.txt has the prompts, which would"),
+        (("generate", "--adapter", ".", "--prompt", "a", "--output", "/proc/a"), "--output: /proc/a cannot be written"),
         (
             ("train", "--config", "octal.yaml", "--output", "out"),
             "octal.yaml is not valid YAML: '010' would be read",
