@@ -14,6 +14,7 @@ from pyreft.errors import ReftError, is_disk_full
 from pyreft.files.text import repeated
 from pyreft_cli import ask, chat, data, demo, eval, info, inspect, plan, serve, train, tune
 from pyreft_cli.console import speak_plainly
+from pyreft_cli.settings import at_home
 
 INTERRUPTED = 130
 _UsageError: Any = typer.BadParameter.__base__  # the class of all errors in what was typed has no public name
@@ -57,6 +58,7 @@ class Command(TyperCommand):
         texts = [param.opts[0] for param in params if isinstance(ctx.params.get(str(param.name)), str | Path)]
         if (name := repeated(texts)) is not None and not ctx.resilient_parsing:
             raise typer.BadParameter("it stands there twice; give it once.", ctx, param_hint=name)
+        ctx.params.update(at_home(ctx.params))
         return rest
 
 
