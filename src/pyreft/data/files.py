@@ -13,7 +13,7 @@ from ..errors import ReftError, did_you_mean
 from ..files.text import check_characters
 from .encodings import open_text
 from .fields import EXTRAS, KNOWN, Example, Turns, alpaca_prompt, plain_names, read_fields
-from .tables import read_rows, try_rows, without_nulls
+from .tables import ENDINGS, read_rows, try_rows, without_nulls
 from .tally import OnError, Tally
 
 __all__ = [
@@ -121,7 +121,10 @@ def read_prompts(path: str | Path, encoding: str | None = None) -> list[tuple[st
     Raises:
         ReftError: as `read_examples`.
     """
-    if Path(path).suffix.lower() == ".txt":
+    kind = Path(path).suffix.lower()
+    if Path(path).is_file() and kind not in (".txt", *ENDINGS):
+        raise ReftError(f"{path}: expected a .txt of prompts in lines, or a file ending in {', '.join(ENDINGS)}.")
+    if kind == ".txt":
         with open_text(Path(path), encoding) as file:
             prompts = [(line.rstrip("\r\n"), "") for line in file if line.strip()]
     else:
