@@ -280,4 +280,8 @@ def _explained(name: str | None) -> Iterator[str]:
         if is_disk_full(error):  # while it was downloaded
             raise
         first = str(error).strip().splitlines()[0]
+        if os.path.isfile(place):
+            first = "this is a file; expected the directory of a model."
+        elif place.startswith(("/", "./", "../", "~")) and not os.path.exists(place):
+            first = "there is no such directory."
         raise ReftError(f"none could be loaded from {place!r}: {first}", setting="model") from None

@@ -4,13 +4,17 @@ import os
 import re
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from pyreft.errors import ReftError, is_disk_full
+from pyreft.files.text import repeated
 from pyreft_cli import ask, chat, data, demo, eval, info, inspect, plan, serve, train, tune
 from pyreft_cli.console import speak_plainly
+from pyreft_cli.settings import at_home
 
 INTERRUPTED = 130
 _UsageError: Any = typer.BadParameter.__base__  # the class of all errors in what was typed has no public name
@@ -40,17 +44,35 @@ def program(
     """The options that stand before a command; what the app is for, it says above."""
 
 
-app.command()(demo.demo)
-app.command()(train.train)
-app.command()(tune.tune)
-app.command()(plan.plan)
-app.command()(data.data)
-app.command("eval")(eval.evaluate)
-app.command()(ask.generate)
-app.command()(chat.chat)
-app.command()(info.info)
-app.command()(inspect.inspect)
-app.command(context_settings={"allow_extra_args": True})(serve.serve)
+class Command(TyperCommand):
+    """A command that refuses names and texts given twice, which may have been meant as several, unless it takes those.
+
+    Of a number or a switch the last one counts, as in other commands.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read what was typed."""
+        _, _, given = self.make_parser(ctx).parse_args(args=list(args))
+        rest = super().parse_args(ctx, args)
+        params = [param for param in given if isinstance(param, TyperOption) and not param.multiple]
+        texts = [param.opts[0] for param in params if isinstance(ctx.params.get(str(param.name)), str | Path)]
+        if (name := repeated(texts)) is not None and not ctx.resilient_parsing:
+            raise typer.BadParameter("it stands there twice; give it once.", ctx, param_hint=name)
+        ctx.params.update(at_home(ctx.params))
+        return rest
+
+
+app.command(cls=Command)(demo.demo)
+app.command(cls=Command)(train.train)
+app.command(cls=Command)(tune.tune)
+app.command(cls=Command)(plan.plan)
+app.command(cls=Command)(data.data)
+app.command("eval", cls=Command)(eval.evaluate)
+app.command(cls=Command)(ask.generate)
+app.command(cls=Command)(chat.chat)
+app.command(cls=Command)(info.info)
+app.command(cls=Command)(inspect.inspect)
+app.command(cls=Command, context_settings={"allow_extra_args": True})(serve.serve)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """`pyreft generate`: answers of an adapted model."""
 
 import json
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,10 +37,8 @@ def generate(
 
     from pyreft.data.files import read_prompts
 
-    if output and not output.absolute().parent.is_dir():
-        raise BadParameter(f"{output.parent} is not a directory.", param_hint="--output")
-    if output and output.is_dir():
-        raise BadParameter(f"expected a file, {output} is a directory.", param_hint="--output")
+    if output:
+        _check_output(output, file)
     asked = [(text, "") for text in prompt or []] + (read_prompts(file) if file else [])
     if not asked:
         raise BadParameter("give a --prompt or a --file of them.")
@@ -60,6 +60,27 @@ def generate(
         print_json(results)
     elif not output:
         _tell(results)
+
+
+def _check_output(output: Path, file: Path | None) -> None:
+    """Refuse what cannot be written in the end, before anything is answered, and the file of the prompts."""
+    problem = None
+    if not output.absolute().parent.is_dir():
+        problem = f"{output.parent} is not a directory."
+    elif output.is_dir():
+        problem = f"expected a file, {output} is a directory."
+    elif file and file.exists() and output.exists() and output.samefile(file):
+        problem = f"{output} has the prompts, which would be lost; name another file."
+    else:
+        try:
+            if output.exists():
+                output.open("a").close()
+            else:
+                tempfile.TemporaryFile(dir=output.absolute().parent).close()
+        except OSError as error:
+            problem = f"{output} cannot be written ({os.strerror(error.errno or 0)})."
+    if problem:
+        raise BadParameter(problem, param_hint="--output")
 
 
 def load(adapter: str, model: str | None) -> tuple[Any, Any, Any]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from pyreft.errors import ReftError
 from pyreft_cli import options
 from pyreft_cli.ask import load
 from pyreft_cli.console import console, hush
@@ -46,12 +47,15 @@ class _Conversation:
         self.turns: list[dict[str, str]] = []
 
     def say(self, message: str) -> None:
-        """Answer a message and remember both."""
+        """Answer a message and remember both; one that cannot be answered ends no conversation."""
         self.turns.append({"role": "user", "content": message})
         try:
             answer = self._answer()
         except KeyboardInterrupt:
             console.print()
+            answer = None
+        except ReftError as error:
+            console.print(f"({error})", markup=False)
             answer = None
         if answer is None:
             self.turns.pop()

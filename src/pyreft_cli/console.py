@@ -44,7 +44,14 @@ def print_json(data: Any) -> None:
 
 
 def speak_plainly() -> None:
-    """Let what a terminal or a file cannot show be written as its number, such as `\\U0001f431`."""
+    """Let what a terminal or a file cannot show be written as its number, such as `\\U0001f431`.
+
+    Bytes of the input that are no text come as halves of characters, of which is told where they are used.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    if sys.stdout is None:  # closed by the shell
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

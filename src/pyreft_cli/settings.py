@@ -8,13 +8,20 @@ import typer
 
 from pyreft.files.text import parse_yaml, repeated
 
+PATHS = ("data", "data_dir", "output", "model", "adapter", "file", "validation", "reach_directory", "config")
 _OTHERS = ("recipe", "config", "rows", "quiet", "as_json")  # the parameters of a command that are no settings
+
+
+def at_home(given: dict[str, Any]) -> dict[str, Any]:
+    """Parameters with `~/` spelled out in paths, as no shell does it behind `=`, nor anyone in a file."""
+    paths = {name: held for name, held in given.items() if name in PATHS and str(held).startswith("~/")}
+    return given | {name: type(held)(Path(held).expanduser()) for name, held in paths.items()}
 
 
 def read_settings(params: dict[str, Any], config: Path | None) -> dict[str, Any]:
     """The settings of a file and of a command's parameters, which win; those that are not given are left out."""
     given = {name: value for name, value in params.items() if name not in _OTHERS and value is not None}
-    settings = read_config(config) | given
+    settings = at_home(read_config(config)) | given
     check_positions(settings.get("positions"))
     return settings
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import typer
 
+from pyreft.data.tables import ENDINGS
 from pyreft.errors import is_disk_full
 from pyreft_cli import options
 from pyreft_cli.console import console, counted, hush, print_json, progress_bar
@@ -80,6 +81,8 @@ def _make_jobs(recipe: str | None, settings: dict[str, Any], config: Path | None
     """The one job of these settings, or those of a recipe; of several, all are checked before the first is trained."""
     if recipe is None:
         check_data(settings)
+    elif Path(recipe).suffix.lower() in ENDINGS:
+        raise typer.BadParameter(f"expected a recipe; give a file of examples as --data {recipe}.", param_hint="recipe")
     hush()
     from pyreft.jobs.prepare import check_files
     from pyreft.jobs.recipes import recipe_jobs
@@ -152,6 +155,9 @@ def _describe(prepared: Any) -> None:
         f"{counted(len(prepared.rows), 'example')}, {len(prepared.validation)} to validate on; "
         f"{trained:,} of {total:,} parameters ({100 * trained / total:.3f} %), learning rate {prepared.job.lr:g}."
     )
+    if prepared.shared:
+        shared = f"{prepared.shared:,} to validate on are trained on, too"
+        console.print(f"Of these, {shared}: their loss does not say what holds elsewhere.")
     if prepared.reach is not None:
         console.print(cost_line(prepared), markup=False)
 

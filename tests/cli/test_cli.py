@@ -110,6 +110,18 @@ def test_chat(demo):
     assert printed.count("/reset forgets the conversation") == 2
 
 
+def test_half_a_character_is_told_and_ends_no_chat(demo, monkeypatch):
+    adapter, figures = demo
+    asked = figures["answers"][0]
+    monkeypatch.setattr("pyreft_cli.chat.typed", lambda: iter(["K\udce4tzchen", asked["question"]]))
+    printed = run("chat", "--adapter", adapter, "--quiet").stdout
+    assert "(prompt: half a character, '\\udce4', as of text that is not UTF-8, or" in printed
+    assert asked["after"] in printed
+    for arguments in (("generate", "--adapter", adapter, "--prompt"), ("info", adapter, "--text")):
+        with pytest.raises(ReftError, match="prompt: half a character"):
+            run(*arguments, "K\udce4tzchen")
+
+
 def test_a_chat_longer_than_the_context_forgets_the_oldest_turns(demo):
     text = "Tell me about a cat and a dog and a horse and a whale please.\n" * 14
     printed = run("chat", "--adapter", demo[0], "--quiet", "--max-new-tokens", 16, text=text).stdout
@@ -203,13 +215,29 @@ def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, 
             ("generate", "--adapter", ".", "--prompt", "a", "--output", "."),
             "--output: expected a file, . is a directory",
         ),
+        (("generate", "--adapter", ".", "--file", "a.txt", "--output", "a.txt"), "a.txt has the prompts, which would"),
+        (("generate", "--adapter", ".", "--prompt", "a", "--output", "/proc/a"), "--output: /proc/a cannot be written"),
+        (("generate", "--adapter", ".", "--file", "a.md"), "a.md: expected a .txt of prompts in lines, or a file"),
+        (("train", "b.jsonl", "--output", "out"), "recipe: expected a recipe; give a file of examples as --data b.js"),
+        (("train", "--data", "b.jsonl", "--output", "out", "--model", "./no"), "from './no': there is no such directo"),
+        (("train", "--data", "b.jsonl", "--output", "out", "--model", "a.md"), "from 'a.md': this is a file; expected"),
+        (
+            ("train", "--config", "octal.yaml", "--output", "out"),
+            "octal.yaml is not valid YAML: '010' would be read",
+        ),
         (("trian",), "No such command 'trian'"),
+        (("train", "--data", "a.jsonl", "--data", "b.jsonl", "--output", "out"), "--data: it stands there twice"),
+        (("generate", "--adapter", ".", "--file", "a.txt", "--file", "b.txt"), "--file: it stands there twice"),
     ],
 )
 def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
     (tmp_path / "bad.yaml").write_text("data: a.jsonl\nranks: 3\n")
     (tmp_path / "latin.yaml").write_bytes("data: é.jsonl\n".encode("latin-1"))
     (tmp_path / "twice.yaml").write_text("data: a.jsonl\nbatch_size: 3\nbatch-size: 2\n")
+    (tmp_path / "octal.yaml").write_text("data: b.jsonl\nseed: 010\n")
+    (tmp_path / "b.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for name in ("a.txt", "a.md"):
+        (tmp_path / name).write_text("a\n")
     before = sorted(path.name for path in tmp_path.iterdir())
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == 2

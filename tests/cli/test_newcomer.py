@@ -79,6 +79,36 @@ print_json({"b": "🐱"})
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_input_that_is_no_utf8_comes_as_halves_of_characters():
+    code = "from pyreft_cli.console import speak_plainly; speak_plainly(); print(ascii(input()))"
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, input=b"K\xe4\n", capture_output=True)
+    assert done.stdout == b"'K\\udce4'\n", done.stderr
+
+
+def test_an_output_that_the_shell_has_closed():
+    code = "import sys; from pyreft_cli.app import main; sys.argv = ['pyreft', '--version']; main()"
+    done = subprocess.run(["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_directory_of_the_user_is_found_behind_a_sign_and_in_a_file(tmp_path):
+    code = """
+import sys
+from pyreft_cli import app, train
+train._make_jobs = lambda recipe, settings, config: print(settings["output"], settings["data"]) or []
+for words in (["--output=~/a", "--data=b"], ["--config=~/c.yaml"]):
+    sys.argv = ["pyreft", "train", *words]
+    try:
+        app.main()
+    except SystemExit as end:
+        assert not end.code
+"""
+    (tmp_path / "c.yaml").write_text("output: ~/d\ndata: ~/e\n")
+    done = python(code, HOME=str(tmp_path))
+    assert done.stdout == f"{tmp_path}/a b\n{tmp_path}/d {tmp_path}/e\n", done.stderr
+
+
 def test_a_full_disk_behind_the_output():
     with open("/dev/full", "wb") as full:
         line = [sys.executable, "-m", "pyreft", "--help"]

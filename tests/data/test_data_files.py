@@ -178,3 +178,16 @@ def test_rows_that_are_too_long(tokenizer, tmp_path):
             encode(tokenizer, example, "chat", limit)
     with pytest.raises(ReftError, match=f"max_length: expected 2 to {limit}"):
         context_length(model, tokenizer, limit + 1)
+
+
+@pytest.mark.parametrize("marks", [{"label": True}, {"label": 0}, {"weight": 1}, {"train": True}, {"loss": 0.3}])
+def test_rows_with_other_marks_are_learned(tmp_path, marks):
+    path = write(tmp_path, "a.jsonl", {"prompt": "a", "completion": "b"} | marks)
+    assert [example.completion for example in read_examples(path)] == ["b"]
+
+
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_an_answer_that_only_ends_is_refused(tmp_path, tokenizer, form):
+    (found,) = read_examples(write(tmp_path, "a.jsonl", {"prompt": "a", "completion": tokenizer.eos_token}))
+    with pytest.raises(ReftError, match="line 1: the answer is '</s>' alone, there is nothing to learn"):
+        encode(tokenizer, found, form, 512)

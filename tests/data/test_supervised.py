@@ -123,6 +123,8 @@ def test_one_text_is_no_list_of_texts(tokenizer):
         ({"eos_token": None}, PROMPTS, "set tokenizer.eos_token, or pass nonstop=True"),
         ({"model_max_length": 6}, PROMPTS, "Example 0: the prompt of 9 tokens leaves no room"),
         ({}, PROMPTS[:2], "Expected as many answers as prompts, at least one, got 2 and 3"),
+        ({}, [*PROMPTS[:2], None], "Example 2: the prompt should be text, got None"),
+        ({}, [*PROMPTS[:2], "Hi \ud83d"], "Example 2: the prompt: half a character, .*ud83d', as of an emoji"),
     ],
 )
 def test_bad_input(changes, prompts, message):

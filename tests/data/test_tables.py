@@ -166,3 +166,25 @@ def test_values_that_are_nested_too_deeply(tmp_path, deep):
     path.write_text('{"prompt": "a", "completion": "b", "x": ' + "[" * deep + "]" * deep + "}")
     with pytest.raises(ReftError, match=r"line 1: .*nested too deeply"):
         read_examples(path)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": ["a", "b"], "completion": ["c", "d"]},
+        {"prompt": {"0": "a", "7": "b"}, "completion": {"0": "c", "7": "d"}},
+        {"messages": [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in ("ac", "bd")]},
+    ],
+)
+def test_columns_as_datasets_and_pandas_write_them(tmp_path, columns):
+    (tmp_path / "a.json").write_text(json.dumps(columns))
+    assert [(e.prompt, e.completion) for e in read_examples(tmp_path / "a.json")] == [("a", "c"), ("b", "d")]
+
+
+@pytest.mark.parametrize(
+    "ragged", [{"prompt": ["a"], "completion": []}, {"prompt": {"0": "a"}, "completion": {"1": "b"}}]
+)
+def test_columns_that_do_not_fit_are_refused(tmp_path, ragged):
+    (tmp_path / "a.json").write_text(json.dumps(ragged))
+    with pytest.raises(ReftError, match="row 1: "):
+        read_examples(tmp_path / "a.json")

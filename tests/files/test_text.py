@@ -77,6 +77,15 @@ def test_what_is_no_yaml(tmp_path, text):
         read_yaml(tmp_path / "a.yaml")
 
 
+@pytest.mark.parametrize(("number", "read"), [("010", 8), ("1:30", 90), ("-00_17", -15), ("1:30.5", 90.5)])
+def test_numbers_that_yaml_takes_for_others(tmp_path, number, read):
+    (tmp_path / "a.yaml").write_text(f"seed: {number}\n")
+    with pytest.raises(ReftError, match=f"'{number}' would be read as {read}; write what is meant"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text(f"a: '{number}'\nb: 0\nc: 0.5\nd: 0x10\ne: 1_000\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"a": number, "b": 0, "c": 0.5, "d": 16, "e": 1000}
+
+
 def test_what_is_yaml(tmp_path):
     (tmp_path / "a.yaml").write_text("x: &x {a: 1, b: 2}\ny: {<<: *x, b: 3}\nz: [{a: 1}, {a: 2}]\n")
     assert read_yaml(tmp_path / "a.yaml") == {"x": {"a": 1, "b": 2}, "y": {"a": 1, "b": 3}, "z": [{"a": 1}, {"a": 2}]}

@@ -258,6 +258,18 @@ def test_a_chat_is_held_out_as_a_whole(tmp_path):
     assert (len(job.rows), len(job.validation)) == (9, 3)
 
 
+def test_no_example_is_both_held_out_and_trained_on(data, tmp_path):
+    (tmp_path / "twice.jsonl").write_text(2 * data.read_text(encoding="utf-8"), encoding="utf-8")
+    once, twice = (
+        PreparedJob(TrainingJob(data=str(path), validation_split=0.3)) for path in (data, tmp_path / "twice.jsonl")
+    )
+    assert (once.shared, twice.shared) == (0, 0)
+    assert [e.prompt for e in twice.validation_examples] == 2 * [e.prompt for e in once.validation_examples]
+    assert len(twice.rows) == 2 * len(once.rows)
+    part = PreparedJob(TrainingJob(data=str(data), validation=str(tmp_path / "twice.jsonl")))
+    assert part.shared == len(part.validation) == 2 * len(part.rows)
+
+
 @pytest.mark.parametrize("change", ["fewer", "another", "held out"])
 def test_other_data_cannot_go_on_from_a_checkpoint(data, tmp_path, change):
     prepared(data, tmp_path, epochs=1).train()
@@ -409,6 +421,7 @@ def test_how_settings_are_read(name, value, read):
         ("rank", 2.5, "a.yaml: rank: expected a whole number, got 2.5"),
         ("share_weights", "no", "a.yaml: share_weights: expected true or false, got 'no'"),
         ("output", ["o"], "a.yaml: output: expected text, got ['o']"),
+        ("output", 1.1, "a.yaml: output: expected text, got 1.1. Put it in quotes."),  # of which YAML had 1.10
         ("on_error", True, "a.yaml: on_error: expected text, got True"),
         ("turns", None, "a.yaml: turns: expected text, got None"),
     ],

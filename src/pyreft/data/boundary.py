@@ -6,11 +6,18 @@ Knows tokenizers and texts, nothing of formats.
 
 from transformers import PreTrainedTokenizerBase
 
+from ..files.text import check_characters
+
 _BEFORE = ("\n", ":", "a")  # texts that an answer may be tokenized behind, so that no space is put before it
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenize a text; one that begins with the BOS token, as chat templates write it, gets no second one."""
+    """Tokenize a text; one that begins with the BOS token, as chat templates write it, gets no second one.
+
+    Raises:
+        ReftError: half a character.
+    """
+    check_characters(text, "prompt")
     return tokenizer(text, add_special_tokens=not _has_bos(tokenizer, text))["input_ids"]
 
 

@@ -100,6 +100,8 @@ def _row(
     end = tokenizer.eos_token_id
     while answer[-1:] == [end]:  # of the text, of a template, or of both
         answer = answer[:-1]
+    if not answer:
+        raise ReftError(f"{example.where}: the answer is {tokenizer.eos_token!r} alone, there is nothing to learn.")
     answer = [*answer, end]
     long = len(before) + len(answer) > limit
     if long and long_rows != "skip":

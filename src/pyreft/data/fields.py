@@ -3,12 +3,13 @@
 Knows nothing of files, tokenizers or templates.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..errors import ReftError, did_you_mean
 from ..files.text import parse_json
-from .turns import Turn, check_answers, read_turns
+from .turns import LEARN, Turn, check_answers, is_blank, read_turns
 
 Format = Literal["text", "chat", "alpaca"]
 Turns = Literal["each", "last"]
@@ -99,8 +100,10 @@ def read_fields(
     Raises:
         ReftError: a field that is missing, of another type, or that could not be learned from.
     """
-    row = {name: value for name, value in plain_names(row, fields or ()).items() if value is not None}
-    form, used = _form(row, where, fields)
+    named = plain_names(row, fields or ())
+    row = {name: value for name, value in named.items() if value is not None}
+    form, used = _form(row, where, fields, named.keys() - row.keys())
+    _check_learned(row, where, used)
     for name in _OTHERS:
         if row.get(name):
             raise ReftError(f"{where}: the field {name!r} cannot be learned from; only text is read.")
@@ -116,8 +119,21 @@ def read_fields(
     return form, examples, [name for name in row if name not in used and name not in EXTRAS]
 
 
-def _form(row: dict[str, Any], where: str, fields: tuple[str, str] | None) -> tuple[str, tuple[str, ...]]:
-    """Which form a row has, and the fields that it is made of."""
+def _check_learned(row: dict[str, Any], where: str, used: tuple[str, ...]) -> None:
+    """Refuse a row that says it is not to be learned; a label of false has it in pairs for TRL's KTOTrainer."""
+    for name in ("label", *LEARN):
+        no = ("false",) if name == "label" else ("false", "0", "0.0")
+        if name in row and name not in used and str(row[name]).strip().lower() in no:
+            bad = ", a bad answer, as TRL's KTOTrainer takes them" if name == "label" else ""
+            raise ReftError(
+                f"{where}: the field {name!r} is {row[name]!r}, so this is not to be learned{bad}; leave the row out."
+            )
+
+
+def _form(
+    row: dict[str, Any], where: str, fields: tuple[str, str] | None, nulls: Collection[str]
+) -> tuple[str, tuple[str, ...]]:
+    """Which form a row has, and the fields that it is made of; `nulls` are those without a value."""
     if fields is not None:
         form, used = "prompt", fields
     elif chat := next((name for name in _CHATS if name in row), None):
@@ -135,6 +151,8 @@ def _form(row: dict[str, Any], where: str, fields: tuple[str, str] | None) -> tu
         )
     for name in used:
         if name not in row:
+            if name in nulls:
+                raise ReftError(f"{where}: the field {name!r} is null; give it a text, or leave the row out.")
             hint = did_you_mean(name, row.keys() - {*used})
             raise ReftError(f"{where}: the field {name!r} is missing; the row has {_names(row)}.{hint}")
     return form, (*used, "input") if form == "instruction" else used
@@ -148,7 +166,7 @@ def _names(row: dict[str, Any]) -> str:
 def _pair(row: dict[str, Any], form: str, used: tuple[str, ...], extras: dict[str, Any], where: str) -> Example:
     prompt, answer = _string(row, used[0], where), _string(row, used[1], where)
     given = _string(row, "input", where) if form == "instruction" and row.get("input", []) != [] else ""
-    if not answer.strip():
+    if is_blank(answer):
         raise ReftError(f"{where}: the answer is empty, there is nothing to learn.")
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     if not extras:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..errors import ReftError, did_you_mean
+from ..files.text import check_characters
 from .encodings import open_text
 from .fields import EXTRAS, KNOWN, Example, Turns, alpaca_prompt, plain_names, read_fields
-from .tables import read_rows, try_rows, without_nulls
+from .tables import ENDINGS, read_rows, try_rows, without_nulls
 from .tally import OnError, Tally
 
 __all__ = [
@@ -120,7 +121,10 @@ def read_prompts(path: str | Path, encoding: str | None = None) -> list[tuple[st
     Raises:
         ReftError: as `read_examples`.
     """
-    if Path(path).suffix.lower() == ".txt":
+    kind = Path(path).suffix.lower()
+    if Path(path).is_file() and kind not in (".txt", *ENDINGS):
+        raise ReftError(f"{path}: expected a .txt of prompts in lines, or a file ending in {', '.join(ENDINGS)}.")
+    if kind == ".txt":
         with open_text(Path(path), encoding) as file:
             prompts = [(line.rstrip("\r\n"), "") for line in file if line.strip()]
     else:
@@ -151,27 +155,3 @@ def _prompt(row: dict[str, Any], where: str) -> tuple[str, str]:
         if not isinstance(value, str):
             raise ReftError(f"{where}: the field {field!r} should be text, got {type(value).__name__}.")
     return row[name], given
-
-
-def check_characters(value: Any, where: str) -> None:
-    """Refuse half a character, which no tokenizer takes: a pair of which scraped text has lost one.
-
-    Raises:
-        ReftError: with the place in the row.
-    """
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            half = ascii(value[error.start])
-            raise ReftError(
-                f"{where}: half a character, {half}, as of an emoji that was cut in two, after "
-                f"{value[max(error.start - 20, 0) : error.start]!r}; remove it."
-            ) from None
-    elif isinstance(value, dict):
-        for name, held in value.items():
-            check_characters(name, where)
-            check_characters(held, f"{where}: {name}")
-    elif isinstance(value, list):
-        for held in value:
-            check_characters(held, where)

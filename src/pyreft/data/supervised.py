@@ -14,6 +14,7 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from ..errors import ReftError
+from ..files.text import check_characters
 from ..positions import IGNORED
 from .boundary import pair_ids
 
@@ -119,13 +120,17 @@ def encode_pair(
         number: which example this is, for messages.
 
     Raises:
-        ReftError: a prompt that leaves no room for an answer within `tokenizer.model_max_length`, or an EOS token
-            that is asked for and not there.
+        ReftError: what is no text, a prompt that leaves no room for an answer within `tokenizer.model_max_length`, or
+            an EOS token that is asked for and not there.
     """
     if end and tokenizer.eos_token is None:
         raise ReftError(
             "The tokenizer has no EOS token: set tokenizer.eos_token, or pass nonstop=True, to a data set no_stop=True."
         )
+    for name, text in (("prompt", prompt), ("answer", answer)):
+        if not isinstance(text, str):
+            raise ReftError(f"Example {number}: the {name} should be text, got {text!r}.")
+        check_characters(text, f"Example {number}: the {name}")
     limit = tokenizer.model_max_length
     prompt_ids, answer_ids = pair_ids(tokenizer, prompt, answer + (tokenizer.eos_token if end else ""), doubled=True)
     if len(prompt_ids) >= limit or not answer_ids:

@@ -100,7 +100,7 @@ def _fields(value: Any, where: str) -> dict[str, Any]:
 
 
 def _json(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[Row]:
-    """A list of objects; or the one list of them that an object holds; or, as often, JSON Lines by another name."""
+    """A list of objects; the one list of them, or the columns, that an object holds; or JSON Lines by another name."""
     with open_text(path, encoding) as file:
         text = file.read()
     if not text.strip():
@@ -116,7 +116,7 @@ def _json(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[
     if isinstance(value, dict):
         lists = [held for held in value.values() if isinstance(held, list) and held and isinstance(held[0], dict)]
         row = any(name.strip().lower() in known for name in value)  # a turn or a tool is no row
-        value = lists[0] if len(lists) == 1 and not row else [value]
+        value = lists[0] if len(lists) == 1 and not row else _of_columns(value) or [value]
     if not isinstance(value, list):
         raise ReftError(f"{path}: expected a list of objects, got {type(value).__name__}.")
     for number, row in enumerate(value, 1):
@@ -125,6 +125,22 @@ def _json(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[
             yield where, _fields(row, where)
         except ReftError as error:
             yield where, error
+
+
+def _of_columns(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of an object that holds columns, as `datasets` and pandas write them; none of another object.
+
+    A column is a list, none of whose values has fields, as a turn has; or an object from row numbers to values.
+    """
+    if all(isinstance(held, dict) for held in value.values()):
+        numbers = [list(held) for held in value.values()]
+        columns = [list(held.values()) for held in value.values()]
+        fits = all(of_one == numbers[0] for of_one in numbers) and all(map(str.isdigit, numbers[0] if numbers else ()))
+    else:
+        columns = [held for held in value.values() if isinstance(held, list)]
+        fits = len(columns) == len(value) and len({len(column) for column in columns}) == 1
+        fits = fits and not any(isinstance(held, dict) for column in columns for held in column)
+    return [dict(zip(value, values, strict=True)) for values in zip(*columns, strict=True)] if fits else []
 
 
 def _csv(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[Row]:

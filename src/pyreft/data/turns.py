@@ -5,6 +5,7 @@ Knows nothing of templates or tokenizers.
 """
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -23,7 +24,7 @@ _SHAREGPT = {
 _ROLES = {name: name for name in ("user", "assistant", "system", "developer", "tool")} | {
     name: role for name, role in _SHAREGPT.items() if role in ("user", "assistant") and name != "function_call"
 }
-_LEARN = ("weight", "train", "training", "loss")  # by which names a turn says whether it is learned
+LEARN = ("weight", "train", "training", "loss")  # by which names a turn, or a row, says whether it is learned
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _TEXTS = ("text", "input_text", "output_text")  # the kinds of a content's parts that are read
 _PICTURES = ("images", "image", "videos", "video", "audio", "audios", "image_url")
@@ -70,7 +71,7 @@ def check_answers(turns: Sequence[Turn], learned: Sequence[bool], where: str) ->
         if not learn:
             continue
         place = f"{where}, turn {number} (assistant)"
-        if not turn["content"].strip() and not turn.get("tool_calls"):
+        if is_blank(turn["content"]) and not turn.get("tool_calls"):
             raise ReftError(f"{place}: the answer is empty, there is nothing to learn.")
         if number == 1:
             raise ReftError(f'{place}: nothing comes before this answer; leave it out, or give it "train": false.')
@@ -79,13 +80,18 @@ def check_answers(turns: Sequence[Turn], learned: Sequence[bool], where: str) ->
     return list(learned)
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: it has white space, control characters and those of no width alone."""
+    return all(character.isspace() or unicodedata.category(character) in ("Cc", "Cf") for character in text)
+
+
 def _turn(turn: Turn, where: str) -> tuple[Turn, bool]:
     role = _role(turn, where)
     where = f"{where} ({role})"
     for name in _PICTURES:
         if turn.get(name):
             raise ReftError(f"{where}: {name!r} cannot be learned from; only text is read.")
-    read = {name: held for name, held in turn.items() if name not in ("from", "value", *_LEARN)}
+    read = {name: held for name, held in turn.items() if name not in ("from", "value", *LEARN)}
     read["role"] = role
     content = _either(turn, ("content", "value"), where)
     if str(turn.get("from")).lower() == "function_call":
@@ -188,7 +194,7 @@ def _parsed(value: Any, where: str) -> Any:
 
 def _learn(turn: Turn, role: str, where: str) -> bool:
     learn = role == "assistant"
-    for name in _LEARN:
+    for name in LEARN:
         if name not in turn:
             continue
         value = turn[name]

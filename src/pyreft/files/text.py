@@ -4,6 +4,7 @@ Knows nothing of what the files mean.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text in which no name stands twice, of which PyYAML would take the last.
+    """The value of a YAML text in which no name stands twice, of which PyYAML would take the last, nor another number.
 
     Raises:
         YAMLError, ValueError, RecursionError: as PyYAML.
@@ -140,7 +141,42 @@ def parse_yaml(text: str) -> Any:
                 raise yaml.YAMLError(f"the name {name!r} stands there twice{node.start_mark}")
             return super().construct_mapping(node, deep)
 
+    def number(loader: Any, node: Any) -> float:
+        """A number that means what it looks like; YAML 1.1 has `010` for 8 and `1:30` for 90."""
+        value = (loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float)(node)
+        if ":" in node.value or re.fullmatch(r"[-+]?0[0-9_]+", node.value):
+            raise yaml.YAMLError(
+                f"{node.value!r} would be read as {value}; write what is meant, text in quotes{node.start_mark}"
+            )
+        return value
+
+    for kind in ("int", "float"):
+        Loader.add_constructor(f"tag:yaml.org,2002:{kind}", number)
     return yaml.load(text, Loader)
+
+
+def check_characters(value: Any, where: str) -> None:
+    """Refuse half a character, which no tokenizer takes: of a pair that was cut, or a byte that is no UTF-8.
+
+    Raises:
+        ReftError: with the place in the row.
+    """
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half, before = ascii(value[error.start]), value[max(error.start - 20, 0) : error.start]
+            kind = "of an emoji that was cut in two"
+            if "\udc80" <= value[error.start] <= "\udcff":  # Python's sign for a byte of a terminal, or that half
+                kind = "of text that is not UTF-8, or " + kind
+            raise ReftError(f"{where}: half a character, {half}, as {kind}, after {before!r}; remove it.") from None
+    elif isinstance(value, dict):
+        for name, held in value.items():
+            check_characters(name, where)
+            check_characters(held, f"{where}: {name}")
+    elif isinstance(value, list):
+        for held in value:
+            check_characters(held, where)
 
 
 def too_deep(value: Any) -> bool:

@@ -64,6 +64,7 @@ class PreparedJob:
         examples, validation_examples: what they were made of.
         tally: what became of the rows of the data.
         skipped: how many examples of a suite have a prompt that fills `max_length`, so that nothing is left to learn.
+        shared: how many of those to measure on are learned from, too.
     """
 
     collator: Any
@@ -79,7 +80,7 @@ class PreparedJob:
         self.output = Path(job.output)
         self.checkpoint = check_output(job) if job.output else None
         self.config: PeftConfig = make_config(job)
-        self.skipped = 0
+        self.skipped = self.shared = 0
         self.tally, self._held_out_tally = Tally(job.on_error), Tally(job.on_error)
         self.rows: list[dict[str, Any]] = []
         self.validation: list[dict[str, Any]] = []
@@ -114,6 +115,8 @@ class PreparedJob:
             self.options = _BEST
         if job.validation_split:
             self._hold_out()
+        learned = set(map(_mark, self.rows)) if self.validation else set()
+        self.shared = sum(_mark(row) in learned for row in self.validation)
         self.collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         self._attach(model)
 
@@ -141,15 +144,22 @@ class PreparedJob:
         return [examples[number] for number in kept], [cut[number] for number in kept]
 
     def _hold_out(self) -> None:
-        """Part the rows; the answers of one chat stay together."""
-        chats = list(dict.fromkeys(example.row or example.where for example in self.examples))
-        count = max(1, round(len(chats) * self.job.validation_split))
-        if count >= len(chats):
+        """Part the rows; the answers of one chat stay together, and so do chats that are alike, if others are left."""
+        texts: dict[str, Any] = {}
+        for example, row in zip(self.examples, self.rows, strict=True):
+            name = example.row or example.where
+            texts[name] = (*texts.get(name, ()), _mark(row))
+        for kept in (texts, {name: name for name in texts}):
+            chats = list(dict.fromkeys(kept.values()))
+            count = max(1, round(len(chats) * self.job.validation_split))
+            if count < len(chats):
+                break
+        else:
             raise ReftError(
                 f"{count} of {len(chats)} would be held out; no example is left.", setting="validation_split"
             )
         chosen = {chats[number] for number in random.Random(self.job.seed).sample(range(len(chats)), count)}
-        held = [(example.row or example.where) in chosen for example in self.examples]
+        held = [kept[example.row or example.where] in chosen for example in self.examples]
         pairs = list(zip(self.examples, self.rows, held, strict=True))
         self.validation_examples = [example for example, _, out in pairs if out]
         self.validation = [row for _, row, out in pairs if out]
@@ -274,6 +284,11 @@ class PreparedJob:
                 **self.options,
             },
         )
+
+
+def _mark(row: dict[str, Any]) -> int:
+    """By which a row is known from others: equal for equal tokens."""
+    return hash(tuple(row["input_ids"]))
 
 
 class _Progress(TrainerCallback):

@@ -304,8 +304,9 @@ def _read(name: str, value: Any, kind: Any, where: str) -> Any:
             return value
         raise ReftError(f"expected true or false, got {value!r}.", setting=name, where=where)
     if not {int, float} & set(kinds):
-        if value is None or isinstance(value, (bool, list, dict, set)):
-            raise ReftError(f"expected text, got {value!r}.", setting=name, where=where)
+        if value is None or isinstance(value, (bool, float, list, dict, set)):
+            quotes = " Put it in quotes." if isinstance(value, float) else ""  # it may have been 1.10
+            raise ReftError(f"expected text, got {value!r}.{quotes}", setting=name, where=where)
         return str(value)
     try:
         number = float(value)
