@@ -6,7 +6,8 @@ from typing import Any
 
 import typer
 
-from pyreft.files.text import parse_yaml, repeated
+from pyreft.errors import ReftError
+from pyreft.files.text import check_file, parse_yaml, repeated
 
 PATHS = ("data", "data_dir", "output", "model", "adapter", "file", "validation", "reach_directory", "config")
 _OTHERS = ("recipe", "config", "rows", "quiet", "as_json")  # the parameters of a command that are no settings
@@ -32,10 +33,11 @@ def read_config(path: Path | None) -> dict[str, Any]:
         return {}
     import yaml
 
-    if not path.is_file():  # a device behind a link has no end
-        raise typer.BadParameter(f"{path} cannot be read: there is no such file.", param_hint="--config")
     try:
+        check_file(path)
         settings = parse_yaml(path.read_text(encoding="utf-8-sig"))
+    except ReftError as error:
+        raise typer.BadParameter(str(error), param_hint="--config") from None
     except OSError as error:
         raise typer.BadParameter(f"{path} cannot be read: {error.strerror}.", param_hint="--config") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # not UTF-8, a date that is none, nested too deeply
