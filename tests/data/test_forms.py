@@ -110,6 +110,19 @@ def test_the_turns_of_a_prompt_are_not_learned(tmp_path, tokenizer):
     assert parts(tokenizer, found)[1] == "So."
 
 
+def test_a_system_text_by_its_other_names(tmp_path):
+    plain = {"prompt": "A cat?", "completion": "C"}
+    told = [{"role": "system", "content": "Be brief."}, USER, ANSWER]
+    path = tmp_path / "data.jsonl"
+    for name in ("system", "system_prompt", "System_Prompt", "system_message"):
+        for row in (plain, {"messages": [USER, ANSWER]}, {"messages": told}):
+            path.write_text(json.dumps({**row, name: "Be brief."}), encoding="utf-8")
+            tally = Tally("stop")
+            (example,) = read_examples(path, Reading(), tally)
+            assert [dict(turn) for turn in example.messages] == told
+            assert not tally.unread
+
+
 def test_an_instruction_with_a_system_text_and_a_history(tmp_path, tokenizer):
     row = {"instruction": "Say", "input": "it", "output": "C", "system": "Be brief.", "history": [["A?", "B"]]}
     plain = {"instruction": "A cat?", "output": "C", "system": "", "history": []}

@@ -21,6 +21,7 @@ _FORMS = {
 }
 _CHATS = ("messages", "conversations", "conversation")
 EXTRAS = ("system", "history", "tools", "functions", "documents", "chat_template_kwargs")  # given to the template
+_ALSO = {"system_prompt": "system", "system_message": "system"}  # other names of these
 _DECIDED = {  # what a row may not say to the tokenizer
     *("conversation", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message"),
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
@@ -77,10 +78,11 @@ def alpaca_prompt(instruction: str, given: str = "") -> str:
 
 
 def plain_names(row: dict[str, Any], kept: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A row whose known fields have their names in small letters, whatever a spreadsheet made of them."""
+    """A row whose known fields have their names in small letters, whatever a spreadsheet or another program made."""
     named: dict[str, Any] = {}
     for name, value in row.items():
         small = str(name).strip().lower()
+        small = _ALSO.get(small, small)
         renamed = small in KNOWN and small not in row and small not in named and name not in kept
         named[small if renamed else str(name)] = value
     return named
@@ -179,6 +181,8 @@ def _chat(messages: list[Turn], learned: list[bool], extras: dict[str, Any], whe
     """An example for each answer, whose prompt is what comes before it."""
     if "history" in extras:
         raise ReftError(f"{where}: the field 'history' cannot stand beside a chat; put its turns into the chat.")
+    if messages[0]["role"] == "system" and extras.get("system") == messages[0]["content"]:
+        extras = {name: held for name, held in extras.items() if name != "system"}  # said twice
     if "system" in extras and messages[0]["role"] == "system":
         raise ReftError(f"{where}: the field 'system' cannot stand beside a turn of the role 'system'; give one.")
     learned = check_answers(messages, learned, where)
