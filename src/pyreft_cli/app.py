@@ -47,7 +47,7 @@ def program(
 class Command(TyperCommand):
     """A command that refuses names and texts given twice, which may have been meant as several, unless it takes those.
 
-    Of a number or a switch the last one counts, as in other commands.
+    Of a number, a switch, the output and the model the last one counts, as in other commands.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -55,7 +55,11 @@ class Command(TyperCommand):
         _, _, given = self.make_parser(ctx).parse_args(args=list(args))
         rest = super().parse_args(ctx, args)
         params = [param for param in given if isinstance(param, TyperOption) and not param.multiple]
-        texts = [param.opts[0] for param in params if isinstance(ctx.params.get(str(param.name)), str | Path)]
+        texts = [
+            param.opts[0]
+            for param in params
+            if param.name not in ("output", "model") and isinstance(ctx.params.get(str(param.name)), str | Path)
+        ]
         if (name := repeated(texts)) is not None and not ctx.resilient_parsing:
             raise typer.BadParameter("it stands there twice; give it once.", ctx, param_hint=name)
         ctx.params.update(at_home(ctx.params))

@@ -226,7 +226,7 @@ def told_of_unreached(model, directory, length=24, **settings):
     """What is told of edits without a gradient, in a training of two steps."""
     rows = torch.randint(5, 90, (8, length)).tolist()
     trainer = pyreft.ReftTrainerForSequenceClassification(
-        model=pyreft.get_reft_model(model, pyreft.ReftConfig(**{"intervention": "loreft"} | settings)),
+        model=pyreft.get_reft_model(model, pyreft.ReftConfig(**{"intervention": "loreft", "positions": "l16"} | settings)),
         args=arguments(directory, max_steps=2, per_device_train_batch_size=4),
         train_dataset=[{"input_ids": row, "labels": number % 2} for number, row in enumerate(rows)],
     )
@@ -241,6 +241,7 @@ def test_edits_that_the_head_of_a_classifier_does_not_read_are_told(tmp_path):
     assert message.startswith("1 of 3 edits got no gradient from the first step (layer 2, positions l16): the head")
     assert "such as 'f1+l16'" in message
     assert not told_of_unreached(tiny_bert(), tmp_path, positions="f1+l16")
+    assert not told_of_unreached(tiny_bert(), tmp_path, positions=None)  # the default: all of them
     assert not told_of_unreached(tiny_bert(), tmp_path, length=10)  # all of the row
     decoder = LlamaForSequenceClassification(tiny_llama().config)
     assert not told_of_unreached(decoder, tmp_path)  # it reads the last token
