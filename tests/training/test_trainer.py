@@ -225,8 +225,9 @@ def tiny_bert():
 def told_of_unreached(model, directory, length=24, **settings):
     """What is told of edits without a gradient, in a training of two steps."""
     rows = torch.randint(5, 90, (8, length)).tolist()
+    config = pyreft.ReftConfig(**{"intervention": "loreft", "positions": "l16"} | settings)
     trainer = pyreft.ReftTrainerForSequenceClassification(
-        model=pyreft.get_reft_model(model, pyreft.ReftConfig(**{"intervention": "loreft", "positions": "l16"} | settings)),
+        model=pyreft.get_reft_model(model, config),
         args=arguments(directory, max_steps=2, per_device_train_batch_size=4),
         train_dataset=[{"input_ids": row, "labels": number % 2} for number, row in enumerate(rows)],
     )
