@@ -38,14 +38,15 @@ def make_base(path: Path) -> None:
 def make_adapters(base: Path, root: Path, count: int) -> None:
     """Adapters with random weights, so many for each rule."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(low_rank_dimension=8, intervention="loreft"))
-    for number in range(count):
-        for name, parameter in adapted.named_parameters():
-            if "reft_" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-        for rule in RULES:
-            adapted.peft_config["default"].positions = rule
+    for rule in RULES:
+        config = pyreft.ReftConfig(low_rank_dimension=8, intervention="loreft", positions=rule)
+        adapted = pyreft.get_reft_model(model, config)
+        for number in range(count):
+            for name, parameter in adapted.named_parameters():
+                if "reft_" in name:
+                    torch.nn.init.normal_(parameter, std=0.05)
             adapted.save_pretrained(str(root / f"{rule.replace('+', '')}-{number}"))
+        adapted.unload()
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:

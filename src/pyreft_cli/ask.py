@@ -73,9 +73,9 @@ def _check_output(output: Path, file: Path | None) -> None:
         problem = f"{output} has the prompts, which would be lost; name another file."
     else:
         try:
-            if output.exists():
+            if output.is_file():
                 output.open("a").close()
-            else:
+            elif not output.exists():
                 tempfile.TemporaryFile(dir=output.absolute().parent).close()
         except OSError as error:
             problem = f"{output} cannot be written ({os.strerror(error.errno or 0)})."

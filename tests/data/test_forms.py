@@ -121,6 +121,11 @@ def test_a_system_text_by_its_other_names(tmp_path):
             (example,) = read_examples(path, Reading(), tally)
             assert [dict(turn) for turn in example.messages] == told
             assert not tally.unread
+    null, named = {"system": None}, {"system_prompt": "Be brief."}
+    for row in ({**plain, **null, **named}, {**named, **null, **plain}):
+        path.write_text(json.dumps(row), encoding="utf-8")
+        (example,) = read_examples(path, Reading(), Tally("stop"))
+        assert [dict(turn) for turn in example.messages] == told
 
 
 def test_an_instruction_with_a_system_text_and_a_history(tmp_path, tokenizer):

@@ -18,6 +18,7 @@ from conftest import tiny_llama
 from pyreft import pocket
 from pyreft.describe import describe
 from pyreft.files.adapter import read_config
+from pyreft.files.checkpoints import DATA_FILE
 from pyreft.jobs.job import PreparedJob
 from pyreft.jobs.settings import TrainingJob
 from pyreft.loading import base_of, load_adapted, load_base
@@ -209,6 +210,17 @@ def test_other_settings_cannot_go_on_from_a_checkpoint(data, tmp_path, changes, 
     prepared(data, tmp_path, epochs=1).train()
     with pytest.raises(pyreft.ReftError, match=message):
         prepared(data, tmp_path, resume=True, **changes)
+
+
+def test_a_checkpoint_that_names_no_schedule_had_a_falling_rate(data, tmp_path):
+    job = prepared(data, tmp_path, epochs=1, intervention="lora", lr_scheduler_type="linear")
+    job.train()
+    path = Path(job.last_checkpoint()) / DATA_FILE
+    facts = json.loads(path.read_text())
+    del facts["settings"]["lr_scheduler_type"]
+    path.write_text(json.dumps(facts))
+    with pytest.raises(pyreft.ReftError, match="was made with lr_scheduler_type = 'linear', now it is 'constant'"):
+        prepared(data, tmp_path, resume=True, intervention="lora")
 
 
 def test_a_training_that_diverges_stops_there_and_leaves_nothing_of_it(data, tmp_path):

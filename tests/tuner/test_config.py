@@ -9,6 +9,7 @@ from transformers import (
     BertForTokenClassification,
     BertModel,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
 )
 
@@ -64,6 +65,17 @@ def test_rules_that_are_not_said_are_filled_in_by_the_model(tmp_path):
     with pytest.raises(pyreft.ReftError):
         get_peft_model(BertModel(shape), config)
     assert config.positions is None
+
+
+def test_one_config_for_two_kinds_of_model_has_the_rule_of_each():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape, config = LlamaConfig(vocab_size=60, **sizes), pyreft.ReftConfig()
+    judge = get_peft_model(LlamaForSequenceClassification(shape), config)
+    policy = get_peft_model(LlamaForCausalLM(shape), config)
+    other = get_peft_model(LlamaForSequenceClassification(shape), config)
+    found = [model.peft_config["default"].positions for model in (judge, policy, other)]
+    assert found == ["all", "l16", "all"]
+    assert [model.base_model.edits.rules["default"][0].whole for model in (judge, policy)] == ["all", None]
 
 
 def test_by_default_every_token_of_a_classifiers_row_is_edited():

@@ -264,3 +264,21 @@ def test_a_library_that_calls_it(tmp_path):
     encoder.save(str(tmp_path / "saved"))
     again = sentences.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert torch.equal(torch.from_numpy(again.encode(texts)), encoded)
+
+
+def test_an_interrupted_call_leaves_nothing_for_the_next(monkeypatch):
+    adapted = shaken(pyreft.get_reft_model(tiny_llama(), config()))
+    base = adapted.base_model.model
+    ids = torch.randint(3, 96, (2, 8), generator=torch.Generator().manual_seed(0))
+    given = {"input_ids": ids, "labels": torch.where(torch.arange(8) < 5, -100, ids)}
+    right = adapted(**given).logits
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pyreft.tuner.hooks.resolve", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        adapted(input_ids=ids)
+    monkeypatch.undo()
+    assert not running.announced
+    assert torch.equal(base.forward(**given).logits, right)

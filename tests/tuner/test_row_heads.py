@@ -108,3 +108,12 @@ def test_calls_in_other_threads_have_heads_of_their_own():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_part_that_fills_a_cache_cannot_be_of_single_rows():
+    torch.manual_seed(0)
+    chosen = {"layers": [1], "positions": "l2", "low_rank_dimension": 3}
+    adapted = peft.get_peft_model(tiny_llama(), pyreft.ReftConfig(**chosen, modules_to_save=["layers.2"]), "a").eval()
+    adapted.add_adapter("b", pyreft.ReftConfig(**chosen, modules_to_save=["layers.2"]))
+    with pytest.raises(pyreft.ReftError, match=r"more than a tensor of rows.*Call the model once for each adapter"):
+        adapted(input_ids=IDS[:2], adapter_names=["a", "b"])

@@ -83,8 +83,10 @@ def plain_names(row: dict[str, Any], kept: tuple[str, ...] = ()) -> dict[str, An
     for name, value in row.items():
         small = str(name).strip().lower()
         small = _ALSO.get(small, small)
-        renamed = small in KNOWN and small not in row and small not in named and name not in kept
-        named[small if renamed else str(name)] = value
+        free = row.get(small) is None and named.get(small) is None
+        key = small if small in KNOWN and free and name not in kept else str(name)
+        if value is not None or key not in named:
+            named[key] = value
     return named
 
 

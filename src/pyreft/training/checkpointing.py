@@ -42,6 +42,7 @@ def check_same_training(
             setting="resume",
         )
     earlier = before.get("settings", {})
+    earlier = {"lr_scheduler_type": "linear"} | earlier if earlier else {}  # all were, before it could be chosen
     for name, value in settings.items():
         if name in earlier and earlier[name] != value:
             raise ReftError(

@@ -135,11 +135,12 @@ def innermost(edits: Any) -> Surroundings | Call | None:
 def within(*frames: Surroundings | Call) -> Iterator[None]:
     """Run something in a call, or in what surrounds calls; whatever it leaves running is gone in the end."""
     stack = running.frames
-    count = len(stack)
+    count, announced = len(stack), len(running.announced)
     stack.extend(frames)
     try:
         yield
     finally:
+        del running.announced[announced:]
         if stack[count : count + len(frames)] == list(frames):
             stack[count:] = [one for one in stack[count + len(frames) :] if isinstance(one, Surroundings)]
         else:  # one that began before has ended before, as asyncio's tasks may

@@ -1,5 +1,6 @@
 """How edits come onto a model and off it: what fits is checked first, then its calls are watched."""
 
+import copy
 from contextlib import suppress
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ CLASSIFIERS = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+_FILLED_IN = "_filled_in"  # the rule that a model filled in, on the config
 SitesByPath = dict[str, list[tuple[Site, int, Intervention]]]
 
 
@@ -46,9 +48,20 @@ def make_interventions(model: nn.Module, config: ReftConfig) -> tuple[list[Repre
     for entry in representations:
         entry.settle()
     config.base_model_shape = shape
-    if config.representations is None:
-        config.positions = config.positions or _default_positions(model)
+    if config.representations is None and config.positions is None:
+        config.positions = _default_positions(model)
+        setattr(config, _FILLED_IN, config.positions)
     return representations, sites, by_path
+
+
+def own_config(config: ReftConfig, model: nn.Module) -> ReftConfig:
+    """The config; or a copy of one whose rule was filled in for another kind of model, which it goes on to serve."""
+    filled = getattr(config, _FILLED_IN, None)
+    if filled is None or filled != config.positions or filled == _default_positions(model):
+        return config
+    other = copy.copy(config)
+    other.positions = None
+    return other
 
 
 def _check_heads(model: nn.Module, config: ReftConfig) -> None:

@@ -39,19 +39,21 @@ class _ByRow:
             return None
         own = dict(head.modules_to_save.items())
         of_row = [own.get(name, head.original_module) for name in names]
-        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+        # more, such as a cache, would be of all rows
+        more = any(value is not None for value in (*args[1:], *kwargs.values()))
+        if more or not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
             raise ReftError(
                 f"a trained {type(head.original_module).__name__} takes and returns more than a tensor of rows, so it "
                 "cannot be that of each row's own adapter. Call the model once for each adapter.",
                 setting="adapter_names",
             )
-        x, *others = args
+        x = args[0]
         times = times_of(names, len(x), isinstance(call, Call) and call.generating)
         rows = {module: [one is module for one in of_row for _ in range(times)] for module in dict.fromkeys(of_row)}
         found = None
         for module, mine in rows.items():
             at = torch.tensor(mine, device=x.device).nonzero()[:, 0]
-            part = module(x[at], *others, **kwargs)
+            part = module(x[at])
             found = part.new_empty((len(x), *part.shape[1:])) if found is None else found
             found = found.index_copy(0, at, part)
         return found

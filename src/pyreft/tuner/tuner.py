@@ -26,7 +26,7 @@ from .adapted import edits_of, reft_layers
 from .call import Surroundings, within
 from .config import ReftConfig
 from .in_part import in_part
-from .injection import check_free, check_name, detach, leave_inference, make_interventions, watched
+from .injection import check_free, check_name, detach, leave_inference, make_interventions, own_config, watched
 from .layer import ReftLayer, device_of, refuse_merge, type_of
 from .row_heads import attend
 from .values import check_unchanged, check_values
@@ -93,7 +93,7 @@ class ReftTuner(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        config = self.peft_config[adapter_name]
+        config = self.peft_config[adapter_name] = own_config(self.peft_config[adapter_name], model)
         try:
             check_name(adapter_name)
             if "edits" in vars(self):
