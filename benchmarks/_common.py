@@ -46,6 +46,15 @@ def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def keep(name: str, row: dict, by: tuple[str, ...]) -> None:
+    """Print a row, and write it to `results/` in the place of the one that has the same values of the columns `by`."""
+    print(row, flush=True)
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [one for one in kept if any(one.get(column) != row[column] for column in by)] + [row]
+    path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+
+
 def report(name: str, rows: list[dict], *, keep: bool = True) -> None:
     """Print rows as a table and write them beside this file as JSON, if they are to be kept."""
     columns = list(dict.fromkeys(column for row in rows for column in row))

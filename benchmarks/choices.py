@@ -9,16 +9,14 @@ printed when it is there, and replaces that of the same name in `results/choices
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from _common import machine
+from _common import keep
 from _study.messages import load_messages
 from _study.settings import FULL
 from _study.tasks import TASKS, Pair, Task, load_task
@@ -166,16 +164,12 @@ def main() -> None:
     parser.add_argument("--lrs", type=float, nargs="+", default=[3e-3, 8e-3])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    path = Path(__file__).parent / "results" / "choices.json"
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
     for choice in CHOICES:
         if given.only and choice.name not in given.only:
             continue
         for name in given.tasks:
             row = measure(choice, name, given.lrs, given.seeds)
-            print(row, flush=True)
-            kept = [one for one in kept if (one["task"], one["choice"]) != (name, choice.name)] + [row]
-            path.write_text(json.dumps({"machine": machine(), "rows": kept}, indent=1) + "\n")
+            keep("choices", row, by=("task", "choice"))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ default. A row is printed when it is there, and replaces that of the same task, 
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from _common import machine
+from _common import keep
 from _study.settings import FULL, Setting
 from _study.tasks import TASKS, load_task
 from _study.training import Run
@@ -118,17 +116,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     split, first = ("heldout", 0) if given.heldout else ("validation", 1000)
-    path = Path(__file__).parent / "results" / f"schedules_{split}.json"
     schedules = [replace(one, steps=given.steps) for one in (COMPARED if given.heldout else SCHEDULES)]
     for task, schedule, seed in itertools.product(given.tasks, schedules, range(first, first + given.seeds)):
         run = train(task, schedule, seed)
         score = run.score(getattr(load_task(task), split)[: FULL.heldout])
         which = {"task": task, **asdict(schedule), "seed": seed}
         row = {**which, "score": score, "seconds": run.seconds}
-        print(row, flush=True)
-        kept = json.loads(path.read_text())["rows"] if path.exists() else []
-        rows = [one for one in kept if any(one.get(name) != value for name, value in which.items())] + [row]
-        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        keep(f"schedules_{split}", row, by=tuple(which))
 
 
 if __name__ == "__main__":

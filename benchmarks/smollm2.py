@@ -9,12 +9,10 @@ and replaces that of the same name and seed in `results/`.
 
 import argparse
 import itertools
-import json
-from pathlib import Path
 
 import torch
 
-from _common import machine
+from _common import keep
 from _study.messages import load_messages
 from _study.settings import DEFAULT, Plan, Setting
 from _study.training import Run
@@ -49,11 +47,7 @@ def main() -> None:
         right = 100 * run.score(task.heldout, max_new_tokens=_ANSWER)
         common = {"task": name, "adapter": setting.name, "parameters": run.parameters, "lr": RATES[setting]}
         row = {**common, "seed": seed, "steps": run.steps, "right": right, "seconds": run.seconds}
-        print(row, flush=True)
-        path = Path(__file__).parent / "results" / f"smollm2_{name}.json"
-        kept = json.loads(path.read_text())["rows"] if path.exists() else []
-        rows = [one for one in kept if (one["adapter"], one["seed"]) != (setting.name, seed)] + [row]
-        path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        keep(f"smollm2_{name}", row, by=("adapter", "seed"))
 
 
 if __name__ == "__main__":

