@@ -68,7 +68,7 @@ def train(
 ) -> None:
     """Train an adapter on a file of examples, or by a recipe of the paper on the data of one of its suites.
 
-    All is checked before it starts. Then the output holds the adapter, the loss as a table and a picture, checkpoints.
+    Everything is checked first. The output then holds the adapter, the loss as a table and a picture, and checkpoints.
     """
     jobs = _make_jobs(recipe, read_settings(context.params, config), config)
     results = [_train(job, shown=not (quiet or as_json)) for job in jobs]

@@ -347,6 +347,27 @@ def shape_differences(expected: dict[str, Any] | None, found: dict[str, Any] | N
     )
 
 
+def check_unchanged(adapter_name: str, made: dict[str, Any], says: dict[str, Any]) -> None:
+    """Refuse to hand out an adapter whose config was changed since its edits were made, which a change does not reach.
+
+    Args:
+        adapter_name: the adapter's.
+        made: what the config said then, see `ReftConfig.edits`.
+        says: what it says now.
+
+    Raises:
+        ReftError: another value of a field; with it, the files would be those of other edits.
+    """
+    for name, value in made.items():
+        if says.get(name) != value:
+            raise ReftError(
+                f"the edits of {adapter_name!r} were made with {value!r}, and its config was then changed to "
+                f"{says.get(name)!r}, which changes nothing in the model. Set it back, or give the new value to a "
+                "config of its own: model.add_adapter(name, config).",
+                setting=name,
+            )
+
+
 def register_with_peft(tuner: type) -> None:
     """Make PEFT know this method: its mappings are plain dicts and take a key of our own."""
     PEFT_TYPE_TO_CONFIG_MAPPING[ReftPeftType.REFT] = ReftConfig

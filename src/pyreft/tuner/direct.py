@@ -54,7 +54,7 @@ class Door:
             output = None
             try:
                 args, kwargs = entry.before(module, args, kwargs)
-                output = self(*args, **kwargs)
+                output = self(*args, **kwargs)  # which `before` has announced
             finally:
                 entry.after(module, args, output)
             return output

@@ -98,9 +98,9 @@ class Entry:
         call.entered.append(self.depth)  # from here on `after` leaves again, whatever happens
         if outermost:
             self._begin_forward(call, module)
-        if self.stack if not outermost else self.stack is not None:
+        if self.stack is not None and (outermost or self.stack):
             if call.active:
-                self._read(call, cast(str, self.stack), module, args, named)
+                self._read(call, self.stack, module, args, named)
             elif call.row_adapters is not None and call.located is None:
                 self._check_rows(call, module, args, named)
         return args, kwargs

@@ -24,12 +24,12 @@ from ..places.structure import PREFIX, path_of
 from ..sharded import is_sharded
 from .adapted import edits_of, reft_layers
 from .call import Surroundings, within
-from .config import ReftConfig
+from .config import ReftConfig, check_unchanged
 from .in_part import in_part
 from .injection import check_free, check_name, detach, leave_inference, make_interventions, own_config, watched
 from .layer import ReftLayer, device_of, refuse_merge, type_of
 from .row_heads import attend
-from .values import check_unchanged, check_values
+from .values import check_values
 
 _COMPILED = "_orig_mod."  # before the paths in a model that `torch.compile` has wrapped
 
@@ -165,7 +165,7 @@ class ReftTuner(BaseTuner):
         """What adapters train beside their edits, but for that of a LoRA beneath."""
         configs = self.peft_config.values()
         names = tuple(name for config in configs for name in getattr(config, "modules_to_save", None) or ())
-        found = self.model.named_modules()
+        found = self.model.named_modules() if names else ()
         return [m for path, m in found if isinstance(m, AuxiliaryTrainingWrapper) and path.endswith(names)]
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

@@ -1,6 +1,4 @@
-"""Which numbers an adapter may be made of, wherever they come from, and that its config still says what it is."""
-
-from typing import Any
+"""Which numbers an adapter may be made of, wherever they come from."""
 
 import torch
 from torch import Tensor
@@ -32,24 +30,3 @@ def check_values(name: str, tensor: Tensor, floats: bool = True) -> None:
             "diverged, or the file is damaged; take an earlier checkpoint.",
             setting=name,
         )
-
-
-def check_unchanged(adapter_name: str, made: dict[str, Any], says: dict[str, Any]) -> None:
-    """Refuse to hand out an adapter whose config was changed since its edits were made, which a change does not reach.
-
-    Args:
-        adapter_name: the adapter's.
-        made: what the config said then, see `ReftConfig.edits`.
-        says: what it says now.
-
-    Raises:
-        ReftError: another value of a field; with it, the files would be those of other edits.
-    """
-    for field, value in made.items():
-        if says.get(field) != value:
-            raise ReftError(
-                f"the edits of {adapter_name!r} were made with {value!r}, and its config was then changed to "
-                f"{says.get(field)!r}, which changes nothing in the model. Set it back, or give the new value to a "
-                "config of its own: model.add_adapter(name, config).",
-                setting=field,
-            )
