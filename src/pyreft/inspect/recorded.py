@@ -145,7 +145,7 @@ class _Recorder:
             assert reading is not None  # a forward over whole rows: the tokens are listed
             at: Any = reading.at[key]
             edit = call.strength(key[0]) * (edited.float() - h)
-            rows, tokens = at.rows.squeeze(-1), at.columns.squeeze(-1)
+            rows, tokens = at.rows, at.places % reading.tokens
             self._kept[key[1]].append(tuple(t.cpu() for t in (rows + self.first_row, tokens, h, edit)))
 
         return keep

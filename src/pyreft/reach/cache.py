@@ -156,7 +156,8 @@ class _Join(torch.autograd.Function):
         joined = new.new_empty((*new.shape[:2], kept + ctx.width, new.shape[3]))
         for target, row in zip(joined, rows, strict=True):
             length = 0 if row is None else row.shape[-2]
-            target[:, : kept - length] = 0  # masked, but garbage there could be infinite
+            if length < kept:
+                target[:, : kept - length] = 0  # masked, but garbage there could be infinite
             if row is not None:
                 target[:, kept - length : kept] = row
         joined[:, :, kept:] = new

@@ -164,26 +164,24 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         for number, (index, columns) in enumerate(zip(self.indices[name], self.columns[name], strict=True)):
             if (name, index) not in reading.at:
                 continue
-            at = reading.at[name, index]
-            if any(isinstance(part, Tensor) and part.device != h.device for part in at):
-                at = at.to(h.device)
+            at = reading.at[name, index].to(h.device)
             intervention, R = self._intervention(name, number, adapters, call, h)
             context = _context(intervention, R, (name, index), at, reading, by_itself=not adapters)
             if getattr(intervention, "reads_input", False):
-                read = self._check_input(x)[at.rows, at.columns]
+                read = at.of(self._check_input(x, h))
                 context["x"] = read if adapters else read.flatten(0, 1)
-            there = h[at.rows, at.columns]  # gather: [n, k, d]
+            there = at.of(h)  # [n, k, d]
             part = there if columns is None else columns.take(there)
             new = _formula(intervention, part if adapters else part.flatten(0, 1), strength, context).view_as(part)
             if at.valid is not None:
                 new = torch.where(at.valid[..., None], new, part)
             if columns is not None:
                 new = columns.put(there, new)
-            h = new if isinstance(at.rows, slice) else h.index_put(cast(Any, at[:2]), new)  # scatter
+            h = at.put(h, new)
         return h
 
-    def _check_input(self, x: Tensor | None) -> Tensor:
-        if isinstance(x, Tensor) and x.dim() > 2:
+    def _check_input(self, x: Tensor | None, h: Tensor) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() > 2 and x.shape[:2] == h.shape[:2]:
             return x
         raise ReftError(
             f"The input of the edited {type(self._module[0]).__name__} is to be read, and was not given to it by token "
@@ -321,17 +319,17 @@ def _context(
     if of_row is None and not intervention.by_row:
         return context
     rows, k = at.rows, 1
-    if isinstance(rows, slice):
-        rows, k = torch.arange(reading.rows, device=reading.located.masks[key].device)[:, None], reading.tokens
+    if rows is None:
+        rows, k = torch.arange(reading.rows, device=reading.located.masks[key].device), reading.tokens
     if intervention.by_row:
-        context["rows"] = rows.expand(-1, k).flatten()
+        context["rows"] = rows[:, None].expand(-1, k).flatten()
     if isinstance(of_row, list):
         times = reading.rows // len(of_row)
         context["subspaces"] = [entry for entry in of_row for _ in range(times)]
     elif isinstance(of_row, dict):
         context["subspaces"] = of_row
     elif of_row is not None:  # [n, 1, r]
-        directions = of_row.to(rows.device)[rows // (reading.rows // len(of_row))]
+        directions = of_row.to(rows.device)[rows[:, None] // (reading.rows // len(of_row))]
         context["subspaces"] = directions.expand(-1, k, -1).flatten(0, 1) if by_itself else directions[:, 0]
     return context
 

@@ -16,25 +16,38 @@ Key = tuple[str, int]  # an adapter and the number of one of its representations
 
 
 class Tokens(NamedTuple):
-    """The tokens to edit in the states `[batch, tokens, d]` of a forward: `states[rows, columns]`, `[n, k, d]`.
+    """The tokens to edit in the states `[batch, tokens, d]` of a forward, as `[n, k, d]`.
 
     Where all rows share an adapter, each of n tokens stands alone, k = 1. Where each row has its own, k tokens of each
     of n rows stand together, filled up with others where a row has fewer. In a compiled forward, whose shapes must not
     depend on which tokens they are, all of them are here, and `valid` tells.
     """
 
-    rows: Tensor | slice  # `[n, 1]`, or all
-    columns: Tensor | slice  # `[n, k]`, or all
+    rows: Tensor | None = None  # `[n]`; none if all tokens of all rows are here, n = batch and k = tokens
+    places: Tensor | None = None  # `[n * k]`, each a row times the number of tokens, plus a column; no place is twice
     valid: Tensor | None = None  # `[n, k]`, false for those that stay as they are; none if there are none
 
     def to(self, device: torch.device) -> "Tokens":
         """The same, where a layer is."""
-        rows, columns, valid = (part.to(device) if isinstance(part, Tensor) else part for part in self)
-        return Tokens(rows, columns, valid)  # type: ignore[arg-type]
+        if all(part is None or part.device == device for part in self):
+            return self
+        return Tokens(*(part if part is None else part.to(device) for part in self))
+
+    def of(self, states: Tensor) -> Tensor:
+        """Gather them, `[n, k, d]`."""
+        if self.rows is None or self.places is None:
+            return states
+        # by one index: torch gathers by several, and adds up what comes back, far more slowly
+        return states.flatten(0, 1).index_select(0, self.places).view(self.rows.shape[0], -1, states.shape[-1])
+
+    def put(self, states: Tensor, new: Tensor) -> Tensor:
+        """The states with others in the place of these, `[n, k, d]`."""
+        if self.places is None:
+            return new
+        return states.flatten(0, 1).index_copy(0, self.places, new.flatten(0, 1)).view_as(states)
 
 
-ALL = slice(None)
-EVERY = Tokens(ALL, ALL)
+EVERY = Tokens()
 
 
 class Located:
@@ -130,18 +143,18 @@ def _tokens(mask: Tensor, together: bool, only: Tensor | None) -> Tokens | None:
         only: `[rows]`, false for rows without any part in it.
     """
     if torch.compiler.is_compiling():
-        return Tokens(ALL, ALL, mask) if mask.shape[1] else None
+        return Tokens(valid=mask) if mask.shape[1] else None
     if not together:
-        rows, columns = mask.nonzero(as_tuple=True)
-        return Tokens(rows[:, None], columns[:, None]) if len(rows) else None
+        places = mask.flatten().nonzero().squeeze(-1)
+        return Tokens(places // mask.shape[1], places) if len(places) else None
     rows = torch.arange(len(mask)) if only is None else only.nonzero().squeeze(-1)
-    rows = rows.to(mask.device)
+    rows, tokens = rows.to(mask.device), mask.shape[1]
     mask = mask[rows]
     counts = mask.sum(-1)
     fewest, most = int(counts.min()), int(counts.max())
     columns = mask.byte().argsort(dim=-1, descending=True, stable=True)[:, :most]
     valid = None if fewest == most else mask.gather(1, columns)
-    return Tokens(rows[:, None], columns, valid) if most else None
+    return Tokens(rows, (rows[:, None] * tokens + columns).flatten(), valid) if most else None
 
 
 def times_of(row_adapters: list[str], rows: int, beams: bool = False) -> int:
