@@ -42,7 +42,7 @@ def attach(edits: Edits, batches: Batches, stacks: dict[str, nn.Module]) -> None
     text = None if stacks else text_model(inner)
     modules = dict.fromkeys(entry for entry in (edits.model, inner, backbone, text) if isinstance(entry, nn.Module))
     for depth, module in enumerate(modules):
-        Entry(edits, batches, depth, None if stacks else "").attach(module)
+        Entry(edits, batches, depth, None if stacks else "", has_inner=depth + 1 < len(modules)).attach(module)
     for name, module in stacks.items():
         Entry(edits, batches, _INSIDE, name).attach(module)
 
@@ -71,11 +71,14 @@ class Entry:
         edits: of the model.
         batches: its continuous batching.
         depth: entries call those of a greater one.
-        stack: whose tokens the module takes; those of `""` are read by the outermost entry alone.
+        stack: whose tokens the module takes; those of `""` are read by the outermost entry that can.
+        has_inner: whether one of them lies within.
     """
 
-    def __init__(self, edits: Edits, batches: Batches, depth: int, stack: str | None) -> None:
-        self.edits, self.batches, self.depth, self.stack = edits, batches, depth, stack
+    def __init__(
+        self, edits: Edits, batches: Batches, depth: int, stack: str | None, *, has_inner: bool = False
+    ) -> None:
+        self.edits, self.batches, self.depth, self.stack, self.has_inner = edits, batches, depth, stack, has_inner
 
     def attach(self, module: nn.Module) -> None:
         """Enter and leave at this module."""
@@ -98,7 +101,7 @@ class Entry:
         call.entered.append(self.depth)  # from here on `after` leaves again, whatever happens
         if outermost:
             self._begin_forward(call, module)
-        if self.stack is not None and (outermost or self.stack):
+        if self.stack is not None and (outermost or self.stack or call.readings.get("", call) is None):
             if call.active:
                 self._read(call, self.stack, module, args, named)
             elif call.row_adapters is not None and call.located is None:
@@ -167,8 +170,9 @@ class Entry:
             return
         call.readings.pop(stack, None)
         inputs, counted = _inputs(module, args, kwargs), cache is not None and counts(cache)
-        if inputs is None:
-            call.readings[stack] = None  # pictures or sound came in: only the states say how many tokens they are
+        # pictures or sound came in, or the choices of each row, of which the backbone will make rows
+        if inputs is None or (self.has_inner and inputs.dim() == 3 and not inputs.is_floating_point()):
+            call.readings[stack] = None  # as yet only the states say how many tokens there are
             return
         past = 0 if cache is None else self._past(call, cache, counted)
         located = call.located or self._locate(call, stack, past, inputs, kwargs)
