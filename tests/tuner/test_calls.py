@@ -4,6 +4,7 @@ import asyncio
 import copy
 import pickle
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -357,3 +358,22 @@ def test_a_module_of_the_model_has_no_trace_of_a_call(adapted):
         rows(adapted, prompt_of(length))
     assert size() == before
     assert isinstance(adapted.get_base_model().model.layers[1].reft_output, nn.Module)
+
+
+def test_a_module_that_a_training_step_does_not_call_is_told_once():
+    model, ids = tiny_llama(), torch.arange(3, 11).view(2, 4)
+    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(component=["value_output", "down_output"], layers=[0, 1]))
+    mlp = model.model.layers[1].mlp
+    linear = torch.nn.functional.linear
+
+    def fused(x):  # in the manner of kernels that are given the weights of several modules
+        product = torch.nn.functional.silu(linear(x, mlp.gate_proj.weight)) * linear(x, mlp.up_proj.weight)
+        return linear(product, mlp.down_proj.weight)
+
+    mlp.forward = fused
+    adapted.train()
+    with pytest.warns(UserWarning, match=r"has not called 'model\.layers\.1\.mlp\.down_proj'"):
+        adapted(input_ids=ids, labels=ids)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(input_ids=ids, labels=ids)

@@ -75,6 +75,7 @@ class Call:
         self.rotations: dict[Any, Tensor] = {}  # R of the layers that need it, `[r, d]`
         self.rotated: set[Key] = set()  # the representations for which R has been computed
         self.stacked: dict[tuple, Any] = {}  # interventions that rows with adapters of their own share
+        self.reached: set[int] = set()  # the numbers of the layers that have edited
         self.located: Located | None = None  # of the whole prompt, in a generation; of every forward, while `serving`
         self.serving = self.generating = False
         # whether the inputs of its steps are prepared, so that a step is told from another call; and those of the next

@@ -135,6 +135,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         names = [name for name in dict.fromkeys(name for name, _ in reading.at) if name in here]
         if not names:
             return h
+        call.reached.add(self.number)
         shape, dtype = h.shape, h.dtype
         if h.dim() == 2 and len(h) == reading.rows * reading.tokens:  # some modules see all tokens in one row
             h = h.view(reading.rows, reading.tokens, -1)

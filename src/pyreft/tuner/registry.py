@@ -6,10 +6,12 @@ active at that moment, so that a change of adapters or strengths applies to call
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..errors import ReftError, did_you_mean
@@ -56,6 +58,7 @@ class Edits:
         self.kinds: dict[str, Any] = {}  # of each adapter: equal for those whose edits can be stacked, none otherwise
         self.made: dict[str, dict[str, Any]] = {}  # of each adapter: what its config said of its edits
         self.told_of_labels = self.told_of_short = False  # that labels do not say where prompts end; see `short`
+        self.told_of_unreached = False
         self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
         self.causal = generates(model)
         self.removed = False
@@ -134,6 +137,25 @@ class Edits:
         if gone or (self.removed and call.active):
             what = f"The adapter {gone[0]!r} was deleted" if gone else "The edits were taken off the model"
             raise ReftError(f"{what} while a call with it ran, which cannot be ended as it began. Wait for its end.")
+
+    def tell_of_unreached(self, call: Call) -> None:
+        """Warn, once, where a step in training has not called an edited module, as fused kernels that read weights."""
+        if self.told_of_unreached or torch.compiler.is_compiling():
+            return
+        for layer in self.layers:
+            reading = call.readings.get(layer.stack)
+            if reading is None or layer.number in call.reached:
+                continue
+            names = layer.indices if call.row_adapters is not None else call.enabled[layer.number]
+            if any((name, index) in reading.at for name in names for index in layer.indices[name]):
+                self.told_of_unreached = True
+                path = next(path for path, module in self.model.named_modules() if module is layer.get_base_layer())
+                warnings.warn(
+                    f"A training step has not called {path!r}, so what is to be edited there was not, and learns "
+                    "nothing. Some fused kernels read a module's weights instead; edit another component then.",
+                    stacklevel=2,
+                )
+                return
 
     @contextmanager
     def serving(self, located: Located, given: dict[str, Any] | None = None) -> Iterator[None]:
