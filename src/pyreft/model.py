@@ -240,6 +240,8 @@ def get_reft_model(
     if reft_config.base_model_name_or_path is None:
         reft_config.base_model_name_or_path = remembered(getattr(model, "name_or_path", None))
     adapted = ReftModel(model, reft_config, adapter_name)
+    if disable_model_grads:  # that of a LoRA beneath, too, which PEFT would train
+        adapted.disable_model_gradients()
     copied = {p for m in adapted.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
     for parameter in trained:
         if parameter not in copied:
