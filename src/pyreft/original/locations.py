@@ -32,6 +32,7 @@ def get_intervention_locations(
     last_n: int | None = None,
     share_weights: bool = False,
     pad_mode: Literal["first", "last"] = "first",
+    **further: Any,
 ) -> list[list[int]]:
     """Return the locations of one example, `[interventions][positions]`, as the original library does.
 
@@ -45,6 +46,7 @@ def get_intervention_locations(
         share_weights: one intervention edits prefix and suffix.
         pad_mode: where a prompt is too short, its missing locations become -1 (`"first"`, for datasets that put a
             padding token before the prompt) or `last_position` (`"last"`).
+        further: of no use; data sets of one's own hand on all that they were given, `position` for one.
 
     Raises:
         ReftError: no positions, or an odd number of interventions for a prefix and a suffix apart.
