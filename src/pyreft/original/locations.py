@@ -144,7 +144,8 @@ def read_unit_locations(
 
     Args:
         unit_locations: `{"sources->base": (None, L)}` or `{"base": L}`, with L as `[interventions][batch][positions]`,
-            or one index or a list of them for all. None for an intervention is all of its tokens.
+            or one index or a list of them for all; one row stands for each of a batch. None for an intervention is all
+            of its tokens.
         tokens: how many a row has.
         repeated: whether the rows may stand there once for each beam.
 
@@ -154,12 +155,13 @@ def read_unit_locations(
     nested = _nested(unit_locations, batch, interventions)
     expected = f"expected {_SHAPE} with {interventions} interventions and a batch of {batch}"
     try:
-        nested = [[list(range(tokens))] * batch if rows is None else rows for rows in nested]
+        given = [[list(range(tokens))] * batch if rows is None else rows for rows in nested]
+        nested = [rows * batch if len(rows) == 1 else rows for rows in given]
         if repeated:
             nested = [_once(rows, batch) for rows in nested]
         if {len(rows) for rows in nested} - {batch} or len(nested) != interventions:
             raise ReftError(
-                f"{expected}, so [{interventions}][{batch}][positions]; got {_sizes(nested)}.", setting="unit_locations"
+                f"{expected}, so [{interventions}][{batch}][positions]; got {_sizes(given)}.", setting="unit_locations"
             )
         by_row = [[list(rows[row]) for rows in nested] for row in range(batch)]
         flat = [at for row in by_row for places in row for at in places]
