@@ -199,6 +199,24 @@ def test_tensors_by_the_originals_names(name):
 
 
 @torch.no_grad()
+def test_a_state_answers_to_the_originals_names(tmp_path):
+    module = random_one("loreft", low_rank_dimension=4)
+    state = module.state_dict()
+    assert state.keys() == {"rotate_layer.free", "learned_source.weight", "learned_source.bias"}
+    assert torch.equal(state["rotate_layer"], module.rotate_layer.weight)
+    assert torch.equal(state["weight"], module.learned_source.weight)
+    assert torch.equal(state["bias"], module.learned_source.bias)
+    with pytest.raises(KeyError, match="rotate"):
+        state["rotate"]
+    with pytest.raises(KeyError, match="rotate_layer"):
+        random_one("noreft", low_rank_dimension=4).state_dict()["rotate_layer"]
+    torch.save(state, tmp_path / "state.pt")
+    read = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+
+
+@torch.no_grad()
 def test_a_rotation_is_assigned():
     module = random_one("loreft", low_rank_dimension=4)
     module.rotate_layer.weight = torch.eye(D, 4)

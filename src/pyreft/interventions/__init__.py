@@ -24,6 +24,7 @@ from .pyvene import (
     LowRankRotateLayer,
     SourcelessIntervention,
     TrainableIntervention,
+    first_of_pair,
     settings_of,
     speaks_pyvene,
 )
@@ -106,6 +107,8 @@ def register(cls: type[Any]) -> type[Any]:
             f"the name {name!r} of {cls!r} belongs to {known!r}; give the class another.", setting="intervention"
         )
     INTERVENTIONS[name] = cls  # the newer one, where a notebook defines a class again
+    if not hasattr(cls, "__getitem__"):  # a class of pyvene's own
+        cls.__getitem__ = first_of_pair
     return cls
 
 

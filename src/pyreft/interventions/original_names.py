@@ -1,11 +1,14 @@
 """What the original calls the tensors of the six formulas, in its files and its `state_dict`s, in our names."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ReftError
+from .rotation import orthonormal_columns
 
 SIZES = ("embed_dim", "interchange_dim")  # stored beside the parameters, which say it themselves
 _NAMES = {  # LoReFT's tensors, stored under names of their own
@@ -14,6 +17,22 @@ _NAMES = {  # LoReFT's tensors, stored under names of their own
     "rotate_layer": "rotate_layer.free",
 }
 _PARAMETRIZED = "rotate_layer.parametrizations.weight."
+
+
+class State(OrderedDict):
+    """The `state_dict` of an intervention, which also answers to the original's names of LoReFT's tensors.
+
+    It is stored as a plain dict, so a file of it can be read with `weights_only=True`.
+    """
+
+    def __missing__(self, name: str) -> Tensor:
+        if _NAMES.get(name) not in self:
+            raise KeyError(name)
+        tensor = self[_NAMES[name]]
+        return orthonormal_columns(tensor) if name == "rotate_layer" else tensor
+
+    def __reduce__(self) -> Any:
+        return OrderedDict, (list(self.items()),)
 
 
 def named_as_there(state: Mapping[str, Tensor]) -> bool:
