@@ -261,6 +261,77 @@ def steering(bases):
     return tokens[:, batch["input_ids"].shape[1] :].tolist(), round(output.logits[:, -1].sum().item(), 3)
 
 
+def first(intervention):
+    """Of the pair that an earlier pyvene gave; 0.1.8 gives the intervention alone."""
+    return intervention[0] if hasattr(intervention, "__getitem__") else intervention
+
+
+def concepts(bases):
+    """As AxBench does: what LoReFT has learned is read from `state_dict` and asked of a class for many concepts.
+
+    Args:
+        bases: pyvene's three classes, or ours by the same names.
+    """
+
+    class ConceptReFTIntervention(*bases):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs, keep_last_dim=True)
+            shape = kwargs["n_concepts"], self.embed_dim, kwargs["low_rank_dimension"]
+            self.W_proj = torch.nn.Parameter(torch.zeros(shape))
+            self.W_source = torch.nn.Parameter(torch.zeros(shape))
+            self.b_source = torch.nn.Parameter(torch.zeros(shape[0], shape[2]))
+
+        def forward(self, base, source=None, subspaces=None):
+            proj, weight = self.W_proj[subspaces["idx"]], self.W_source[subspaces["idx"]]
+            learned = torch.bmm(base, weight) + self.b_source[subspaces["idx"]].unsqueeze(dim=1)
+            edit = torch.bmm(learned - torch.bmm(base.float(), proj), proj.transpose(-1, -2))
+            return (base + edit).to(base.dtype)
+
+    tokenizer, model = a_tokenizer(), base()
+    learned = wrapped(model, [1, 2])
+    module = pyreft.make_multiple_position_supervised_data_module(
+        tokenizer, model, PROMPTS, [" w4 w5"] * len(PROMPTS), "f1+l1", 2, nonstop=True, share_weights=True
+    )
+    batch = next(iter(torch.utils.data.DataLoader(module["train_dataset"], 4, collate_fn=module["data_collator"])))
+    _, output = learned.forward(
+        base={name: batch[name] for name in ("input_ids", "attention_mask")},
+        unit_locations={"sources->base": (None, batch["intervention_locations"].permute(1, 0, 2).tolist())},
+        labels=batch["labels"],
+        use_cache=False,
+    )
+    states = {name: first(intervention).state_dict() for name, intervention in learned.interventions.items()}
+    places = [
+        {
+            "layer": layer,
+            "component": "block_output",
+            "low_rank_dimension": 4,
+            "intervention": ConceptReFTIntervention(n_concepts=2, embed_dim=32, low_rank_dimension=4),
+        }
+        for layer in (1, 2)
+    ]
+    model = base()
+    reft_model = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=places), set_device=False)
+    for name, intervention in reft_model.interventions.items():
+        state = states[name]
+        first(intervention).W_proj.data = torch.stack([state["rotate_layer"], state["rotate_layer"] * 0])
+        first(intervention).W_source.data = torch.stack([state["weight"].T, state["weight"].T * 0])
+        first(intervention).b_source.data = torch.stack([state["bias"], state["bias"] * 0])
+    tokenizer.padding_side = "left"
+    prompts = tokenizer(PROMPTS, padding=True, return_tensors="pt", return_token_type_ids=False)
+    begin = (prompts["attention_mask"] == 0).sum(-1)
+    at = torch.stack([begin, torch.full_like(begin, prompts["input_ids"].shape[1] - 1)], dim=-1)
+    _, tokens = reft_model.generate(
+        dict(prompts),
+        unit_locations={"sources->base": (None, [at.tolist()] * 2)},
+        intervene_on_prompt=True,
+        subspaces=[{"idx": torch.tensor([0, 1, 0, 1])}] * 2,
+        max_new_tokens=4,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return tokens[:, prompts["input_ids"].shape[1] :].tolist(), round(output.loss.item(), 4)
+
+
 if __name__ == "__main__":
     import pyvene
 
@@ -273,6 +344,7 @@ if __name__ == "__main__":
         "preferences": preferences,
         "by hooks": by_hooks,
         "steering": lambda: steering([getattr(pyvene, kind) for kind in kinds]),
+        "concepts": lambda: concepts([getattr(pyvene, kind) for kind in kinds]),
     }
     for run in sys.argv[1:] or runs:
         print(run, runs[run]())

@@ -103,7 +103,7 @@ def test_without_a_rule_and_without_locations_the_model_is_the_base(model, adapt
 @pytest.mark.parametrize(
     ("locations", "got"),
     [
-        (at([9]), "with 1 interventions and a batch of 2, so [1][2][positions]; got [1][1][1]."),
+        (at([9], [9], [9]), "with 1 interventions and a batch of 2, so [1][2][positions]; got [1][3][1]."),
         ({"sources->base": (None, [[[9], [9]]] * 2)}, "so [1][2][positions]; got [2][2][1]."),
         ({"sources->base": (None, [[[9, 8], [9]], [[9]]])}, "so [1][2][positions]; got [2][1 or 2][1 or 2]."),
         (at([9], [9]) | {"sources->base": (None, [[9], [9]])}, "so [1][2][positions]; got [2][1]."),

@@ -1,5 +1,6 @@
 """`ReftModel`: a PEFT model that also answers to the calls of the original library."""
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,7 @@ from .files.to_peft import save_lora
 from .files.together import leave_out, reading, save_together
 from .files.trained_heads import add_heads, tell_of_resized
 from .files.weights import checked_load
-from .original.calls import FORWARD, GENERATE, answer, is_original, translate
+from .original.calls import FORWARD, GENERATE, answer, by_names_too, is_original, translate
 from .original.configs import as_config
 from .original.members import OriginalMembers
 from .original.saving import OriginalSaving
@@ -64,6 +65,12 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
             made: Any = (model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
             super().__init__(*made)
         self._edits: Edits = self.base_model.edits
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        forward = vars(cls).get("forward")
+        if forward is not None and "base" in inspect.signature(forward).parameters:
+            setattr(cls, "forward", by_names_too(forward))  # noqa: B010 (a method, to the type checker)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if is_original(args, kwargs):
@@ -240,6 +247,8 @@ def get_reft_model(
     if reft_config.base_model_name_or_path is None:
         reft_config.base_model_name_or_path = remembered(getattr(model, "name_or_path", None))
     adapted = ReftModel(model, reft_config, adapter_name)
+    if disable_model_grads:  # that of a LoRA beneath, too, which PEFT would train
+        adapted.disable_model_gradients()
     copied = {p for m in adapted.modules() if isinstance(m, AuxiliaryTrainingWrapper) for p in m.parameters()}
     for parameter in trained:
         if parameter not in copied:

@@ -1,9 +1,10 @@
 """Where a prompt ends in tokens: as `generate` sees it, whatever the answer begins with."""
 
 import json
+import warnings
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import pyreft
@@ -66,3 +67,18 @@ def test_every_data_module(tmp_path):
         ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
         assert ids[: labels.count(-100)] == seen
         assert tokenizer.decode(labels[labels.count(-100) :]) == f"{answer}{tokenizer.eos_token}"
+
+
+def test_an_eos_token_behind_the_prompt_is_told():
+    """By a tokenizer that ends every text; the tokens are those that `generate` would see."""
+    tokenizer = pocket.load()[1]
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    made = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = made
+    with pytest.warns(UserWarning, match="puts '</s>' behind every text, so it stands between each prompt and its"):
+        before, answer = pair_ids(tokenizer, "Say:", " yes")
+    assert before == tokenizer("Say:")["input_ids"]
+    assert tokenizer.decode(answer) == " yes"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pair_ids(tokenizer, "<s>Say:", " yes")  # as a chat template writes it

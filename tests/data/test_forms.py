@@ -271,6 +271,8 @@ def test_fields_of_turns_that_the_template_makes_nothing_of_are_counted(tmp_path
         ({"messages": [USER, "C"]}, "line 1, turn 2: expected fields such as role and content, got str"),
         ({"messages": "A cat?"}, "line 1: expected messages as .*, got str"),
         ({"chosen": "a", "rejected": "b"}, "TRL's DPOTrainer"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "'completion' is missing; .* TRL's DPOTrainer"),
+        ({"messages": str([USER, ANSWER])}, "line 1: expected turns as JSON, got a list as Python prints it"),
         ({"instruction": "a", "output": "b", "history": ["a"]}, "line 1: history: expected pairs"),
         ({"prompt": "Say hi \ud83d", "completion": "b"}, "line 1: prompt: half a character, .*ud83d', as of an emoji"),
         ({"messages": [USER, ANSWER | {"content": "\udc00"}]}, "line 1: messages: content: half a character"),

@@ -43,7 +43,7 @@ def test_several_positions_and_no_end(tokenizer):
     )
     for row, prompt in zip(rows(module), PROMPTS, strict=True):
         length = len(tokenizer(prompt)["input_ids"])
-        assert row["intervention_locations"] == [[0, 1], [length - 1, -1]]
+        assert row["intervention_locations"] == [[0, 1], [length - 1, length - 1]]
         assert row["labels"][-1] != tokenizer.eos_token_id
 
 

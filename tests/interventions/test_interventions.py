@@ -175,6 +175,54 @@ def test_no_such_beginning(name, settings, message):
         INTERVENTIONS[name](embed_dim=D, low_rank_dimension=RANK, **settings)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["loreft", "consreft", "nodireft"])
+def test_tensors_by_the_originals_names(name):
+    """Also where they stand below another name, as those of a whole model do."""
+    module, other = (random_one(name, low_rank_dimension=4, add_bias=True) for _ in range(2))
+    theirs = {"embed_dim": torch.tensor(D), "interchange_dim": torch.tensor(D), **module.state_dict()}
+    if name == "loreft":
+        theirs["weight"], theirs["bias"] = theirs.pop("learned_source.weight"), theirs.pop("learned_source.bias")
+        theirs["rotate_layer"] = theirs.pop("rotate_layer.free")
+    elif name == "consreft":
+        made = torch.nn.Linear(4, D, bias=False)
+        parametrized = torch.nn.utils.parametrizations.orthogonal(made)
+        del theirs["rotate_layer.free"]
+        parametrized.weight = module.rotate_layer.weight
+        theirs |= {f"rotate_layer.{key}": tensor for key, tensor in parametrized.state_dict().items()}
+    torch.nn.ModuleDict({"key": other}).load_state_dict({f"key.{key}": tensor for key, tensor in theirs.items()})
+    h = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(other(h), module(h))
+    theirs.popitem()
+    with pytest.raises((RuntimeError, ReftError), match=r"Missing key|do not fit each other"):
+        other.load_state_dict(theirs)
+
+
+@torch.no_grad()
+def test_a_state_answers_to_the_originals_names(tmp_path):
+    module = random_one("loreft", low_rank_dimension=4)
+    state = module.state_dict()
+    assert state.keys() == {"rotate_layer.free", "learned_source.weight", "learned_source.bias"}
+    assert torch.equal(state["rotate_layer"], module.rotate_layer.weight)
+    assert torch.equal(state["weight"], module.learned_source.weight)
+    assert torch.equal(state["bias"], module.learned_source.bias)
+    with pytest.raises(KeyError, match="rotate"):
+        state["rotate"]
+    with pytest.raises(KeyError, match="rotate_layer"):
+        random_one("noreft", low_rank_dimension=4).state_dict()["rotate_layer"]
+    torch.save(state, tmp_path / "state.pt")
+    read = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert read.keys() == state.keys()
+    assert all(torch.equal(read[name], tensor) for name, tensor in state.items())
+
+
+@torch.no_grad()
+def test_a_rotation_is_assigned():
+    module = random_one("loreft", low_rank_dimension=4)
+    module.rotate_layer.weight = torch.eye(D, 4)
+    torch.testing.assert_close(module.rotate_layer.weight, torch.eye(D, 4))
+
+
 def test_unknown_intervention():
     assert intervention_class("LoreftIntervention") is INTERVENTIONS["loreft"]
     with pytest.raises(ReftError, match=r"expected one of loreft, .*, got 'lowreft'. Did you mean 'loreft'\?"):
@@ -284,8 +332,8 @@ def test_an_intervention_of_ones_own_is_saved_and_loaded(tmp_path):
 
 
 def test_a_name_belongs_to_one_class():
-    with pytest.raises(ReftError, match=r"the name 'loreft' of .* belongs to .*give the class another"):
-        pyreft.ReftConfig(intervention=type("LoreftIntervention", (Intervention,), {}))
+    with pytest.raises(ReftError, match=r"the name 'pull' of .* belongs to .*give the class another"):
+        pyreft.ReftConfig(intervention=type("PullIntervention", (Intervention,), {"__qualname__": "Other"}))
     with pytest.raises(ReftError, match=r"expected a subclass of pyreft.interventions.Intervention"):
         pyreft.ReftConfig(intervention=torch.nn.Linear)
     with pytest.raises(ReftError, match=r"l2: the intervention 'lofit' does not take it.*Did you mean 'l1'"):

@@ -272,6 +272,39 @@ def test_further_arguments(tmp_path):
         pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(layers=[1], intervention=AskedFor))
 
 
+class BiasIntervention(SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention):
+    """Called as one of this library; a part of it is not to be trained."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs, keep_last_dim=True)
+        self.b = nn.Parameter(torch.ones(self.embed_dim))
+        self.kept = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    def forward(self, base, source=None, subspaces=None):
+        return base + self.b + self.kept.sum()
+
+
+def test_a_class_called_as_one_of_this_library(tmp_path):
+    model = adapt(BiasIntervention(embed_dim=32), positions="l2")
+    with torch.no_grad():
+        next(iter(model.interventions.values())).b.mul_(torch.linspace(0, 3, 32))
+        expected = model(IDS).logits
+    model.save(tmp_path)
+    assert pyreft.ReftConfig(intervention="bias").intervention == "bias"
+    loaded = pyreft.ReftModel.load(tmp_path, tiny_llama(), interventions=[BiasIntervention])
+    assert type(next(iter(loaded.interventions.values()))) is BiasIntervention
+    assert torch.equal(loaded(IDS).logits, expected)
+
+
+def test_what_was_made_frozen_stays_so():
+    model = adapt(BiasIntervention(embed_dim=32), positions="l2")
+    assert model.count_parameters() == 32
+    model.add_adapter("other", pyreft.ReftConfig(layers=[1], intervention=BiasIntervention, positions="l1"))
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 32
+
+
 def test_what_is_no_intervention_is_told():
     with pytest.raises(pyreft.ReftError, match=r"or a module with forward\(base, source=None, subspaces=None\), got"):
         pyreft.ReftConfig(representations={"layer": 1, "intervention": nn.Linear(32, 32)})

@@ -29,6 +29,29 @@ def test_the_module_decides_its_rank():
     assert pyreft.get_reft_model(tiny_llama(), config).count_parameters() == 2 * 32 * 4 + 4
 
 
+def test_the_path_decides_its_layer():
+    """Programs that count layers from 1 write it so."""
+    place = {"layer": 3, "component": "model.layers[2].output", "intervention": loreft()}
+    with pytest.warns(
+        UserWarning, match=r"layer is 3 beside the path 'model.layers\[2\].output', which is what counts"
+    ):
+        config = pyreft.ReftConfig(representations=[place])
+    adapted = pyreft.get_reft_model(tiny_llama(), config)
+    assert adapted.sorted_keys == ["comp_model_layers[2]_output_unit_pos_nunit_1#0"]
+    assert hasattr(adapted.model.model.layers[2], "reft_output")
+
+
+@pytest.mark.parametrize("disable", [True, False])
+def test_a_lora_beneath_is_frozen_with_the_model(disable):
+    lora = peft.get_peft_model(tiny_llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted = pyreft.get_reft_model(
+        lora, {"layer": 2, "positions": "l1", "intervention": loreft()}, disable_model_grads=disable
+    )
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert any("lora_" in name for name in trained) is not disable
+    assert any("reft_" in name for name in trained)
+
+
 @pytest.mark.parametrize(
     ("places", "further", "expected"),
     [

@@ -10,6 +10,8 @@ from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq
 
 import pyreft
+from conftest import tiny_llama
+from original_programs import a_tokenizer
 from pyreft import pocket
 from pyreft.data.files import alpaca_prompt
 from pyreft.dataset import ReftClassificationDataset
@@ -237,3 +239,33 @@ def test_batches_are_those_of_the_data_modules(tokenizer):
     assert all(torch.equal(batch[name], expected[name]) for name in batch)
     loader = make_dataloader(rows, 1, make_data_collator(tokenizer, None), shuffle=False, sampler=[1, 0])
     assert [batch["input_ids"][0].tolist() for batch in loader] == [rows[1]["input_ids"], rows[0]["input_ids"]]
+
+
+def test_what_a_data_set_of_ones_own_hands_on():
+    """All that it was given, as in the original, which asks for what it knows."""
+    given = {"position": "f1+l1", "num_interventions": 2, "share_weights": True, "input_field": "text"}
+    assert pyreft.get_intervention_locations(last_position=6, first_n=1, last_n=1, **given) == [[0, 5], [0, 5]]
+
+
+def test_a_loss_of_ones_own_takes_the_locations_of_a_data_module():
+    """Of prompts that are too short for the rule, too."""
+    tokenizer = a_tokenizer()
+    prompts = ["w9", "w11 w5 w70 w34 w9 w9 w41"]
+    module = pyreft.make_multiple_position_supervised_data_module(
+        tokenizer, None, prompts, ["w4", "w5"], positions="f3+l1", num_interventions=2
+    )
+    assert [list(row) for row in module["train_dataset"]["intervention_locations"]] == [
+        [[0, 0, 0], [1, 1, 1]],
+        [[0, 1, 2], [7, 7, 7]],
+    ]
+    batch = module["data_collator"](list(module["train_dataset"]))
+    places = [{"layer": layer, "component": "block_output", "low_rank_dimension": 4} for layer in (1, 2)]
+    model = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(representations=places))
+    locations = batch.pop("intervention_locations")
+    with torch.no_grad():
+        _, output = model(dict(batch), unit_locations={"sources->base": (None, locations.permute(1, 0, 2).tolist())})
+        expected = model(**batch, intervention_locations=[[[0, -1, -1], [1, -1, -1]], [[0, 1, 2], [7, -1, -1]]])
+    assert torch.equal(output.logits, expected.logits)
+    for ragged in ([[[0], [1]], [[0, 1, 2], [7]]], [["0"]]):
+        with pytest.raises(pyreft.ReftError, match="locations: expected whole numbers, as many for each"):
+            model(**batch, intervention_locations=ragged)

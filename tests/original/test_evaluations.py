@@ -2,7 +2,7 @@
 
 import pytest
 
-from original_programs import by_hooks, composition, evaluation, preferences, steering
+from original_programs import by_hooks, composition, concepts, evaluation, preferences, steering
 from pyreft.interventions.pyvene import (
     DistributedRepresentationIntervention,
     SourcelessIntervention,
@@ -51,3 +51,9 @@ def test_steering_by_concept():
     tokens, total = steering([SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention])
     assert tokens == [[32, 32, 32, 32], [49, 49, 49, 49], [21, 21, 21, 21], [59, 90, 16, 64]]
     assert total == pytest.approx(0.302, abs=2e-3)
+
+
+def test_many_concepts_of_what_was_learned_one_by_one():
+    tokens, loss = concepts([SourcelessIntervention, TrainableIntervention, DistributedRepresentationIntervention])
+    assert tokens == [[12, 90, 64, 74], [46, 47, 46, 47], [12, 72, 19, 24], [59, 90, 16, 64]]
+    assert loss == pytest.approx(4.6751, abs=2e-4)

@@ -113,6 +113,7 @@ def test_with_a_rule_no_locations_are_needed(model):
         {"sources->base": (None, [torch.tensor([[7], [7]])] * 2)},
         {"sources->base": (None, np.full((2, 2, 1), 7))},
         {"sources->base": ([[[0], [0]]] * 2, [[[7], [7]]] * 2)},
+        {"sources->base": (None, [[[7]]] * 2)},  # a prompt that is repeated, for several answers to it
         [[[7], [7]], [[7], [7]]],
     ],
 )

@@ -180,6 +180,44 @@ def test_the_original_s_signature_of_compute_loss(tokenizer, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / 4, rel=1e-5)
 
 
+class OfTheOriginal(pyreft.ReftModel):
+    """A subclass as programs for the original write it: `forward` has its arguments, and returns its pair."""
+
+    def __init__(self, reft_config, model):
+        super().__init__(reft_config, model)
+        self.seen = []
+
+    def forward(
+        self, base, sources=None, unit_locations=None, source_representations=None, subspaces=None, labels=None
+    ):
+        self.seen.append((set(base) & {"input_ids", "labels"}, unit_locations))
+        return None, super().forward(base, sources, unit_locations, source_representations, subspaces, labels)[1]
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_model_with_a_forward_in_the_originals_manner(tokenizer, tmp_path, accumulated):
+    places = [{"layer": layer, "component": "block_output", "low_rank_dimension": 4} for layer in range(4)]
+    rows, found = examples(True), []
+    for cls in (OfTheOriginal, pyreft.ReftModel):
+        torch.manual_seed(1)
+        model = cls(pyreft.ReftConfig(representations=places), tiny_llama())
+        trainer = pyreft.ReftTrainerForCausalLM(
+            model=model,
+            tokenizer=tokenizer,
+            args=arguments(tmp_path, max_steps=3, save_strategy="no", gradient_accumulation_steps=accumulated),
+            train_dataset=rows,
+            eval_dataset=rows,
+            data_collator=pyreft.ReftDataCollator(DataCollatorForSeq2Seq(tokenizer)),
+        )
+        result = trainer.train()
+        found.append((result.training_loss, trainer.evaluate()["eval_loss"]))
+        if cls is OfTheOriginal:
+            (inputs, locations), *_ = model.seen
+            assert inputs == {"input_ids"}
+            assert [len(part) for part in locations["sources->base"][1]] == [8] * 4
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 def test_trained_parameters_that_no_adapter_holds_are_told(tmp_path):
     adapted = pyreft.get_reft_model(
         tiny_llama(), pyreft.ReftConfig(positions="l1", low_rank_dimension=4, intervention="loreft")

@@ -260,10 +260,6 @@ def test_keys_of_the_original_that_go_without_saying():
         ({"low_rank_dimension": "4"}, "low_rank_dimension: expected a whole number, got '4'."),
         ({"intervention": "loreff"}, "Did you mean 'loreft'?"),
         ({"representations": []}, "expected at least one edited place"),
-        (
-            {"representations": {"layer": 1, "component": "model.layers[12].output"}},
-            "layer: expected that of the path 'model.layers[12].output', got 1; give 12, or the path alone",
-        ),
         ({"representations": {"layers": 1}}, "got 'layers'. Did you mean 'layer'?"),
         ({"representations": {"layer": 1, "unit": "w"}}, "expected the unit 'pos', or the number of a head, got 'w'"),
         (
@@ -280,6 +276,12 @@ def test_bad_settings(settings, message):
     with pytest.raises(pyreft.ReftError) as caught:
         pyreft.ReftConfig(**settings)
     assert message in str(caught.value)
+
+
+def test_a_path_of_another_layer():
+    expected = r"layer: expected that of the path 'model.layers\[12\].output', got 1; give 12, or the path alone"
+    with pytest.raises(pyreft.ReftError, match=expected):
+        pyreft.ReftConfig(layers=[1], component="model.layers[12].output").expand(16)
 
 
 def test_a_ready_intervention_of_another_width():

@@ -26,7 +26,7 @@ def config():
 
 
 def by_pyreft(lora, name):
-    return pyreft.get_reft_model(lora, config(), adapter_name=name)
+    return pyreft.get_reft_model(lora, config(), disable_model_grads=False, adapter_name=name)
 
 
 def by_peft(lora, name):
@@ -34,7 +34,7 @@ def by_peft(lora, name):
 
 
 def on_the_base(lora, name):
-    return pyreft.get_reft_model(lora.get_base_model(), config(), adapter_name=name)
+    return pyreft.get_reft_model(lora.get_base_model(), config(), disable_model_grads=False, adapter_name=name)
 
 
 def logits(model):
@@ -75,6 +75,12 @@ def test_two_sets_kept_apart(make, name, tmp_path):
     again = make(lora, name).eval()
     peft.set_peft_model_state_dict(again, found, name)
     assert torch.equal(logits(again), edited)
+
+
+def test_all_of_it_is_frozen_with_the_model():
+    adapted = pyreft.get_reft_model(with_lora(), config())
+    assert {path for path, p in adapted.named_parameters() if p.requires_grad and "reft_" not in path} == set()
+    assert adapted.count_parameters() > 0
 
 
 def test_each_is_saved_and_loaded_by_itself(tmp_path):

@@ -4,6 +4,8 @@ A text of both may be tokenized in another way at the border, where one token ca
 Knows tokenizers and texts, nothing of formats.
 """
 
+import warnings
+
 from transformers import PreTrainedTokenizerBase
 
 from ..files.text import check_characters
@@ -31,6 +33,14 @@ def pair_ids(
     """
     specials = doubled or not _has_bos(tokenizer, prompt)
     before = tokenizer(prompt, add_special_tokens=specials)["input_ids"]
+    if before[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(str(tokenizer.eos_token)):
+        warnings.warn(
+            f"The tokenizer puts {tokenizer.eos_token!r} behind every text, so it stands between each prompt and its "
+            'answer, and is the last token of the prompt: tokenizer.add_eos_token = False, or "add_eos_token": false '
+            "in tokenizer_config.json, leaves it out.",
+            UserWarning,
+            stacklevel=2,
+        )
     both = tokenizer(prompt + answer, add_special_tokens=specials)["input_ids"]
     if both[: len(before)] == before and len(both) > len(before):
         return before, both[len(before) :]

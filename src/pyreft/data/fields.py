@@ -138,6 +138,7 @@ def _form(
     row: dict[str, Any], where: str, fields: tuple[str, str] | None, nulls: Collection[str]
 ) -> tuple[str, tuple[str, ...]]:
     """Which form a row has, and the fields that it is made of; `nulls` are those without a value."""
+    pairs = " They are pairs of a better and a worse answer, for TRL's DPOTrainer." if "chosen" in row else ""
     if fields is not None:
         form, used = "prompt", fields
     elif chat := next((name for name in _CHATS if name in row), None):
@@ -147,7 +148,6 @@ def _form(
     elif "instruction" in row:
         form, used = "instruction", ("instruction", "output")
     else:
-        pairs = " They are pairs of a better and a worse answer, for TRL's DPOTrainer." if "chosen" in row else ""
         raise ReftError(
             f"{where}: expected the fields {'; or '.join(_FORMS)}, got {_names(row)}.{pairs} Two of other names are "
             "given by `prompt_field` and `completion_field`.",
@@ -157,7 +157,7 @@ def _form(
         if name not in row:
             if name in nulls:
                 raise ReftError(f"{where}: the field {name!r} is null; give it a text, or leave the row out.")
-            hint = did_you_mean(name, row.keys() - {*used})
+            hint = pairs or did_you_mean(name, row.keys() - {*used})
             raise ReftError(f"{where}: the field {name!r} is missing; the row has {_names(row)}.{hint}")
     return form, (*used, "input") if form == "instruction" else used
 

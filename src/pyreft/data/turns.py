@@ -41,6 +41,11 @@ def read_turns(value: Any, where: str) -> tuple[list[Turn], list[bool]]:
         ReftError: naming the turn, and what is wrong in it.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
+        if value.lstrip("[ \n").startswith("{'"):
+            raise ReftError(
+                f"{where}: expected turns as JSON, got a list as Python prints it; write it with json.dumps, or save "
+                "the table as JSON Lines or parquet."
+            )
         value = parse_json(value, where)
     if not isinstance(value, list) or not value:
         came = "an empty list" if value == [] else type(value).__name__

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ReftError
 from ..interventions import INTERVENTIONS, Intervention, LowRankIntervention, NoreftIntervention
+from ..interventions.original_names import SIZES, named_as_here
 from ..tuner.config import ReftConfig
 from ..tuner.representation import Representation
 from ..tuner.values import check_values
@@ -28,13 +29,6 @@ MODEL = "pytorch_model.bin"
 SUBFOLDER = "intervenable_model"  # where the original's trainers saved in each of their checkpoints
 
 _COLUMNS = "the lists sorted_keys, intervention_types and representations (layer, component, ...)"
-_SIZES = ("embed_dim", "interchange_dim")  # stored beside the parameters, which say it themselves
-_NAMES = {  # LoReFT's tensors, stored under names of their own
-    "weight": "learned_source.weight",
-    "bias": "learned_source.bias",
-    "rotate_layer": "rotate_layer.free",
-}
-_PARAMETRIZED = "rotate_layer.parametrizations.weight."
 _TOLERANCE = 0.05  # rounding to bfloat16 leaves up to about 0.01
 
 Values = list[tuple[nn.Parameter, Tensor]]  # parameters, and what a checkpoint has for them
@@ -199,27 +193,14 @@ def _class(name: str, place: Path) -> type[LowRankIntervention]:
 
 def _read_state(place: Path, key: str) -> dict[str, Tensor]:
     """The parameters of one intervention, under our names and in float32."""
-    file, state = place / _file(key), {}
-    for name, tensor in read_pickle(file).items():
-        if name not in _SIZES:
-            check_values(f"{file}: {name}", tensor)
-            state[_NAMES.get(name, name)] = tensor.float()
-    if (free := state.pop(f"{_PARAMETRIZED}original", None)) is not None:
-        base = state.pop(f"{_PARAMETRIZED}0.base", None)
-        if base is None or free.dim() != 2 or base.shape != (len(free), len(free)) or free.shape[1] > len(free):
-            raise ReftError(f"{file}: the two parts of rotate_layer do not fit each other.")
-        state["rotate_layer.free"] = base @ _orthogonal(free)
-    return state
-
-
-def _orthogonal(free: Tensor) -> Tensor:
-    """The matrix `[d, r]` that torch's `orthogonal` parametrization makes of its parameter, before its base."""
-    if free.shape[0] == free.shape[1]:
-        lower = free.tril()
-        return torch.matrix_exp(lower - lower.T)
-    reflectors = free.tril(-1)
-    tau = 2 / (1 + reflectors.square().sum(0))
-    return torch.linalg.householder_product(reflectors, tau) * free.diagonal().int()
+    file = place / _file(key)
+    found = {name: tensor for name, tensor in read_pickle(file).items() if name not in SIZES}
+    for name, tensor in found.items():
+        check_values(f"{file}: {name}", tensor)
+    try:
+        return named_as_here({name: tensor.float() for name, tensor in found.items()})
+    except ReftError as error:
+        raise ReftError(error.problem, where=str(file)) from None
 
 
 def _make(cls: type[LowRankIntervention], state: dict[str, Tensor], act_fn: str | None, file: Path) -> Intervention:

@@ -24,6 +24,7 @@ from .pyvene import (
     LowRankRotateLayer,
     SourcelessIntervention,
     TrainableIntervention,
+    first_of_pair,
     settings_of,
     speaks_pyvene,
 )
@@ -69,10 +70,18 @@ __all__ = [
 INTERVENTIONS: dict[str, type[Any]] = {}
 """By its name in configs and files, every known class."""
 
+_OURS: dict[str, type[Any]] = {}
+
 
 def short_name(cls: type[nn.Module]) -> str:
-    """The name of a class in configs and files, such as `"loreft"`."""
-    return cls.__name__.lower().removesuffix("intervention")
+    """The name of a class in configs and files, such as `"loreft"`; a class of one's own is never called as ours."""
+    name = cls.__name__.lower().removesuffix("intervention")
+    return name if _same(_OURS.get(name, cls), cls) else f"own-{name}"
+
+
+def _same(cls: type[Any], other: type[Any]) -> bool:
+    """Whether two classes are one, or the same defined again, as in a notebook."""
+    return (cls.__module__, cls.__qualname__) == (other.__module__, other.__qualname__)
 
 
 def register(cls: type[Any]) -> type[Any]:
@@ -93,11 +102,13 @@ def register(cls: type[Any]) -> type[Any]:
         )
     name = short_name(cls)
     known = INTERVENTIONS.get(name, cls)
-    if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+    if not _same(known, cls):
         raise ReftError(
             f"the name {name!r} of {cls!r} belongs to {known!r}; give the class another.", setting="intervention"
         )
     INTERVENTIONS[name] = cls  # the newer one, where a notebook defines a class again
+    if not hasattr(cls, "__getitem__"):  # a class of pyvene's own
+        cls.__getitem__ = first_of_pair
     return cls
 
 
@@ -117,6 +128,7 @@ for _cls in (
     LoraIntervention,
 ):
     register(_cls)
+_OURS.update(INTERVENTIONS)
 
 
 def setting_names(cls: type[Any]) -> tuple[set[str], bool]:

@@ -8,6 +8,7 @@ from transformers.activations import ACT2FN
 
 from ..errors import ReftError, did_you_mean
 from .intervention import Intervention, check_rank
+from .original_names import State, named_as_here, named_as_there
 from .pyvene import take_further
 from .rotation import OrthonormalColumns
 
@@ -95,6 +96,20 @@ class LowRankIntervention(Intervention):
     def source(self, h: Tensor) -> Tensor:
         """Return act(W h + b), `[n, r]`."""
         return self.act_fn(linear(self.learned_source, h))
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; that of an intervention alone answers to the original's names, too."""
+        found = super().state_dict(*args, **kwargs)
+        return found if args or kwargs.get("destination") is not None else State(found)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """As of any module; tensors by the original's names are taken, too."""
+        own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        if named_as_there(own):
+            for name in own:
+                del state_dict[prefix + name]
+            state_dict.update({prefix + name: tensor for name, tensor in named_as_here(own).items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, rank={self.low_rank_dimension}"

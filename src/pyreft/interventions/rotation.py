@@ -35,6 +35,10 @@ class OrthonormalColumns(nn.Module):
         """The matrix with orthonormal columns, `[d, r]`, in float32."""
         return orthonormal_columns(self.free)
 
+    @weight.setter
+    def weight(self, rotation: Tensor) -> None:
+        self.set_(rotation)
+
     @torch.no_grad()
     def set_(self, rotation: Tensor) -> None:
         """Set R to a `[d, r]` matrix with orthonormal columns."""

@@ -1,11 +1,13 @@
 """The original's way to call a model, translated: a dict of inputs first, `unit_locations`, and a pair in return."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers.utils import ModelOutput
 
+from ..data.supervised import plain
 from ..errors import ReftError
 from ..positions import Positions
 from ..tuner.call import GIVEN, LOCATIONS, SUBSPACES
@@ -34,6 +36,28 @@ class IntervenableModelOutput(ModelOutput):
 def is_original(args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether a model is called in the manner of the original library."""
     return bool(args and isinstance(args[0], Mapping)) or "unit_locations" in kwargs or "base" in kwargs
+
+
+def by_names_too(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a `forward` in the original's manner, of a user's subclass, be called by names, too, as trainers do.
+
+    It gets what the original's trainer gave it, and the edited output of the pair that it returns is returned.
+    """
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args or "base" in kwargs or "input_ids" not in kwargs:
+            return forward(self, *args, **kwargs)
+        call = {name: kwargs.pop(name) for name in ("labels", SUBSPACES) if kwargs.get(name) is not None}
+        if SUBSPACES in call:
+            call[SUBSPACES] = [list(rows) for rows in zip(*plain(call[SUBSPACES]), strict=True)]
+        located = plain(kwargs.pop(LOCATIONS, "all"))
+        if located != "all":
+            call["unit_locations"] = {"sources->base": (None, [list(rows) for rows in zip(*located, strict=True)])}
+        found = forward(self, base=kwargs, **call)
+        return found[1] if isinstance(found, tuple) and len(found) == 2 else found
+
+    return wrapped
 
 
 def translate(

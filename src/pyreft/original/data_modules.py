@@ -54,18 +54,19 @@ def make_multiple_position_supervised_data_module(
 ) -> dict[str, Any]:
     """Return a training set that is edited at several tokens of each prompt, with its collator.
 
-    As `make_last_position_supervised_data_module`, with a rule for the positions. A prompt that is too short for
-    the rule has fewer locations.
+    As `make_last_position_supervised_data_module`, with a rule for the positions. Where a prompt has fewer locations
+    than the rule names, the first of them stands there again, which edits it once; -1 where it has none.
     """
 
     def locate(number: int, length: int) -> list[list[int]]:
-        return get_intervention_locations(
+        located = get_intervention_locations(
             last_position=length,
             positions=positions,
             num_interventions=num_interventions,
             share_weights=share_weights,
-            pad_mode="first",  # as -1, which edits nothing
+            pad_mode="first",  # as -1, which no call takes
         )
+        return [[at if at >= 0 else places[0] for at in places] for places in located]
 
     return make_data_module(tokenizer, inputs, outputs, locate, nonstop=nonstop)
 

@@ -32,6 +32,7 @@ def get_intervention_locations(
     last_n: int | None = None,
     share_weights: bool = False,
     pad_mode: Literal["first", "last"] = "first",
+    **further: Any,
 ) -> list[list[int]]:
     """Return the locations of one example, `[interventions][positions]`, as the original library does.
 
@@ -45,6 +46,7 @@ def get_intervention_locations(
         share_weights: one intervention edits prefix and suffix.
         pad_mode: where a prompt is too short, its missing locations become -1 (`"first"`, for datasets that put a
             padding token before the prompt) or `last_position` (`"last"`).
+        further: of no use; data sets of one's own hand on all that they were given, `position` for one.
 
     Raises:
         ReftError: no positions, or an odd number of interventions for a prefix and a suffix apart.
@@ -142,7 +144,8 @@ def read_unit_locations(
 
     Args:
         unit_locations: `{"sources->base": (None, L)}` or `{"base": L}`, with L as `[interventions][batch][positions]`,
-            or one index or a list of them for all. None for an intervention is all of its tokens.
+            or one index or a list of them for all; one row stands for each of a batch. None for an intervention is all
+            of its tokens.
         tokens: how many a row has.
         repeated: whether the rows may stand there once for each beam.
 
@@ -152,12 +155,13 @@ def read_unit_locations(
     nested = _nested(unit_locations, batch, interventions)
     expected = f"expected {_SHAPE} with {interventions} interventions and a batch of {batch}"
     try:
-        nested = [[list(range(tokens))] * batch if rows is None else rows for rows in nested]
+        given = [[list(range(tokens))] * batch if rows is None else rows for rows in nested]
+        nested = [rows * batch if len(rows) == 1 else rows for rows in given]
         if repeated:
             nested = [_once(rows, batch) for rows in nested]
         if {len(rows) for rows in nested} - {batch} or len(nested) != interventions:
             raise ReftError(
-                f"{expected}, so [{interventions}][{batch}][positions]; got {_sizes(nested)}.", setting="unit_locations"
+                f"{expected}, so [{interventions}][{batch}][positions]; got {_sizes(given)}.", setting="unit_locations"
             )
         by_row = [[list(rows[row]) for rows in nested] for row in range(batch)]
         flat = [at for row in by_row for places in row for at in places]

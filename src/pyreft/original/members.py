@@ -5,13 +5,11 @@ from typing import Any, Self
 
 import torch
 from peft import PeftModel
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..files.original import legacy_keys
 from ..tuner.adapted import interventions_of, reft_layers
 from ..tuner.config import ReftConfig
-from ..tuner.layer import ReftLayer
 from ..tuner.representation import Representation
 
 
@@ -88,13 +86,9 @@ class OriginalMembers(PeftModel):
 
 
 def base_parameters(model: PeftModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of the base model that no adapter holds or replaces, by their names in it."""
-    held = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, ReftLayer | ModulesToSaveWrapper)
-        for parameter in module.parameters()
-    }
+    """The parameters of the base model, with those of a LoRA beneath, but for those that its edits hold or replace."""
+    own = (*reft_layers(model), *model.base_model.reft_heads())
+    held = {id(parameter) for module in own for parameter in module.parameters()}
     for name, parameter in model.get_base_model().named_parameters():
         if id(parameter) not in held:
             yield name, parameter

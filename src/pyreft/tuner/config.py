@@ -4,6 +4,7 @@ import copy
 import enum
 import functools
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field, fields
 from typing import Any, ClassVar
@@ -28,6 +29,7 @@ from .representation import (
     default_dropout,
     default_intervention,
     default_rank,
+    layer_of_path,
     read_components,
     read_layers,
 )
@@ -229,6 +231,13 @@ class ReftConfig(PeftConfig):
         component = values.pop("component", None)
         component = self.component if component is None else component
         components = read_components(default_component(given) if component is None else component)
+        if len(components) == 1 and layer_of_path(components[0], values.get("layer")) is not None:
+            warnings.warn(  # as in the original, whose callers count layers in other ways
+                f"representations: layer is {values.pop('layer')} beside the path {components[0]!r}, which is what "
+                "counts.",
+                UserWarning,
+                stacklevel=2,
+            )
         inherited = ["positions", "intervention"]
         if not isinstance(given, nn.Module):
             taken, _ = setting_names(intervention_class(given))

@@ -57,10 +57,9 @@ class Representation:
         check_fields(self, SETTING_TYPES | {"component": (str,), "layer": (int, str), "head": (int,)})
         if isinstance(self.layer, str):
             (self.layer,) = read_layers(self.layer)
-        numbers = re.findall(r"(?<=[.\[])\d+(?=[.\]])", self.component)  # of a path
-        if self.layer is not None and numbers and str(self.layer) not in numbers:
+        if (other := layer_of_path(self.component, self.layer)) is not None:
             raise ReftError(
-                f"expected that of the path {self.component!r}, got {self.layer}; give {numbers[0]}, or the path alone "
+                f"expected that of the path {self.component!r}, got {self.layer}; give {other}, or the path alone "
                 "in `representations`.",
                 setting="layer",
                 also=["representations"],
@@ -237,6 +236,12 @@ def default_component(kind: Any) -> str | list[str]:
     """Where an intervention edits, a class, its name or a ready one, if nothing is said."""
     known = kind if isinstance(kind, nn.Module) else intervention_class(kind)
     return ["value_output", "attention_output"] if getattr(known, "reads_input", False) else "block_output"
+
+
+def layer_of_path(component: str, layer: Any) -> str | None:
+    """The layer that a component names by its path, if another one is given beside it."""
+    numbers = re.findall(r"(?<=[.\[])\d+(?=[.\]])", component)
+    return numbers[0] if layer is not None and numbers and str(layer) not in numbers else None
 
 
 def check_fields(given: Any, types: dict[str, tuple[type, ...]]) -> None:

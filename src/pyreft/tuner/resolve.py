@@ -3,6 +3,7 @@
 Done once, where a sequence begins; each forward then edits those of them that it computes.
 """
 
+import reprlib
 from typing import Any
 
 import torch
@@ -123,7 +124,7 @@ def _add_by_rule(
 
 
 def _add_given(located: Located, edits: Edits, call: Call, keys: list[Key], tokens: Tensor) -> None:
-    at = torch.as_tensor(call.given[LOCATIONS], device=tokens.device)
+    at = _as_tensor(call.given[LOCATIONS], tokens, LOCATIONS)
     numbers = not at.is_floating_point() and at.dtype != torch.bool
     if at.dim() != 3 or at.shape[0] != len(tokens) or not numbers:
         raise ReftError(
@@ -150,8 +151,19 @@ def _add_given(located: Located, edits: Edits, call: Call, keys: list[Key], toke
         located.add(key, mask_of(at[:, column], tokens.shape[1]) if same is None else same)
 
 
+def _as_tensor(given: Any, tokens: Tensor, setting: str) -> Tensor:
+    try:
+        return torch.as_tensor(given, device=tokens.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise ReftError(
+            f"expected whole numbers, as many for each of the {len(tokens)} rows (-1 for none), got "
+            f"{reprlib.repr(given)}.",
+            setting=setting,
+        ) from None
+
+
 def _lengths(lengths: Any, tokens: Tensor) -> Tensor:
-    lengths = torch.as_tensor(lengths, device=tokens.device)
+    lengths = _as_tensor(lengths, tokens, LENGTHS)
     if lengths.shape != (len(tokens),) or lengths.is_floating_point() or bool((lengths < 0).any()):
         raise ReftError(
             f"expected a number of prompt tokens for each of the {len(tokens)} rows, got {lengths.tolist()}.",
