@@ -132,6 +132,7 @@ def test_adapters_are_loaded_replaced_and_unloaded_while_it_runs(server, client,
         say(client, "new")
     assert post(url, "/v1/load_adapter", {"adapter_name": "../x", "adapter_path": str(path)})[0] == 400
     assert post(url, "/v1/load_adapter", {"adapter_name": "x", "adapter_path": "/nowhere"})[0] == 400
+    assert post(url, "/v1/load_adapter", {"adapter_name": "pocket", "adapter_path": str(path)})[0] == 400
 
 
 def test_a_bad_request_is_an_error_of_its_own(server, client):
