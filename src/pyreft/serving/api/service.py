@@ -173,7 +173,7 @@ class Service:
     def _bias(self, given: dict[str, float]) -> dict[int, float]:
         vocabulary = self.engine.model.config.get_text_config().vocab_size
         for token in given:
-            if not token.isdecimal() or int(token[:20]) >= vocabulary:
+            if not token.isdecimal() or len(token) > 20 or int(token) >= vocabulary:
                 raise ReftError(
                     f"expected tokens from 0 to {vocabulary - 1}, got {token[:40]!r}.", setting="logit_bias"
                 )
@@ -215,7 +215,7 @@ class Asked:
             ReftError: one that can never be answered here.
             Fault: too many wait.
         """
-        self.requests = list(requests)
+        self.requests, self.outcome = list(requests), "refused"
         try:
             for request in requests:
                 self.service.engine.submit(request)
@@ -229,6 +229,7 @@ class Asked:
         except ReftError:
             self.end()
             raise
+        self.outcome = "cancelled"
         self._gone = asyncio.create_task(self._watch())
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
@@ -258,9 +259,10 @@ class Asked:
             return
         gauges = self.service.gauges
         gauges.requests.labels(self.model, self.outcome).inc()
-        gauges.prompt_tokens.labels(self.model).inc(self.prompt_tokens)
-        gauges.answer_tokens.labels(self.model).inc(self.tokens)
-        gauges.whole.labels(self.model).observe(time.monotonic() - self._began)
+        if self.outcome != "refused":  # of which nothing was computed
+            gauges.prompt_tokens.labels(self.model).inc(self.prompt_tokens)
+            gauges.answer_tokens.labels(self.model).inc(self.tokens)
+            gauges.whole.labels(self.model).observe(time.monotonic() - self._began)
         for request in self.requests:
             self.service.engine.scheduler.cancel(request)
         self.requests = []
