@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from pyreft.errors import ReftError
 from pyreft.serving.laptop.sampling import Sampler, Sampling, told
@@ -26,6 +26,7 @@ def drawn(logits, count=4000, **settings):
         ({"temperature": 0.7}, []),
         ({"temperature": 1.0, "top_k": 3}, [TopKLogitsWarper(3)]),
         ({"temperature": 2.0, "top_p": 0.6}, [TopPLogitsWarper(0.6)]),
+        ({"temperature": 1.5, "min_p": 0.2}, [MinPLogitsWarper(0.2)]),
         ({"temperature": 1.0, "top_k": 4, "top_p": 0.5}, [TopKLogitsWarper(4), TopPLogitsWarper(0.5)]),
     ],
 )

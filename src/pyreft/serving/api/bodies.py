@@ -49,6 +49,7 @@ class Generating(Choosing):
     stop: Stop | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     ignore_eos: bool = False

@@ -24,6 +24,10 @@ from .gauges import Gauges
 from .tools import check_takes_tools, template_message
 
 Allowed = frozenset[str] | None
+_CHOOSING = (
+    *("temperature", "top_p", "top_k", "min_p", "seed"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty"),
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class Service:
                 text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=True)
             else:
                 text = chat_text(tokenizer, turns)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise Fault(400, f"The model's chat template refuses these messages: {error}", "messages") from None
         return self.prompt_of(text)
 
@@ -132,14 +136,8 @@ class Service:
         self, body: Choosing, prompt: list[int], adapter: Adapter | None, deliver: Callable[[Piece], None]
     ) -> Request:
         """Make what the engine computes of a request's fields."""
-        given: dict[str, Any] = {
-            name: value
-            for name in ("temperature", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty")
-            if (value := getattr(body, name, None)) is not None
-        }
+        given: dict[str, Any] = {name: value for name in _CHOOSING if (value := getattr(body, name, None)) is not None}
         given["top_k"] = max(0, given.get("top_k", self.engine.sampling.top_k))
-        if (penalty := getattr(body, "repetition_penalty", None)) is not None:
-            given["repetition_penalty"] = penalty
         most, told_prompt = self.engine.context - len(prompt), None
         if isinstance(body, ChatBody):
             asked = body.max_completion_tokens or body.max_tokens
@@ -157,7 +155,7 @@ class Service:
             deliver,
             adapter,
             strength=1.0 if body.reft_strength is None else body.reft_strength,
-            most=limit if asked is None else asked,
+            most=min(limit, self.engine.most or limit) if asked is None else asked,
             ends=self.engine.ends,
             told_prompt=told_prompt,
             deadline=time.monotonic() + self.limits.seconds,

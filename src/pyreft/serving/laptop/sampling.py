@@ -23,6 +23,7 @@ class Sampling:
         temperature: 0 takes the likeliest token, as does one below 1e-5, by which nothing can be divided.
         top_k: choose among the so many likeliest, 0 for all.
         top_p: choose among the fewest that have this probability together.
+        min_p: choose among those that have this part of the likeliest one's probability.
         seed: of the draws; none for another one each time.
         frequency_penalty: taken from a token's logit for each time that it was answered.
         presence_penalty: taken from it if it was answered at all.
@@ -34,6 +35,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -104,6 +106,8 @@ class Sampler:
         if asked.top_p < 1:
             before = probabilities.cumsum(-1) - probabilities
             probabilities = torch.where(before < asked.top_p, probabilities, 0.0)
+        if asked.min_p:
+            probabilities = torch.where(probabilities < asked.min_p * probabilities[0], 0.0, probabilities)
         return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
 
 
