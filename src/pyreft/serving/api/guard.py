@@ -96,6 +96,8 @@ class Guard:
         kind = headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":  # a page of another origin can send others without being asked
             raise Fault(415, f"Expected a body of the type application/json, got {kind[:80]!r}.")
+        if (coding := headers.get("content-encoding", "identity").lower()) != "identity":
+            raise Fault(415, f"Expected a body without a content-encoding, got {coding[:80]!r}.")
         told = headers.get("content-length", "0")
         parts, size, more = [], 0, True
         while more:

@@ -138,18 +138,20 @@ class Service:
         """Make what the engine computes of a request's fields."""
         given: dict[str, Any] = {name: value for name in _CHOOSING if (value := getattr(body, name, None)) is not None}
         given["top_k"] = max(0, given.get("top_k", self.engine.sampling.top_k))
-        most, told_prompt = self.engine.context - len(prompt), None
+        most, told_prompt, limited = self.engine.context - len(prompt), None, "max_tokens"
         if isinstance(body, ChatBody):
             asked = body.max_completion_tokens or body.max_tokens
+            limited = "max_completion_tokens" if body.max_completion_tokens else limited
             given["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         elif isinstance(body, CompletionBody):
             asked, given["logprobs"] = body.max_tokens, body.logprobs
             told_prompt = body.logprobs if body.echo else None
         else:
             asked = body.max_output_tokens if isinstance(body, ResponseBody) else None
+            limited = "max_output_tokens"
         limit = most if self.limits.tokens is None else min(most, self.limits.tokens)
         if asked is not None and asked > limit:
-            raise ReftError(f"expected at most {limit} beside this prompt, got {asked}.", setting="max_tokens")
+            raise ReftError(f"expected at most {limit} beside this prompt, got {asked}.", setting=limited)
         request = Request(
             prompt,
             deliver,
