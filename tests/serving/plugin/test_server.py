@@ -178,7 +178,6 @@ def test_what_cannot_start_says_so_in_a_line(server, tmp_path):
     for words, message in (
         (["--adapters", root, "--port", port], f"--port: cannot listen at 127.0.0.1:{port}"),
         (["--adapters", tmp_path / "none"], "expected a directory with a folder for each adapter"),
-        (["--adapters", root, "--engine", "tgi"], "--engine: expected transformers or vllm, got 'tgi'"),
         (["--adapters", root, "--model", "/nowhere"], "--model: none could be loaded from '/nowhere'"),
         (["--adapters", root, "--", "--scheduler-cls", "x"], "--scheduler-cls: the adapters need it"),
     ):

@@ -9,8 +9,6 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from starlette.datastructures import Headers
-
 from ...errors import ReftError
 from ..api.faults import Fault, not_served
 from ..catalog import Catalog, Store
@@ -56,8 +54,9 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             return await self.app(scope, receive, send)
-        kind = Headers(scope=scope).get("content-type", "").split(";")[0].strip().lower()  # the first, as vLLM reads it
-        if kind != "application/json" and not kind.endswith("+json"):
+        kinds = [value for name, value in scope["headers"] if name == b"content-type"] or [b""]
+        kind = kinds[0].split(b";")[0].strip().lower()  # the first, as vLLM reads it
+        if kind != b"application/json" and not kind.endswith(b"+json"):
             return await self.app(scope, receive, send)
         body = await _read(receive)
         if body is None:  # the client has gone
