@@ -209,10 +209,11 @@ def tell(options: dict[str, Any], names: list[str] | None) -> None:
     if options["quiet"]:
         return
     host, port = options["host"], options["port"]
+    place = f"[{host}]" if ":" in host else host
     count = "adapters" if names is None else f"{len(names)} adapter{'' if len(names) == 1 else 's'}"
-    console.print(f"Serving {options['name']} and {count} at http://{host}:{port}/v1", markup=False)
+    console.print(f"Serving {options['name']} and {count} at http://{place}:{port}/v1", markup=False)
     if options["engine"] != "vllm":
-        console.print(f"A page to chat with them: http://{host}:{port}/", markup=False)
+        console.print(f"A page to chat with them: http://{place}:{port}/", markup=False)
         if host not in ("127.0.0.1", "::1", "localhost") and not options["api_key"]:
             console.print("Whoever reaches this address may ask: there is no --api-key.")
 

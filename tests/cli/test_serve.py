@@ -33,6 +33,7 @@ def test_what_cannot_work_is_told_at_once(tmp_path):
     assert refused("--engine", "vllm", "--rows", "3").startswith("rows: is for --engine transformers")
     assert refused("--engine", "vllm", "--replicas", "2", "--print").startswith("print: is for a single server")
     assert refused("--api-key", "a=").startswith("api_key: a key names no model")
+    assert refused("--api-key", "YWJj==").startswith("api_key: a key names no model")
     assert refused("--dtype", "float8").startswith("dtype: expected ")
     assert refused("--host", "192.0.2.1").startswith("port: cannot listen at 192.0.2.1:")
     with socket.socket() as taken:
@@ -49,6 +50,13 @@ def test_an_adapter_may_not_have_the_base_s_name(tmp_path):
     save(tmp_path / "pocket")
     message = refused("--adapters", tmp_path, "--store", tmp_path / "store")
     assert message == "name: an adapter has the base model's name 'pocket'; give another --name."
+
+
+def test_where_it_listens_is_told_as_an_address(capsys):
+    from pyreft_cli.serve import tell
+
+    tell({"quiet": False, "host": "::1", "port": 8000, "name": "pocket", "engine": "vllm"}, [])
+    assert capsys.readouterr().out == "Serving pocket and 0 adapters at http://[::1]:8000/v1\n"
 
 
 @pytest.mark.slow

@@ -85,8 +85,8 @@ def over(directory):
         ({"act_fn": [1]}, r"act_fn: expected text, got \[1\]"),
         ({"base_model_shape": "x"}, "base_model_shape: expected fields, got 'x'"),
         (
-            {"base_model_shape": {"num_hidden_layers": 10**12}},
-            "num_hidden_layers: expected a number from 1 to 1,000,000",
+            {"base_model_shape": {"num_hidden_layers": 10**6}},
+            "num_hidden_layers: expected a number from 1 to 10,000",
         ),
         ({"intervention_kwargs": [1]}, r"intervention_kwargs: expected fields, got \[1\]"),
         ({"layers": [True]}, r"layers: expected 'all', .*, got \[True\]"),

@@ -40,6 +40,20 @@ def test_names_are_the_folders_with_an_adapter(catalog, root):
     assert catalog.resolve("l4").rules[0].last == 4
 
 
+def test_a_folder_that_can_have_no_name_is_told(root, tmp_path, caplog):
+    shutil.copytree(root / "l4", root / "my adapter")
+    shutil.copytree(root / "l4", root / ".new-l4")
+    assert "my adapter" not in Catalog(root, Store(tmp_path / "store")).names()
+    assert caplog.messages == [f"'my adapter' cannot be the name of a model; rename this folder of {root}."]
+
+
+def test_an_adapter_is_no_directory_of_adapters(root, tmp_path):
+    with pytest.raises(ReftError, match="l4 is an adapter itself: expected the directory whose folders are the adap"):
+        Catalog(root / "l4", Store(tmp_path / "store"))
+    shutil.copytree(root / "l4", root, dirs_exist_ok=True)  # as PEFT saves a default beside others
+    assert len(Catalog(root, Store(tmp_path / "store")).names()) == 5
+
+
 @pytest.mark.parametrize(
     "name", ["..", "../adapters/l4", "l4/", "", ".", "l4/../l4", "nobody", "/etc", "a" * 5000, "鲸" * 100]
 )

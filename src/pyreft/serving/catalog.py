@@ -66,7 +66,7 @@ class Store:
         """
         digest = digest_of(config, weights)
         try:
-            if not (self.root / digest).is_dir():
+            if not self.has(digest):
                 self._copy(digest, config, weights, called)
         except OSError as error:
             raise StoreError(f"{self.root} cannot take an adapter: {error.strerror or error}") from error
@@ -108,6 +108,10 @@ class Store:
                 self._remember(read_adapter(path, digest))
             self._known.move_to_end(digest)
             return self._known[digest]
+
+    def has(self, digest: str) -> bool:
+        """Whether an adapter's copy is there now."""
+        return (self.root / digest).is_dir()
 
     def _remember(self, adapter: Adapter) -> None:
         self._known[adapter.digest] = adapter

@@ -67,7 +67,7 @@ class Rollouts:
         from vllm import SamplingParams
 
         digest = self.publish(trainer.accelerator.unwrap_model(trainer.model))
-        ids = self._encode(prompts, trainer)
+        ids, more = self._encode(prompts, trainer), trainer.args.generation_kwargs or {}
         params = SamplingParams(
             **{
                 "temperature": trainer.temperature,
@@ -76,9 +76,9 @@ class Rollouts:
                 "min_p": trainer.min_p or 0.0,
                 "repetition_penalty": trainer.repetition_penalty,
                 "max_tokens": trainer.max_completion_length,
+                **more,
                 "logprobs": 0,  # of the sampled tokens alone
-                "extra_args": {KEY: digest},
-                **(trainer.args.generation_kwargs or {}),
+                "extra_args": {**(more.get("extra_args") or {}), KEY: digest},
             }
         )
         outputs = self.engine.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)

@@ -6,6 +6,7 @@ Everything that cannot be served is refused here, by its name and before an engi
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,16 +158,19 @@ def _describe(text: str, path: Path) -> Adapter:
     parts: list[_Part] = []
     rules: list[Positions] = []
     pattern: dict[Place, int] = {}
-    numbers: dict[tuple[int, str], int] = {}  # of edits in one module
+    numbers: Counter[tuple[int, str]] = Counter()  # of edits in one module
+    stages: Counter[tuple[int, str]] = Counter()  # of edits at one place
     made: dict[str, tuple[dict[str, tuple[int | None, ...]], float | None]] = {}  # by an edit's settings
     entries = config.expand(shape["num_hidden_layers"])
     for entry in sorted(entries, key=lambda entry: entry.component != "block_output"):  # before the next block's input
         layer, rule = _check_entry(path, entry, shape["num_hidden_layers"])
         part = entry.component if entry.reads_input else ""
         side = "output" if part else entry.component.removeprefix("block_")
-        number = numbers[layer, part or side] = numbers.get((layer, part or side), -1) + 1
+        number = numbers[layer, part or side]
+        numbers[layer, part or side] += 1
         behind = layer if side == "output" else layer - 1
-        place = Place(behind, len([at for at in pattern if (at.layer, at.part) == (behind, part)]), part)
+        place = Place(behind, stages[behind, part], part)
+        stages[behind, part] += 1
         if rule not in rules:
             rules.append(rule)
         pattern[place] = rules.index(rule)

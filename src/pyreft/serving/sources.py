@@ -121,6 +121,16 @@ class Directory:
         self.path = Path(path)
         if not self.path.is_dir():
             raise ReftError(f"{self.path}: expected a directory with a folder for each adapter.")
+        if _holds_adapter(str(self.path)) and not self.folders():
+            raise ReftError(
+                f"{self.path} is an adapter itself: expected the directory whose folders are the adapters.",
+                setting="adapters",
+            )
+        with os.scandir(self.path) as entries:
+            unnamed = [entry.name for entry in entries if entry.name[0] != "." and not NAME.fullmatch(entry.name)]
+        for name in sorted(unnamed):
+            if _holds_adapter(str(self.path / name)):
+                _log.warning("%r cannot be the name of a model; rename this folder of %s.", name, self.path)
 
     def folders(self) -> dict[str, Folder]:
         found: dict[str, Folder] = {}

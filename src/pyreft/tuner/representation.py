@@ -22,7 +22,7 @@ SETTING_TYPES: dict[str, tuple[type, ...]] = {
     "add_bias": (bool,),
     "intervention_kwargs": (dict,),
 }
-_MOST = 10**6  # layers or dimensions; nothing is made for a file that says more
+_MOST = {"hidden_size": 10**6, "num_hidden_layers": 10**4}  # nothing is made for a file that says more
 
 
 @dataclass
@@ -256,11 +256,11 @@ def check_fields(given: Any, types: dict[str, tuple[type, ...]]) -> None:
     if given.dropout is not None and not 0 <= given.dropout <= 1:
         raise ReftError(f"expected a share from 0 to 1, got {given.dropout!r}.", setting="dropout")
     shape = getattr(given, "base_model_shape", None) or {}
-    for name in ("hidden_size", "num_hidden_layers"):
+    for name, most in _MOST.items():
         number = shape.get(name)  # none, of a network without blocks
-        if number is not None and (type(number) is not int or not 1 <= number <= _MOST):
+        if number is not None and (type(number) is not int or not 1 <= number <= most):
             raise ReftError(
-                f"{name}: expected a number from 1 to {_MOST:,}, got {number!r}.", setting="base_model_shape"
+                f"{name}: expected a number from 1 to {most:,}, got {number!r}.", setting="base_model_shape"
             )
 
 

@@ -1,5 +1,6 @@
 """Whatever comes in, an error of the API's form comes back, and the server goes on."""
 
+import gzip
 import json
 import socket
 
@@ -34,13 +35,32 @@ def send(running, path, body, **headers):
         ("/v1/chat/completions", {"n": 17}, 400, "n: expected at most 16 answers, got 17."),
         ("/v1/chat/completions", {"max_tokens": 10**9}, 400, "max_tokens: expected at most"),
         ("/v1/chat/completions", {"max_tokens": 0}, 400, "max_tokens: "),
+        ("/v1/chat/completions", {"max_completion_tokens": 999}, 400, "max_completion_tokens: expected at most"),
+        ("/v1/responses", {"max_output_tokens": 999}, 400, "max_output_tokens: expected at most"),
+        ("/v1/chat/completions", {"stop": ["a"] * 17}, 400, "stop: List should have at most 16 items"),
+        ("/v1/completions", {"prompt": [-1]}, 400, "prompt.0: Input should be greater than or equal to 0."),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            400,
+            "messages.0.content.0.type: Input should be 'text'",
+        ),
         ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, 400, "response_format.type: "),
+        (
+            "/v1/chat/completions",
+            {"response_format": {"type": "json_schema", "json_schema": {}}},
+            400,
+            "response_format.type: ",
+        ),
         ("/v1/chat/completions", {"guided_json": {}}, 400, "guided_json: this server does not support it"),
         ("/v1/chat/completions", {"vllm_xargs": {"reft": "0" * 64}}, 400, "vllm_xargs: this server does not support"),
         ("/v1/chat/completions", {"reft_strength": "much"}, 400, "reft_strength: "),
         ("/v1/chat/completions", {"stop": [""]}, 400, "stop: expected texts that are not empty."),
         ("/v1/chat/completions", {"stream_options": {}}, 400, "stream_options: only with stream=true."),
         ("/v1/chat/completions", {"logit_bias": {"99999": 1}}, 400, "logit_bias: expected tokens from 0 to 2047"),
+        ("/v1/chat/completions", {"logit_bias": {"0" * 20 + "5000": 1}}, 400, "logit_bias: expected tokens from 0"),
+        ("/v1/chat/completions", {"logit_bias": {"0" * 5000: 1}}, 400, "logit_bias: expected tokens from 0 to 2047"),
+        ("/v1/chat/completions", {"repetition_penalty": 1e-45}, 400, "repetition_penalty: "),
         ("/v1/chat/completions", {"top_logprobs": 2}, 400, "top_logprobs: only with logprobs=true."),
         ("/v1/completions", {"prompt": []}, 400, "prompt: expected at least one token, got none."),
         ("/v1/completions", {"prompt": [99999]}, 400, "prompt: expected tokens from 0 to 2047."),
@@ -78,6 +98,7 @@ def test_what_is_not_supported_is_refused_by_name(running, path, change, status,
         (json.dumps({**CHAT, "\ud800": 1}).encode(), {}, 400),
         (json.dumps({**CHAT, "model": "\ud800"}).encode(), {}, 404),
         (json.dumps(CHAT).encode(), {"content-type": "text/plain"}, 415),
+        (gzip.compress(json.dumps(CHAT).encode()), {"content-encoding": "gzip"}, 415),
         (b" " * (2**20 + 1), {}, 413),
         (b"", {"content-length": str(2**40)}, 413),
         (json.dumps(CHAT).encode(), {"authorization": "Bearer sécret".encode("latin-1")}, 401),
@@ -94,6 +115,13 @@ def test_bodies_that_are_none(running, body, headers, status):
     found = send(running, "/v1/chat/completions", body, **headers)
     assert found.status_code == status, found.text
     assert found.json()["error"]["message"]
+
+
+def test_what_may_be_null_is_as_if_it_were_not_said(running):
+    for path, body in PATHS.items():
+        assert send(running, path, {**body, "stream": None, "temperature": None}).status_code == 200
+    streamed = send(running, "/v1/completions", {**PLAIN, "stream": True, "stream_options": {"include_usage": None}})
+    assert '"usage"' not in streamed.text
 
 
 def test_other_paths_and_methods(running):

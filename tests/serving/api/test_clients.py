@@ -139,6 +139,24 @@ def test_logprobs_are_those_of_the_model(client, answer):
     assert made.choices[0].text.startswith(tokenizer.decode(ids[0], skip_special_tokens=True))
 
 
+def test_top_logprobs_have_the_chosen_token_and_offsets_are_those_of_the_text(client):
+    prompt = pocket.PROMPT_TEMPLATE % SAY[0]["content"]
+    asked = {"model": "pocket", "prompt": prompt, "max_tokens": 6, "temperature": 2, "seed": 1, "echo": True}
+    made = client.completions.create(**asked, logprobs=2).choices[0]
+    told = made.logprobs
+    for token, logprob, top, at in zip(
+        told.tokens[1:], told.token_logprobs[1:], told.top_logprobs[1:], told.text_offset[1:], strict=True
+    ):
+        assert top[token] >= logprob
+        assert len(top) in (2, 3)
+        assert token.startswith("<") or made.text[at:].startswith(token)  # which is not in the text
+    assert "<|user|>" in told.tokens
+    streamed = [event.choices[0].logprobs for event in client.completions.create(**asked, logprobs=2, stream=True)]
+    assert [at for part in streamed if part for at in part.text_offset] == told.text_offset
+    bare = client.completions.create(**asked, logprobs=0).choices[0].logprobs
+    assert [[*top] for top in bare.top_logprobs[1:]] == [[token] for token in told.tokens[1:]]
+
+
 def test_strength_is_a_field_of_the_request(client, answer):
     assert say(client, "all", extra_body={"reft_strength": 0}).choices[0].message.content == answer(None)
     assert say(client, "all", extra_body={"reft_strength": 1.0}).choices[0].message.content == answer("all")
@@ -222,9 +240,12 @@ def test_a_client_that_goes_frees_its_place(running):
 
 def test_a_full_queue_says_when_to_come_again(running, monkeypatch):
     monkeypatch.setattr(running.scheduler, "queue", 0)
-    found = post(running, "/v1/chat/completions", {"model": "pocket", "messages": SAY})
+    found = post(running, "/v1/chat/completions", {"model": "f3l3", "messages": SAY})
     assert (found.status_code, found.headers.get("retry-after")) == (429, "1")
     assert found.json()["error"]["code"] == "queue_full"
+    text = httpx.get(f"{running.url}/metrics", headers={"authorization": "Bearer secret"}).text
+    assert 'pyreft_requests_total{model="f3l3",outcome="refused"} 1.0' in text
+    assert 'model="f3l3"' not in text.replace('{model="f3l3",outcome="refused"}', "")  # no token was read
 
 
 def test_a_late_answer_is_an_error(running, monkeypatch):

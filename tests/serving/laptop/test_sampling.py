@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from pyreft.errors import ReftError
 from pyreft.serving.laptop.sampling import Sampler, Sampling, told
 
 PROMPT = [3, 5, 5]
@@ -25,6 +26,7 @@ def drawn(logits, count=4000, **settings):
         ({"temperature": 0.7}, []),
         ({"temperature": 1.0, "top_k": 3}, [TopKLogitsWarper(3)]),
         ({"temperature": 2.0, "top_p": 0.6}, [TopPLogitsWarper(0.6)]),
+        ({"temperature": 1.5, "min_p": 0.2}, [MinPLogitsWarper(0.2)]),
         ({"temperature": 1.0, "top_k": 4, "top_p": 0.5}, [TopKLogitsWarper(4), TopPLogitsWarper(0.5)]),
     ],
 )
@@ -47,6 +49,20 @@ def test_penalties_and_bias():
     assert torch.equal(logits, torch.tensor([1.0, -1.0, 2.0, 1.5, 0.5, 1.9]))  # those of the model stay
 
 
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320, 1e-6])
+def test_a_temperature_by_which_nothing_can_be_divided_takes_the_likeliest(temperature):
+    logits = torch.tensor([1.0, 30.0, 29.0])
+    assert Sampler(Sampling(temperature=temperature), PROMPT).choose(logits).token == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0}, {"bias": {0: 1.0}}])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_nothing_is_chosen_by_logits_that_are_none(settings, value):
+    logits = torch.tensor([1.0, float(value), float("-inf")])
+    with pytest.raises(ReftError, match="the model's logits are not finite"):
+        Sampler(Sampling(**settings), PROMPT).choose(logits)
+
+
 def test_a_seed_is_for_one_answer_of_a_request():
     logits = torch.zeros(50)
 
@@ -66,4 +82,5 @@ def test_what_is_told_is_the_model_s_own():
     assert (choice.token, [token for token, _ in choice.top]) == (0, [1, 0])
     assert choice.logprob == known[0].item()
     assert told(logits, 2, 0).logprob == -9999.0  # JSON has no infinity
+    assert told(logits, 0, 3).top[2] == (2, -9999.0)
     assert told(logits, 1, None) == (1, None, ())

@@ -11,6 +11,7 @@ from pyreft.serving.laptop.engine import Engine
 from pyreft.serving.laptop.requests import Request
 from pyreft.serving.laptop.sampling import Sampling
 from pyreft.serving.laptop.scheduling import QueueFull
+from pyreft.serving.laptop.side_by_side import Batch
 from served import LORA, RULES, save, save_all, save_lora
 
 NAMES = (*RULES, *LORA)
@@ -272,6 +273,41 @@ def test_an_error_is_that_of_its_own_requests(base, catalog, expected, monkeypat
     assert [(piece.finish, piece.problem) for piece in pieces] == [
         ("error", "The engine could not compute this request.")
     ]
+    assert tokens(answered) == expected["l4"][0]
+
+
+def test_a_token_that_cannot_be_chosen_ends_its_own_answer(base, catalog, expected):
+    engine = make_engine(base)
+    good, answered = ask(engine, catalog, "l4", QUESTIONS[0])
+    bad, pieces = ask(engine, catalog, None, QUESTIONS[0], sampling=Sampling(bias={10**6: 1.0}))
+    for request in (good, bad):
+        engine.submit(request)
+    run(engine)
+    assert [piece.finish for piece in pieces] == ["error"]
+    assert tokens(answered) == expected["l4"][0]
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_answers_that_cannot_begin_end_with_an_error_and_the_engine_goes_on(
+    base, catalog, expected, monkeypatch, running
+):
+    """As where there is no memory for their keys and values beside those of others."""
+    engine = make_engine(base)
+    asked = [ask(engine, catalog, "l4", QUESTIONS[0])] if running else []
+    for request, _ in asked:
+        engine.submit(request)
+        engine.scheduler.turn()
+    asked.append(ask(engine, catalog, "f3l3", QUESTIONS[0]))
+    engine.submit(asked[-1][0])
+    with monkeypatch.context() as changed:
+        changed.setattr(Batch, "join" if running else "select", lambda *_: 1 / 0)
+        engine.scheduler.turn()
+    assert [pieces[-1].finish for _, pieces in asked] == ["error"] * len(asked)
+    assert not any(engine.scheduler.counts.values())
+    assert not engine.edits.slots._users
+    again, answered = ask(engine, catalog, "l4", QUESTIONS[0])
+    engine.submit(again)
+    run(engine)
     assert tokens(answered) == expected["l4"][0]
 
 

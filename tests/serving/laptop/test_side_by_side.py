@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import pyreft
 from conftest import shaken
+from pyreft.errors import ReftError
 from pyreft.loading import load_tokenizer
 from pyreft.serving.laptop.engine import Engine
 from pyreft.serving.laptop.requests import Request
@@ -50,6 +51,26 @@ def test_answers_are_those_of_generate(family):
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, pad_token_id=0
             )
         assert own == alone[0, len(prompt) :].tolist()
+
+
+def test_no_row_is_so_long_that_it_changes_those_beside_it():
+    """With longrope, the longest row of a batch decides on the angles of all."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    rope["original_max_position_embeddings"] = 32
+    ends = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+    config = AutoConfig.for_model("phi3", **SIZES, **ends, original_max_position_embeddings=32, rope_parameters=rope)
+    engine = Engine(AutoModelForCausalLM.from_config(config).eval(), load_tokenizer(None))
+    assert engine.context == 32
+    with pytest.raises(ReftError, match="has 40 tokens, the model's context 32"):
+        engine.check_prompt([5] * 40)
+
+
+def test_what_generate_does_and_the_engine_does_not_is_told():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **FAMILIES["qwen3"])).eval()
+    model.generation_config.update(min_p=0.1, max_new_tokens=7, num_beams=1, no_repeat_ngram_size=3, do_sample=True)
+    with pytest.warns(UserWarning, match="asks for no_repeat_ngram_size, which is not served"):
+        engine = Engine(model, load_tokenizer(None))
+    assert (engine.sampling.min_p, engine.most) == (0.1, 7)
 
 
 def test_edits_in_columns_that_alternate(tmp_path):

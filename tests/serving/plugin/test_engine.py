@@ -320,6 +320,18 @@ def test_a_copy_that_is_gone_ends_its_request_alone(llm, catalog, root, prompts,
     assert digest not in state.slots.of
 
 
+def test_a_copy_that_goes_while_a_request_waits_ends_it_alone(llm, catalog, root, prompts, expected):
+    save(root / "late", seed=56)
+    for name in ("late", "l16"):
+        llm.llm_engine.add_request(name, {"prompt_token_ids": prompts[0]}, params(catalog, name))
+    shutil.rmtree(catalog.store.root / catalog.resolve("late").digest)
+    found = {}
+    while llm.llm_engine.has_unfinished_requests():
+        found |= {output.request_id: output for output in llm.llm_engine.step()}
+    assert found["late"].outputs[0].finish_reason == "error"
+    assert wrong([found["l16"]], [("l16", prompts[0])], expected) == []
+
+
 def test_steps_that_edit_nothing_plan_nothing(llm, catalog, prompts):
     _, state = parts(llm)
     before = dict(state.counts)

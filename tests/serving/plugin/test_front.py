@@ -26,7 +26,10 @@ def state(made, tmp_path):
     return SimpleNamespace(vllm_config=config, openai_serving_models=models, root=root)
 
 
-def ask(state, body, answer=b"{}", path="/v1/chat/completions", kind=b"application/json", method="POST"):
+CHAT = "/v1/chat/completions"
+
+
+def ask(state, body, answer=b"{}", path=CHAT, kind=b"application/json", method="POST", more=()):
     """Send a body through the front; return what the app saw, what the client got, and its status."""
     seen, got = [], []
     parts = answer if isinstance(answer, list) else [answer]
@@ -53,7 +56,7 @@ def ask(state, body, answer=b"{}", path="/v1/chat/completions", kind=b"applicati
     async def receive():
         return {"type": "http.request", "body": halves.pop(0), "more_body": bool(halves)}
 
-    headers = [(b"content-type", kind), (b"content-length", str(len(raw)).encode())]
+    headers = [(b"content-type", kind), (b"content-length", str(len(raw)).encode()), *more]
     scope = {"type": "http", "method": method, "path": path, "headers": headers, "app": SimpleNamespace(state=state)}
     asyncio.run(Front(app)(scope, receive, send))
     text = b"".join(message.get("body", b"") for message in got)
@@ -85,6 +88,24 @@ def test_what_a_client_says_of_adapters_itself_has_no_effect(state, model, holde
     # a JSON with the key twice is read once
     raw = json.dumps(body)[:-1].encode() + b', "vllm_xargs": {"reft": "' + b"b" * 64 + b'"}}'
     assert "b" * 64 not in json.dumps(ask(state, raw)[0])
+
+
+def test_a_second_content_type_hides_nothing(state):
+    """vLLM reads the first of them."""
+    own = {"model": "base", "vllm_xargs": {"reft": "a" * 64}}
+    for second in (b"text/plain", b"multipart/form-data"):
+        assert ask(state, own, more=[(b"content-type", second)])[0] == {"model": "base", "vllm_xargs": {}}
+
+
+@pytest.mark.parametrize("path", ["/generative_scoring", "/v1/systemone", "/v1/embeddings", "/inference/v1/generate"])
+def test_where_no_adapter_is_heard_none_may_be_named(state, path):
+    seen, text, status = ask(state, {"model": "l4"}, path=path)
+    assert (seen, status) == ([], 400)
+    assert json.loads(text)["error"]["message"] == f"{path} knows no adapters; ask the base model there."
+    assert ask(state, {"model": "base"}, path=path)[0] == {"model": "base"}
+    assert ask(state, {"model": "l4"}, path="/tokenize")[0]["model"] == "base"
+    for answers in ("/invocations", "/v1/chat/completions/batch"):
+        assert json.loads(ask(state, {"model": "l4"}, b'{"model":"base"}', path=answers)[1]) == {"model": "l4"}
 
 
 def test_a_stream_is_renamed_event_by_event_wherever_it_is_cut(state):

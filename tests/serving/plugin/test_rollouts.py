@@ -91,7 +91,8 @@ def logprobs_of(model, prompt, answer, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_samples_are_the_policys(engine, tmp_path, temperature):
     rollouts = Rollouts(engine)
-    trainer = trainer_of(rollouts, tmp_path, temperature=temperature)
+    own = {"extra_args": {"session_id": "s"}}  # of another plug-in, beside the adapter's
+    trainer = trainer_of(rollouts, tmp_path, temperature=temperature, generation_kwargs=own)
     model = trainer.model.eval()
     for seed in range(2):  # before and after a change of the weights
         torch.manual_seed(seed)

@@ -10,7 +10,7 @@ from architectures import ARCHITECTURES
 from pyreft.errors import ReftError
 from pyreft.serving.catalog import Store
 from pyreft.serving.vllm import flags
-from pyreft.serving.vllm.flags import Settings, check_adapter, check_engine
+from pyreft.serving.vllm.flags import Settings, check_adapter, check_engine, digest_of
 from pyreft.serving.vllm.state import ReftState
 from served import engine, save
 
@@ -131,6 +131,27 @@ def test_what_a_graph_cannot_replay_is_refused_by_name(made, tmp_path):
         check_engine(config)
     config.use_v2_model_runner = True
     check_engine(config)
+    config.model_config.enable_sleep_mode = True
+    with pytest.raises(ReftError, match="sleep mode with CUDA graphs, which loses the adapters' weights, cannot be"):
+        check_engine(config)
+    check_engine(engine(Settings(store=str(store))))
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"reft": "a" * 64, "reft_strenght": 0.5}, "extra_args: expected reft or reft_strength, got 'reft_strenght'"),
+        ({"reft": "A" * 64}, "reft: expected the digest of an adapter"),
+        ({"reft": ["a" * 64]}, "reft: expected the digest of an adapter"),
+        ({"reft": "a" * 64, "reft_strength": "1"}, "reft_strength: expected a finite number, got '1'"),
+        ({"reft": "a" * 64, "reft_strength": float("nan")}, "reft_strength: expected a finite number, got nan"),
+        ({"reft": "a" * 64, "reft_strength": 10**400}, "reft_strength: expected a finite number, got 1000"),
+    ],
+)
+def test_extra_arguments_that_ask_for_nothing_are_refused(extra, message):
+    with pytest.raises(ReftError, match=message):
+        digest_of(extra)
+    assert digest_of({"session_id": "s"}) is None
 
 
 @pytest.mark.parametrize(

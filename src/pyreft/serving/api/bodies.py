@@ -18,7 +18,7 @@ class Body(BaseModel):
 class StreamOptions(Body):
     """Whether a last event tells the counts of tokens."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     include_obfuscation: Literal[False] = False
 
 
@@ -26,7 +26,7 @@ class Choosing(Body):
     """How an answer's tokens are chosen; what is not said is as the model's `generate` has it."""
 
     model: str
-    stream: bool = False
+    stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
@@ -49,7 +49,8 @@ class Generating(Choosing):
     stop: Stop | None = None
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     ignore_eos: bool = False
 

@@ -3,6 +3,7 @@
 import json
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -108,7 +109,7 @@ class ChatWriting(Writing):
     def choice(self, index: int, text: str, chosen: list[Choice], end: str) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if self.calls:
-            message["content"], calls = take_calls(text)
+            message["content"], calls = take_calls(text, self.body.parallel_tool_calls)
             if calls:
                 end = "tool_calls"
                 message |= {"tool_calls": calls, "content": message["content"] or None}
@@ -126,7 +127,7 @@ class ChatWriting(Writing):
             self._texts[index] += text
             text = ""
             if end:
-                text, calls = take_calls(self._texts[index])
+                text, calls = take_calls(self._texts[index], self.body.parallel_tool_calls)
                 end = "tool_calls" if calls else end
         found = []
         logprobs = self.logprobs([] if piece.choice is None else [piece.choice])
@@ -161,11 +162,16 @@ class CompletionWriting(Writing):
     prefix, whole, part = "cmpl", "text_completion", "text_completion"
     body: CompletionBody
 
+    def __init__(self, asked: Asked, body: CompletionBody, tokenizer: Any) -> None:
+        super().__init__(asked, body, tokenizer)
+        self._begun: set[int] = set()
+        self._ends: Counter[int] = Counter()  # how far the text of each answer is
+
     def choice(self, index: int, text: str, chosen: list[Choice], end: str) -> dict[str, Any]:
         request = self.of[index]
         before = self._prompt(request) if self.body.echo else ""
         asked: list[Choice | None] = [None, *request.prompt_choices] if self.body.echo else []
-        logprobs = self._logprobs(asked, chosen, request)
+        logprobs = self._logprobs(index, asked, chosen)
         return {"index": index, "text": before + text, "logprobs": logprobs, "finish_reason": end}
 
     def steps(self, index: int, piece: Piece) -> list[dict[str, Any]]:
@@ -174,43 +180,41 @@ class CompletionWriting(Writing):
         self._begun.add(index)
         before = self._prompt(request) if self.body.echo and first else ""
         asked: list[Choice | None] = [None, *request.prompt_choices] if self.body.echo and first else []
-        at = self._lengths.get(index, 0)
-        logprobs = self._logprobs(asked, [] if piece.choice is None else [piece.choice], request, at)
-        self._lengths[index] = at + sum(map(len, logprobs["tokens"])) if logprobs else 0
+        logprobs = self._logprobs(index, asked, [] if piece.choice is None else [piece.choice])
         text = before + piece.text
         if not text and not piece.finish and not (logprobs and logprobs["tokens"]):
             return []
         return [{"index": index, "text": text, "logprobs": logprobs, "finish_reason": piece.finish}]
 
-    def openings(self) -> list[dict[str, Any]]:
-        self._begun: set[int] = set()
-        self._lengths: dict[int, int] = {}
-        return []
-
     def _prompt(self, request: Request) -> str:
         return self.tokenizer.decode(request.prompt, skip_special_tokens=True)
 
-    def _logprobs(
-        self, prompt: list[Choice | None], chosen: list[Choice], request: Request, at: int = 0
-    ) -> dict[str, Any] | None:
-        """The probabilities of tokens, if they are asked for; `at` is how far the text is already."""
+    def _logprobs(self, index: int, prompt: list[Choice | None], chosen: list[Choice]) -> dict[str, Any] | None:
+        """The probabilities of further tokens of an answer, if they are asked for."""
         if self.body.logprobs is None:
             return None
-        told: list[Choice] = [Choice(request.prompt[0]) if one is None else one for one in prompt]
+        told: list[Choice] = [Choice(self.of[index].prompt[0]) if one is None else one for one in prompt]
         told += chosen  # the end, too, as vLLM has it: lm-eval takes the last for what was answered
         tokens = [self.token(one.token) for one in told]
         offsets = []
-        for token in tokens:
-            offsets.append(at)
-            at += len(token)
+        for one in told:
+            offsets.append(self._ends[index])
+            self._ends[index] += len(self.tokenizer.decode([one.token], skip_special_tokens=True))
         return {
             "tokens": tokens,
             "token_logprobs": [one.logprob for one in told],
-            "top_logprobs": [
-                None if one.logprob is None else {self.token(token): value for token, value in one.top} for one in told
-            ],
+            "top_logprobs": [self._top(one) for one in told],
             "text_offset": offsets,
         }
+
+    def _top(self, choice: Choice) -> dict[str, float] | None:
+        """The likeliest tokens and the chosen one by their texts; of those with one text the likeliest."""
+        if choice.logprob is None:
+            return None
+        found: dict[str, float] = {}
+        for token, value in sorted({*choice.top, (choice.token, choice.logprob)}, key=lambda one: -one[1]):
+            found.setdefault(self.token(token), value)
+        return found
 
 
 def _delta(index: int, delta: dict[str, Any], logprobs: Any = None) -> dict[str, Any]:

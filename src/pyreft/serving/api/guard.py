@@ -19,7 +19,7 @@ class Keys:
         given: `"KEY"` for all models, or `"KEY=NAME,NAME"` for these alone; none lets everyone in.
 
     Raises:
-        ReftError: a key that is empty, given twice or not of plain characters, or one for no model.
+        ReftError: a key that is empty, given twice, not of plain characters or with a = in it, or one for no model.
     """
 
     def __init__(self, given: Iterable[str] = ()) -> None:
@@ -31,8 +31,11 @@ class Keys:
                 raise ReftError("expected KEY or KEY=NAME,NAME, of plain characters.", setting="api_key")
             if key.encode() in self._known:
                 raise ReftError("a key is given twice; name all its models at once.", setting="api_key")
-            if allowed is not None and not allowed:
-                raise ReftError("a key names no model; leave out the = for all models.", setting="api_key")
+            if allowed is not None and (not allowed or any(name.startswith("=") for name in allowed)):
+                raise ReftError(
+                    "a key names no model behind its =; leave this out for all models, and choose a key without one.",
+                    setting="api_key",
+                )
             self._known[key.encode()] = allowed
 
     def allowed(self, header: str | None) -> frozenset[str] | None:
@@ -93,6 +96,8 @@ class Guard:
         kind = headers.get("content-type", "").split(";")[0].strip().lower()
         if kind != "application/json":  # a page of another origin can send others without being asked
             raise Fault(415, f"Expected a body of the type application/json, got {kind[:80]!r}.")
+        if (coding := headers.get("content-encoding", "identity").lower()) != "identity":
+            raise Fault(415, f"Expected a body without a content-encoding, got {coding[:80]!r}.")
         told = headers.get("content-length", "0")
         parts, size, more = [], 0, True
         while more:

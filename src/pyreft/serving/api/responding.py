@@ -73,7 +73,7 @@ class ResponseWriting:
             "instructions": body.instructions,
             "metadata": body.metadata or {},
             "max_output_tokens": body.max_output_tokens,
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "temperature": request.sampling.temperature,
             "top_p": request.sampling.top_p,
             "tool_choice": body.tool_choice or "auto",
@@ -132,7 +132,7 @@ class ResponseWriting:
 
     def _items(self, text: str, end: str) -> list[dict[str, Any]]:
         """What the response holds: a message, or the calls in it."""
-        text, calls = take_calls(text) if self.tools else (text, [])
+        text, calls = take_calls(text, self.body.parallel_tool_calls) if self.tools else (text, [])
         found = [_message(text, "completed" if end == "stop" else "incomplete")] if text or not calls else []
         for call in calls:
             found.append(

@@ -24,6 +24,10 @@ from .gauges import Gauges
 from .tools import check_takes_tools, template_message
 
 Allowed = frozenset[str] | None
+_CHOOSING = (
+    *("temperature", "top_p", "top_k", "min_p", "seed"),
+    *("frequency_penalty", "presence_penalty", "repetition_penalty"),
+)
 
 
 @dataclass(frozen=True)
@@ -124,7 +128,7 @@ class Service:
                 text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=True)
             else:
                 text = chat_text(tokenizer, turns)
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise Fault(400, f"The model's chat template refuses these messages: {error}", "messages") from None
         return self.prompt_of(text)
 
@@ -132,32 +136,28 @@ class Service:
         self, body: Choosing, prompt: list[int], adapter: Adapter | None, deliver: Callable[[Piece], None]
     ) -> Request:
         """Make what the engine computes of a request's fields."""
-        given: dict[str, Any] = {
-            name: value
-            for name in ("temperature", "top_p", "top_k", "seed", "frequency_penalty", "presence_penalty")
-            if (value := getattr(body, name, None)) is not None
-        }
+        given: dict[str, Any] = {name: value for name in _CHOOSING if (value := getattr(body, name, None)) is not None}
         given["top_k"] = max(0, given.get("top_k", self.engine.sampling.top_k))
-        if (penalty := getattr(body, "repetition_penalty", None)) is not None:
-            given["repetition_penalty"] = penalty
-        most, told_prompt = self.engine.context - len(prompt), None
+        most, told_prompt, limited = self.engine.context - len(prompt), None, "max_tokens"
         if isinstance(body, ChatBody):
             asked = body.max_completion_tokens or body.max_tokens
+            limited = "max_completion_tokens" if body.max_completion_tokens else limited
             given["logprobs"] = (body.top_logprobs or 0) if body.logprobs else None
         elif isinstance(body, CompletionBody):
             asked, given["logprobs"] = body.max_tokens, body.logprobs
             told_prompt = body.logprobs if body.echo else None
         else:
             asked = body.max_output_tokens if isinstance(body, ResponseBody) else None
+            limited = "max_output_tokens"
         limit = most if self.limits.tokens is None else min(most, self.limits.tokens)
         if asked is not None and asked > limit:
-            raise ReftError(f"expected at most {limit} beside this prompt, got {asked}.", setting="max_tokens")
+            raise ReftError(f"expected at most {limit} beside this prompt, got {asked}.", setting=limited)
         request = Request(
             prompt,
             deliver,
             adapter,
             strength=1.0 if body.reft_strength is None else body.reft_strength,
-            most=limit if asked is None else asked,
+            most=min(limit, self.engine.most or limit) if asked is None else asked,
             ends=self.engine.ends,
             told_prompt=told_prompt,
             deadline=time.monotonic() + self.limits.seconds,
@@ -173,7 +173,7 @@ class Service:
     def _bias(self, given: dict[str, float]) -> dict[int, float]:
         vocabulary = self.engine.model.config.get_text_config().vocab_size
         for token in given:
-            if not token.isdecimal() or int(token[:20]) >= vocabulary:
+            if not token.isdecimal() or len(token) > 20 or int(token) >= vocabulary:
                 raise ReftError(
                     f"expected tokens from 0 to {vocabulary - 1}, got {token[:40]!r}.", setting="logit_bias"
                 )
@@ -215,7 +215,7 @@ class Asked:
             ReftError: one that can never be answered here.
             Fault: too many wait.
         """
-        self.requests = list(requests)
+        self.requests, self.outcome = list(requests), "refused"
         try:
             for request in requests:
                 self.service.engine.submit(request)
@@ -229,6 +229,7 @@ class Asked:
         except ReftError:
             self.end()
             raise
+        self.outcome = "cancelled"
         self._gone = asyncio.create_task(self._watch())
 
     async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
@@ -258,9 +259,10 @@ class Asked:
             return
         gauges = self.service.gauges
         gauges.requests.labels(self.model, self.outcome).inc()
-        gauges.prompt_tokens.labels(self.model).inc(self.prompt_tokens)
-        gauges.answer_tokens.labels(self.model).inc(self.tokens)
-        gauges.whole.labels(self.model).observe(time.monotonic() - self._began)
+        if self.outcome != "refused":  # of which nothing was computed
+            gauges.prompt_tokens.labels(self.model).inc(self.prompt_tokens)
+            gauges.answer_tokens.labels(self.model).inc(self.tokens)
+            gauges.whole.labels(self.model).observe(time.monotonic() - self._began)
         for request in self.requests:
             self.service.engine.scheduler.cancel(request)
         self.requests = []

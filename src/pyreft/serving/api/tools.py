@@ -62,8 +62,12 @@ def check_takes_tools(tokenizer: Any) -> None:
         )
 
 
-def take_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """Return an answer without its calls, and these; what is no whole call stays in the text."""
+def take_calls(text: str, parallel: bool | None = None) -> tuple[str, list[dict[str, Any]]]:
+    """Return an answer without its calls, and these; what is no whole call stays in the text.
+
+    Args:
+        parallel: false for the first call alone, as `parallel_tool_calls` asks for.
+    """
     calls: list[dict[str, Any]] = []
 
     def take(found: re.Match) -> str:
@@ -84,4 +88,5 @@ def take_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
         )
         return ""
 
-    return _CALL.sub(take, text), calls
+    text = _CALL.sub(take, text)
+    return text, calls[:1] if parallel is False else calls

@@ -1,9 +1,11 @@
 """A base model with adapters in slots, ready to be asked."""
 
+import warnings
 from typing import Any
 
 from ...data.encode import context_length
 from ...errors import ReftError
+from ...reach.frozen import longest_plain_row
 from ...tuner.injection import base_model_shape
 from ..served import Adapter, check_fits
 from .requests import Request
@@ -11,6 +13,14 @@ from .sampling import Sampling
 from .scheduling import Scheduler
 from .side_by_side import check_batches
 from .slotted import Edits
+
+# what a model's `generation_config` may ask of `generate`, which changes its answers, and is not done here
+_UNSERVED = (
+    *("num_beams", "num_beam_groups", "penalty_alpha", "dola_layers", "guidance_scale", "watermarking_config"),
+    *("min_length", "min_new_tokens", "no_repeat_ngram_size", "encoder_repetition_penalty", "stop_strings", "top_h"),
+    *("typical_p", "epsilon_cutoff", "eta_cutoff", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens"),
+    *("sequence_bias", "forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"),
+)
 
 
 class Engine:
@@ -45,7 +55,16 @@ class Engine:
             raise ReftError("expected a base model on one device; serve it with --engine vllm.", setting="model")
         self.model, self.tokenizer, self.rank = model.eval(), tokenizer, rank
         self.shape = base_model_shape(model)
-        self.context = context_length(model, tokenizer)
+        # not beyond where a long row would change the positions' angles of those beside it, and of its own first part
+        self.context = min(n for n in (context_length(model, tokenizer), longest_plain_row(model.config)) if n)
+        # 0 and 1 are what changes nothing
+        unserved = [name for name in _UNSERVED if getattr(model.generation_config, name, None) not in (None, 0, 1, [])]
+        if unserved:
+            warnings.warn(
+                f"the model's generation_config asks for {', '.join(unserved)}, which is not served: answers differ "
+                "from those of generate.",
+                stacklevel=2,
+            )
         self.edits = Edits(model, slots=slots, rank=rank)
         room = int(cache * 2**30 / check_batches(model, self.edits))
         self.scheduler = Scheduler(model, tokenizer, self.edits, rows=rows, queue=queue, room=room)
@@ -74,8 +93,14 @@ class Engine:
             temperature=given("temperature", 1.0),
             top_k=int(given("top_k", 50)),
             top_p=given("top_p", 1.0),
+            min_p=given("min_p", 0.0),
             repetition_penalty=penalty,
         )
+
+    @property
+    def most(self) -> int | None:
+        """The most tokens of an answer if a request says nothing; none for what the context takes."""
+        return self.model.generation_config.max_new_tokens
 
     @property
     def ends(self) -> frozenset[int]:

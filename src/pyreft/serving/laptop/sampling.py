@@ -12,15 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...errors import ReftError
+
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen.
 
     Args:
-        temperature: 0 takes the likeliest token.
+        temperature: 0 takes the likeliest token, as does one below 1e-5, by which nothing can be divided.
         top_k: choose among the so many likeliest, 0 for all.
         top_p: choose among the fewest that have this probability together.
+        min_p: choose among those that have this part of the likeliest one's probability.
         seed: of the draws; none for another one each time.
         frequency_penalty: taken from a token's logit for each time that it was answered.
         presence_penalty: taken from it if it was answered at all.
@@ -32,6 +35,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     seed: int | None = None
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -71,6 +75,8 @@ class Sampler:
     def choose(self, logits: Tensor) -> Choice:
         """Return the next token after the logits `[vocabulary]`."""
         logits = logits.float().cpu()
+        if not logits.max().isfinite():
+            raise ReftError("the model's logits are not finite; is the adapter damaged, or its strength too large?")
         token = self._draw(self._penalized(logits.clone()) if self._penalizes else logits)
         self._answered[token] += 1
         return told(logits, token, self.sampling.logprobs)
@@ -91,7 +97,7 @@ class Sampler:
 
     def _draw(self, logits: Tensor) -> int:
         asked = self.sampling
-        if asked.temperature == 0:
+        if asked.temperature < 1e-5:
             return int(logits.argmax())
         logits, tokens = (logits / asked.temperature).sort(descending=True, stable=True)
         if asked.top_k:
@@ -100,6 +106,8 @@ class Sampler:
         if asked.top_p < 1:
             before = probabilities.cumsum(-1) - probabilities
             probabilities = torch.where(before < asked.top_p, probabilities, 0.0)
+        if asked.min_p:
+            probabilities = torch.where(probabilities < asked.min_p * probabilities[0], 0.0, probabilities)
         return int(tokens[torch.multinomial(probabilities, 1, generator=self._generator)])
 
 
@@ -109,6 +117,10 @@ def told(logits: Tensor, token: int, top: int | None) -> Choice:
         return Choice(token)
     known = logits.float().log_softmax(-1)
     best = known.topk(min(top, len(known))) if top else None
-    likeliest = () if best is None else tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    logprob = known[token].item()
-    return Choice(token, logprob if math.isfinite(logprob) else -9999.0, likeliest)
+    likeliest = () if best is None else zip(best.indices.tolist(), map(_written, best.values.tolist()), strict=True)
+    return Choice(token, _written(known[token].item()), tuple(likeliest))
+
+
+def _written(logprob: float) -> float:
+    """As JSON has it, which knows no infinity."""
+    return logprob if math.isfinite(logprob) else -9999.0

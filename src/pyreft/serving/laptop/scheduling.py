@@ -48,14 +48,13 @@ class Answer:
         if request.most:
             try:
                 choice = self.sampler.choose(logits)
-            except RuntimeError as error:  # such as no finite logits to draw from
+                text = "" if choice.token in request.ends else self.writer.add(choice.token)
+            except Exception as error:  # of this answer alone, such as no finite logits to draw from
                 _log.exception("no token could be chosen")
                 return self.fail("error", _said(error))
             self.count, self.last = self.count + 1, choice.token
             if choice.token in request.ends:
                 self.finish = "stop"
-            else:
-                text = self.writer.add(choice.token)
         if self.finish is None and (self.writer.stopped or self.count >= request.most):
             self.finish = "length"
         if self.finish:
@@ -182,21 +181,22 @@ class Scheduler:
         self._give_up()
         if self._reading is None:
             self._admit()
+        behind: Tensor | None = None
         if (reading := self._reading) is not None:
             try:
                 behind = self._read(reading)
             except Exception as error:
                 _log.exception("prompts could not be read")
-                behind, self._reading = None, None
+                self._reading = None
                 for request in reading.requests:
                     self._release(request)
                     _fail(request, "error", _said(error))
-            if behind is not None:
-                self._reading = None
-                self._begin(reading, behind)
-        if self._answers:
+        if self._answers or behind is not None:
             try:
-                self._answer()
+                if behind is not None and reading is not None:
+                    self._begin(reading, behind)
+                if self._answers:
+                    self._answer()
             except Exception as error:
                 _log.exception("a step failed")
                 for answer in self._answers:
@@ -290,17 +290,18 @@ class Scheduler:
 
     def _begin(self, reading: _Reading, behind: Tensor) -> None:
         """Prompts have been read: their answers get their first tokens, and join those that grow."""
-        batch, requests = reading.batch, reading.requests
-        batch.select([number for number, request in enumerate(requests) for _ in range(request.n)])
+        batch = reading.batch
+        rows = [number for number, request in enumerate(reading.requests) for _ in range(request.n)]
+        own = [Answer(request, index, self.tokenizer) for request in reading.requests for index in range(request.n)]
+        self._reading = None
+        self._answers += own  # now, so that whatever goes wrong is told to them, too
+        batch.select(rows)
         if self._batch is None:
             self._batch = batch
         else:
             self._batch.join(batch)
-        for request, logits in zip(requests, behind, strict=True):
-            own = [Answer(request, index, self.tokenizer) for index in range(request.n)]
-            self._answers += own
-            for answer in own:
-                answer.take(logits)
+        for answer, number in zip(own, rows, strict=True):
+            answer.take(behind[number])
         self._leave()
 
     def _answer(self) -> None:
@@ -319,11 +320,10 @@ class Scheduler:
         for request in {answer.request for answer in self._answers} - {answer.request for answer in left}:
             self._release(request)
         self._answers = left
-        assert self._batch is not None
-        if kept:
-            self._batch.select(kept)
-        else:
+        if not kept:
             self._batch = None
+        elif self._batch is not None:
+            self._batch.select(kept)
 
     def _release(self, request: Request) -> None:
         if request.adapter is not None:

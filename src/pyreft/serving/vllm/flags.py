@@ -94,6 +94,9 @@ def check_engine(vllm_config: Any) -> None:
         "speculative decoding": vllm_config.speculative_config is not None,
         "a KV connector, whose cache knows no adapters,": vllm_config.kv_transfer_config is not None,
         "microbatches (enable_dbo)": bool(getattr(parallel, "enable_dbo", False)),
+        "sleep mode with CUDA graphs, which loses the adapters' weights,": (
+            bool(getattr(model, "enable_sleep_mode", False)) and replays(vllm_config)
+        ),
         "prompts given as embeddings": bool(getattr(model, "enable_prompt_embeds", False)),
         "sequence parallelism": bool(getattr(vllm_config.compilation_config.pass_config, "enable_sp", False)),
         "context parallelism": any(
@@ -176,8 +179,11 @@ def digest_of(extra_args: dict[str, Any] | None) -> tuple[str, float] | None:
     """The adapter's digest and the strength that a request asks for, none for the base model.
 
     Raises:
-        ReftError: no digest, or a strength that is no finite number.
+        ReftError: no digest, a strength that is no finite number, or a name like these that is not known.
     """
+    for name in extra_args or {}:
+        if name.startswith(KEY) and name not in (KEY, STRENGTH):
+            raise ReftError(f"expected {KEY} or {STRENGTH}, got {name!r}.", setting="extra_args")
     given = (extra_args or {}).get(KEY)
     if given is None:
         return None
@@ -186,9 +192,7 @@ def digest_of(extra_args: dict[str, Any] | None) -> tuple[str, float] | None:
         raise ReftError(
             f"{KEY}: expected the digest of an adapter in the store (see pyreft.serving.catalog), got {given!r}."
         )
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or abs(strength) >= float("inf"):
-        raise ReftError(f"{STRENGTH}: expected a finite number, got {strength!r}.")
-    if strength != strength:
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not abs(strength) < 1e300:
         raise ReftError(f"{STRENGTH}: expected a finite number, got {strength!r}.")
     return given, float(strength)
 

@@ -22,8 +22,12 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LIMIT = 64 * 2**20  # bytes of a request's body
 EXTRAS = ("vllm_xargs", "extra_args")  # where a body may hold a request's extra arguments
-# paths whose answers hold the model's name
-ANSWERS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+# paths at which a request's `vllm_xargs` are heard, and whose answers hold the model's name
+ANSWERS = (
+    *("/v1/chat/completions", "/v1/chat/completions/batch", "/v1/completions", "/v1/responses", "/v1/messages"),
+    "/invocations",
+)
+SAME = ("/tokenize", "/detokenize", "/v1/messages/count_tokens")  # paths at which all models answer the same
 
 
 def catalog_of(state: Any) -> Catalog:
@@ -50,7 +54,8 @@ class Front:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             return await self.app(scope, receive, send)
-        kind = dict(scope["headers"]).get(b"content-type", b"").split(b";")[0].strip().lower()
+        kinds = [value for name, value in scope["headers"] if name == b"content-type"] or [b""]
+        kind = kinds[0].split(b";")[0].strip().lower()  # the first, as vLLM reads it
         if kind != b"application/json" and not kind.endswith(b"+json"):
             return await self.app(scope, receive, send)
         body = await _read(receive)
@@ -62,22 +67,22 @@ class Front:
             data = json.loads(body)
         except (ValueError, RecursionError):  # vLLM reads it the same way, and says so
             return await self.app(scope, _replay(body, receive), send)
-        name = None
+        name, path = None, scope["path"].removeprefix(scope.get("root_path", ""))
         if isinstance(data, dict):
             strip(data)
             state = scope["app"].state
             try:
-                name = await self._choose(state, data)
+                name = await self._choose(state, data, path)
             except Fault as fault:
                 return await _refuse(send, fault)
             body = json.dumps(data).encode()
         headers = [pair for pair in scope["headers"] if pair[0] != b"content-length"]
         scope = {**scope, "headers": [*headers, (b"content-length", str(len(body)).encode())]}
-        if name is not None and scope["path"].removeprefix(scope.get("root_path", "")) in ANSWERS:
+        if name is not None and path in ANSWERS:
             send = _Renamed(send, served_name(state), name)
         return await self.app(scope, _replay(body, receive), send)
 
-    async def _choose(self, state: Any, data: dict[str, Any]) -> str | None:
+    async def _choose(self, state: Any, data: dict[str, Any], path: str) -> str | None:
         """Put the digest of the adapter that a body names into it; return the name, none for any other model.
 
         Raises:
@@ -93,6 +98,8 @@ class Front:
             return None  # vLLM answers that there is no such model
         except (ReftError, OSError) as error:
             raise not_served(name, error) from None
+        if path not in (*ANSWERS, *SAME):
+            raise Fault(400, f"{path} knows no adapters; ask the base model there.", "model")
         if data.get("use_beam_search"):
             told = "use_beam_search: beams cannot have an adapter; sample, or ask the base model."
             raise Fault(400, told, "use_beam_search")

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from ...errors import ReftError
 from ..api.faults import not_served
 from ..catalog import Catalog, StoreError
-from .front import Front, catalog_of
+from .front import Front, catalog_of, served_name
 
 ALLOW = "PYREFT_ALLOW_LOADING"
 WEEK = 7 * 24 * 3600.0
@@ -84,6 +84,8 @@ async def load_adapter(request: Request, adapter_name: str = Body(), adapter_pat
     """Give a name to an adapter's directory."""
     if (refused := _refused(request)) is not None:
         return refused
+    if adapter_name == served_name(request.app.state):
+        return _error(400, f"adapter_name: {adapter_name!r} is the base model's name.")
     try:
         adapter = await asyncio.to_thread(catalog_of(request.app.state).load, adapter_name, adapter_path)
     except StoreError as error:

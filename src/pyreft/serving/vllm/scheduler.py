@@ -57,7 +57,12 @@ class ReftScheduler(AsyncScheduler):
         if digest is None:
             return True
         here = self._running_digests()
-        return digest in here or len(here) < self.reft.slots
+        if digest in here or len(here) >= self.reft.slots:
+            return digest in here
+        if not self._reft_store.has(digest):  # deleted while this one waited: no worker could load it
+            fail_request(self, request)
+            return False
+        return True
 
     def _running_digests(self) -> set[str]:
         moment = self.current_step, len(self.running)
