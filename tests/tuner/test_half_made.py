@@ -34,7 +34,7 @@ def logits(model, **given):
 
 @contextlib.contextmanager
 def failing(where, error):
-    """Where the second place is to be edited, or when all is made."""
+    """Where its interventions are to be made, or the second place is to be edited, or when all is made."""
     made, places = ReftLayer.add_intervention, []
 
     def add(layer, *args, **kwargs):
@@ -43,17 +43,21 @@ def failing(where, error):
             raise error
         made(layer, *args, **kwargs)
 
-    def end(_):
+    def stop(*_):
         raise error
 
-    target = (ReftLayer, "add_intervention", add) if where == "half" else (tuner, "leave_inference", end)
+    target = {
+        "start": (tuner, "make_interventions", stop),
+        "half": (ReftLayer, "add_intervention", add),
+        "end": (tuner, "leave_inference", stop),
+    }[where]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(*target)
         with pytest.raises(type(error)):
             yield
 
 
-@pytest.mark.parametrize("where", ["half", "end"])
+@pytest.mark.parametrize("where", ["start", "half", "end"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("way", ["add", "load"])
 def test_a_further_one(way, error, where, tmp_path):
@@ -77,7 +81,7 @@ def test_a_further_one(way, error, where, tmp_path):
     assert torch.equal(logits(model), logits(other))
 
 
-@pytest.mark.parametrize("where", ["half", "end"])
+@pytest.mark.parametrize("where", ["start", "half", "end"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("library", BEGINNINGS)
 def test_the_first_one(library, error, where):

@@ -164,8 +164,8 @@ def detach(model: nn.Module, edits: Edits | None = None) -> None:
         configs = {n: c for n, c in vars(model).pop("peft_config", {}).items() if not isinstance(c, ReftConfig)}
         if configs:  # of a LoRA
             model.peft_config = configs  # type: ignore[assignment]
-        elif getattr(model, "_hf_peft_config_loaded", False):  # by transformers' `add_adapter`
-            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+    if "peft_config" not in vars(model) and getattr(model, "_hf_peft_config_loaded", False):
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]  # by transformers' `add_adapter`
 
 
 def take_back(model: nn.Module, modules: dict[str, nn.Module], edits: Edits | None = None) -> None:

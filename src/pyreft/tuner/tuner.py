@@ -103,20 +103,16 @@ class ReftTuner(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         config = self.peft_config[adapter_name] = own_config(self.peft_config[adapter_name], model)
+        check_name(adapter_name)
+        if "edits" in vars(self):
+            self.check_attached()
+        known = edits_of(model)
+        modules, others = (dict(model.named_modules()), []) if known is None else ({}, [*known.rules])
         try:
-            check_name(adapter_name)
-            if "edits" in vars(self):
-                self.check_attached()
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 representations, sites, self._sites = make_interventions(model, config)
             self._check_places(state_dict)
-        except ReftError:
-            del self.peft_config[adapter_name]
-            raise
-        known = edits_of(model)
-        modules = dict(model.named_modules()) if known is None else {}
-        self.edits = known or watched(model)
-        try:
+            self.edits = known or watched(model)
             self.edits.rules[adapter_name] = [entry.rule() for entry in representations]
             self.edits.places[adapter_name] = [site.stack for site in sites]
             classes = [intervention_class(entry.intervention) for entry in representations]
@@ -127,10 +123,10 @@ class ReftTuner(BaseTuner):
             leave_inference(model)
         except BaseException:  # also where it is interrupted: a half of an adapter would edit, and be added to
             heads = self._heads()
-            self.peft_config.pop(adapter_name, None)
+            del self.peft_config[adapter_name]
             if known is None:
-                take_back(model, modules, self.edits)
-            else:
+                take_back(model, modules, vars(self).get("edits"))
+            elif adapter_name not in others:
                 known.forget(adapter_name, self.peft_config, heads)
             raise
 
