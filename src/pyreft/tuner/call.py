@@ -77,6 +77,7 @@ class Call:
         self.stacked: dict[tuple, Any] = {}  # interventions that rows with adapters of their own share
         self.located: Located | None = None  # of the whole prompt, in a generation; of every forward, while `serving`
         self.serving = self.generating = False
+        self.off = False  # whether it is one of the base model alone
         # whether the inputs of its steps are prepared, so that a step is told from another call; and those of the next
         self.prepares = self.prepared = False
         self.passed = 0  # of a generation: how many tokens its steps have read
@@ -108,7 +109,7 @@ class Call:
         """Another call with the same edits at the same tokens, in which nothing has run yet."""
         other = Call(self.edits, dict(self.given), self.enabled, self.row_adapters, self._strengths)
         other.generating, other.located = self.generating, self.located
-        other.gone = self.gone
+        other.gone, other.off = self.gone, self.off
         return other
 
 

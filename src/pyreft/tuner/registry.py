@@ -106,7 +106,8 @@ class Edits:
         """
         around = [frame for frame in running.frames if frame.edits is self]
         row_adapters = around[-1].row_adapters if around and isinstance(around[-1], Surroundings) else None
-        if any(isinstance(frame, Surroundings) and frame.off for frame in around):
+        off = any(isinstance(frame, Surroundings) and frame.off for frame in around)
+        if off:
             enabled: list[list[str]] = [[] for _ in self.layers]
         elif row_adapters is None:
             enabled = [layer.enabled_adapters for layer in self.layers]
@@ -115,7 +116,7 @@ class Edits:
             names = [name for name in dict.fromkeys(row_adapters) if name != BASE] if on else []
             enabled = [names for _ in self.layers]
         call = Call(self, given, enabled, row_adapters, dict(self.strengths))
-        call.gone = len(self.gone)
+        call.gone, call.off = len(self.gone), off
         return call
 
     def labels_around(self) -> Any:

@@ -122,7 +122,7 @@ class ReftTuner(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             leave_inference(model)
         except BaseException:  # also where it is interrupted: a half of an adapter would edit, and be added to
-            heads = self._heads()
+            heads = self.heads()
             del self.peft_config[adapter_name]
             if known is None:
                 take_back(model, modules, vars(self).get("edits"))
@@ -177,7 +177,7 @@ class ReftTuner(BaseTuner):
             elif adapter_name in layer and (dtype := type_of(layer.get_base_layer())) is not None:
                 layer[adapter_name].to(dtype)
 
-    def _heads(self) -> list[AuxiliaryTrainingWrapper]:
+    def heads(self) -> list[AuxiliaryTrainingWrapper]:
         """What adapters train beside their edits, but for that of a LoRA beneath."""
         configs = self.peft_config.values()
         names = tuple(name for config in configs for name in getattr(config, "modules_to_save", None) or ())
@@ -193,12 +193,12 @@ class ReftTuner(BaseTuner):
         self.check_attached()
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self.edits.check_names(names, "adapter_name", base=False)
-        for module in (*self._heads(), *reft_layers(self.model)):  # heads refuse several at once
+        for module in (*self.heads(), *reft_layers(self.model)):  # heads refuse several at once
             set_adapter(module, adapter_name, inference_mode, ReftLayer)
         self.active_adapter = adapter_name
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for module in (*self._heads(), *reft_layers(self.model)):
+        for module in (*self.heads(), *reft_layers(self.model)):
             module.enable_adapters(enabled)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -210,7 +210,7 @@ class ReftTuner(BaseTuner):
         self.check_attached()
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        heads = self._heads()
+        heads = self.heads()
         del self.peft_config[adapter_name]
         self.active_adapter = self.edits.forget(adapter_name, self.peft_config, heads)
 
@@ -224,7 +224,7 @@ class ReftTuner(BaseTuner):
         if merge:
             refuse_merge()
         self.check_attached()
-        for head in self._heads():
+        for head in self.heads():
             path = path_of(self.model, head)
             plain = head.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
             self.model.set_submodule(path, plain)
@@ -251,7 +251,7 @@ class ReftTuner(BaseTuner):
             if not names:
                 raise ReftError("expected one name for each row, got none.", setting="adapter_names")
             self.edits.check_names(names, "adapter_names")
-            attend(self.edits, self._heads())
+            attend(self.edits, self.heads())
             around.append(Surroundings(self.edits, row_adapters=list(names)))
         with within(*around):  # in any case: a call that is interrupted leaves nothing running
             yield
