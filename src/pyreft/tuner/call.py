@@ -82,6 +82,7 @@ class Call:
         self.prepares = self.prepared = False
         self.passed = 0  # of a generation: how many tokens its steps have read
         self.behind: Any = None  # and the cache with which one began behind all located tokens
+        self.started: Located | None = None  # and of what a decoder began with, where no cache remembers it
         self.is_forward = self.trains = False  # whether it is one forward, and that for training
         self.height = 0  # of the stack of what runs, below a call that is one forward
 
