@@ -3,7 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .tuner.call import Surroundings, within
 from .tuner.config import ReftConfig
 from .tuner.injection import detach, task_heads
 from .tuner.registry import Edits, check_strength
+from .tuner.row_heads import heed
 from .tuner.tuner import tuner_of
 
 
@@ -96,12 +97,12 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Compute with the base model alone, in this thread; trained modules are for PEFT to switch.
+        """Compute with the base model alone, in this thread.
 
-        The edits of calls in other threads stay as they are.
+        Calls in other threads keep their edits and trained heads.
         """
-        trained = any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.modules())
-        with super().disable_adapter() if trained else nullcontext(), within(Surroundings(self._edits, off=True)):
+        heed(self._edits, self.base_model.reft_heads())
+        with within(Surroundings(self._edits, off=True)):
             yield
 
     def set_strength(self, adapter_name: str, strength: float) -> None:

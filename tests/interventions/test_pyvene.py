@@ -303,6 +303,9 @@ def test_what_was_made_frozen_stays_so():
     for name in ("other", "default"):
         model.set_adapter(name)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 32
+    model.delete_adapter("other")
+    model.set_adapter("default")
+    assert model.count_parameters() == 32
 
 
 def test_what_is_no_intervention_is_told():

@@ -1,6 +1,9 @@
 """Trained heads of rows with adapters of their own: each row has the answer of its adapter alone."""
 
+import copy
+import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import peft
 import pytest
@@ -108,6 +111,40 @@ def test_calls_in_other_threads_have_heads_of_their_own():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_heads_are_switched_off_for_the_thread_that_asks_the_base_model(copied):
+    """So it is in the middle of a call of another thread, and of a copy's."""
+    make, task, head = BASES["one for each row"]
+    torch.manual_seed(0)
+    base = make().eval()
+    config = pyreft.ReftConfig(layers=[1], positions="l2", low_rank_dimension=3, task_type=task)
+    with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+        plain = base(input_ids=IDS).logits
+        adapted = pyreft.get_reft_model(base, config, adapter_name="a").eval()
+        for name, parameter in adapted.named_parameters():
+            if "reft_" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter))
+        edited = adapted(input_ids=IDS).logits
+        with adapted.disable_adapter():
+            twin = copied(adapted)
+            with twin.disable_adapter():
+                asked = pool.submit(lambda: (twin(input_ids=IDS).logits, getattr(twin.get_base_model(), head).weight))
+                found, weight = asked.result()
+                assert torch.equal(twin(input_ids=IDS).logits, plain)
+                assert torch.equal(twin(input_ids=IDS, adapter_names=["a"] * 4).logits, plain)
+                its_own = getattr(twin.get_base_model(), head)
+                assert torch.equal(its_own.weight, its_own.original_module.weight)
+        torch.testing.assert_close(found, edited)
+        assert torch.equal(weight, its_own.modules_to_save["a"].weight)
+        assert all(torch.equal(model(input_ids=IDS).logits, edited) for model in (adapted, twin))
+        adapted.base_model.disable_adapter_layers()  # PEFT's switch is for all threads, as ever
+        assert torch.equal(pool.submit(lambda: adapted(input_ids=IDS).logits).result(), plain)
+        adapted.base_model.enable_adapter_layers()
+        assert torch.equal(adapted(input_ids=IDS).logits, edited)
 
 
 def test_a_part_that_fills_a_cache_cannot_be_of_single_rows():

@@ -120,3 +120,19 @@ def test_given_locations_and_strength_reach_both(adapted):
     with pytest.raises(pyreft.ReftError, match="expected indices from 0 to 4 in rows of 5 tokens"):
         adapted(**inputs, intervention_locations=[[[6], [5], [-1]]])
     assert torch.equal(hidden(adapted, **inputs, intervention_locations=at)[1][-1], decoder[-1])
+
+
+@pytest.mark.parametrize("rule", ["f2", "l2", "f1+l1", "prompt", "all"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_decoder_without_a_cache_edits_what_it_edits_with_one(rule, beams):
+    """Each step reads the answer so far, of which only what the decoder began with is the prompt."""
+    place = {"layer": 0, "component": "decoder.block_output", "positions": rule, "intervention": "red"}
+    adapted = shaken(pyreft.get_reft_model(bart(), pyreft.ReftConfig(representations=place)))
+    options = {**GREEDY, "num_beams": beams}
+    for length in (9, 5):  # one generation leaves nothing to the next
+        ids = torch.randint(3, 96, (2, length))
+        for began in (None, torch.tensor([[1, 7, 8], [1, 9, 5]])):
+            expected = adapted.generate(input_ids=ids, decoder_input_ids=began, **options)
+            assert torch.equal(
+                adapted.generate(input_ids=ids, decoder_input_ids=began, use_cache=False, **options), expected
+            )

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..errors import ReftError, check_type, did_you_mean
 from ..places.structure import PREFIX, generates
 from ..tuner.config import ReftConfig, ReftPeftType
-from ..tuner.injection import detach, representations_of, site_of
+from ..tuner.injection import representations_of, site_of, take_back
 from ..tuner.values import check_values
 from .pickles import read_pickle
 from .text import LARGEST, parse_fields, read_text
@@ -274,11 +274,8 @@ def as_it_was(model: nn.Module, directory: str | os.PathLike) -> Iterator[None]:
     modules = dict(model.named_modules())
     try:
         yield
-    except Exception as error:
-        detach(model)
-        for name, module in modules.items():
-            if name and model.get_submodule(name) is not module:  # PEFT has put it into a wrapper
-                model.set_submodule(name, module)
+    except BaseException as error:  # also where it is interrupted
+        take_back(model, modules)
         if isinstance(error, ReftError) or not isinstance(error, (ValueError, TypeError)):
             raise
         raise ReftError(f"{directory}: {error}") from error

@@ -60,7 +60,7 @@ def checked_load(
             found.missing_keys[:] = [key for key in found.missing_keys if re.search(own, key)]
             if found.missing_keys or found.unexpected_keys:
                 raise ReftError(f"{place}: the file does not fit its config: {found}.")
-        except Exception as error:
+        except BaseException as error:  # also where it is interrupted
             if not known and adapter_name in model.peft_config:
                 model.delete_adapter(adapter_name)
             if "size mismatch" in str(error):

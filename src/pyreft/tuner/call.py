@@ -78,10 +78,12 @@ class Call:
         self.reached: set[int] = set()  # the numbers of the layers that have edited
         self.located: Located | None = None  # of the whole prompt, in a generation; of every forward, while `serving`
         self.serving = self.generating = False
+        self.off = False  # whether it is one of the base model alone
         # whether the inputs of its steps are prepared, so that a step is told from another call; and those of the next
         self.prepares = self.prepared = False
         self.passed = 0  # of a generation: how many tokens its steps have read
         self.behind: Any = None  # and the cache with which one began behind all located tokens
+        self.started: Located | None = None  # and of what a decoder began with, where no cache remembers it
         self.is_forward = self.trains = False  # whether it is one forward, and that for training
         self.height = 0  # of the stack of what runs, below a call that is one forward
 
@@ -109,7 +111,7 @@ class Call:
         """Another call with the same edits at the same tokens, in which nothing has run yet."""
         other = Call(self.edits, dict(self.given), self.enabled, self.row_adapters, self._strengths)
         other.generating, other.located = self.generating, self.located
-        other.gone = self.gone
+        other.gone, other.off = self.gone, self.off
         return other
 
 

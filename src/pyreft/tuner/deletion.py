@@ -28,7 +28,9 @@ def delete_edits(
     left = [other for other in active if other != name]
     for layer in layers:
         if name in layer:
-            del layer[name], layer.indices[name], layer.columns[name]
+            del layer[name]
+            for known in (layer.indices, layer.columns, layer.frozen):
+                known.pop(name, None)
     for head in heads:
         head.delete_adapter(name, new_active_adapters=[other for other in head.active_adapters if other != name])
     if name not in active:

@@ -176,7 +176,12 @@ class Entry:
             call.readings[stack] = None  # as yet only the states say how many tokens there are
             return
         past = 0 if cache is None else self._past(call, cache, counted)
-        located = call.located or self._locate(call, stack, past, inputs, kwargs)
+        if stack == "encoder":  # another input, such as the next part of a recording
+            call.started = None
+        anew = call.generating and stack == "decoder" and cache is None  # each step reads the whole answer
+        located = call.located or (call.started if anew else None) or self._locate(call, stack, past, inputs, kwargs)
+        if anew:
+            call.started = located
         end = past + inputs.shape[1]
         if call.generating and past >= located.until:  # an answer after the last located token: nothing to compute
             if cache is not None and not counted:

@@ -147,9 +147,13 @@ def watched(model: nn.Module) -> Edits:
     return edits
 
 
-def detach(model: nn.Module) -> None:
-    """Take all representation edits off a model: every hook and every child module."""
-    edits = edits_of(model)
+def detach(model: nn.Module, edits: Edits | None = None) -> None:
+    """Take all representation edits off a model: every hook and every child module.
+
+    Args:
+        edits: those of the model, where none of its modules may have any yet.
+    """
+    edits = edits or edits_of(model)
     if edits is not None:
         edits.removed = True
         hooks.detach(edits)
@@ -160,8 +164,21 @@ def detach(model: nn.Module) -> None:
         configs = {n: c for n, c in vars(model).pop("peft_config", {}).items() if not isinstance(c, ReftConfig)}
         if configs:  # of a LoRA
             model.peft_config = configs  # type: ignore[assignment]
-        elif getattr(model, "_hf_peft_config_loaded", False):  # by transformers' `add_adapter`
-            model._hf_peft_config_loaded = False  # type: ignore[assignment]
+    if "peft_config" not in vars(model) and getattr(model, "_hf_peft_config_loaded", False):
+        model._hf_peft_config_loaded = False  # type: ignore[assignment]  # by transformers' `add_adapter`
+
+
+def take_back(model: nn.Module, modules: dict[str, nn.Module], edits: Edits | None = None) -> None:
+    """Take all representation edits off a model, and what PEFT has put around its modules to train them beside.
+
+    Args:
+        modules: those that the model had before, by their paths.
+        edits: see `detach`.
+    """
+    detach(model, edits)
+    for path, module in modules.items():
+        if path and model.get_submodule(path) is not module:
+            model.set_submodule(path, module)
 
 
 def _stacks(model: nn.Module) -> dict[str, nn.Module]:

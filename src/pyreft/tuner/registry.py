@@ -109,7 +109,8 @@ class Edits:
         """
         around = [frame for frame in running.frames if frame.edits is self]
         row_adapters = around[-1].row_adapters if around and isinstance(around[-1], Surroundings) else None
-        if any(isinstance(frame, Surroundings) and frame.off for frame in around):
+        off = any(isinstance(frame, Surroundings) and frame.off for frame in around)
+        if off:
             enabled: list[list[str]] = [[] for _ in self.layers]
         elif row_adapters is None:
             enabled = [layer.enabled_adapters for layer in self.layers]
@@ -118,7 +119,7 @@ class Edits:
             names = [name for name in dict.fromkeys(row_adapters) if name != BASE] if on else []
             enabled = [names for _ in self.layers]
         call = Call(self, given, enabled, row_adapters, dict(self.strengths))
-        call.gone = len(self.gone)
+        call.gone, call.off = len(self.gone), off
         return call
 
     def labels_around(self) -> Any:
@@ -147,7 +148,7 @@ class Edits:
             if reading is None or layer.number in call.reached:
                 continue
             names = layer.indices if call.row_adapters is not None else call.enabled[layer.number]
-            if any((name, index) in reading.at for name in names for index in layer.indices[name]):
+            if any((name, index) in reading.at for name in names for index in layer.indices.get(name, ())):
                 self.told_of_unreached = True
                 path = next(path for path, module in self.model.named_modules() if module is layer.get_base_layer())
                 warnings.warn(

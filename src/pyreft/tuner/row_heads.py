@@ -1,6 +1,6 @@
-"""Trained heads in a batch whose rows have adapters of their own: each row is computed by the head of its adapter.
+"""Trained heads of calls: each row is computed by the head of its adapter, and none in a call of the base model alone.
 
-PEFT's wrapper of a head computes all rows with that of the active adapter.
+PEFT's wrapper of a head computes all rows with that of the active adapter, and is switched off for all threads.
 """
 
 from collections.abc import Iterable
@@ -20,6 +20,28 @@ def attend(edits: Any, heads: Iterable[AuxiliaryTrainingWrapper]) -> None:
     for head in heads:
         if not any(isinstance(hook, _ByRow) for hook in head._forward_hooks.values()):
             head.register_forward_hook(_ByRow(edits), with_kwargs=True)
+
+
+def heed(edits: Any, heads: Iterable[AuxiliaryTrainingWrapper]) -> None:
+    """Let trained heads be switched off for calls of the base model alone, from now on, and for no others."""
+    for head in heads:
+        if not head.disable_adapters:  # by PEFT, for all calls
+            head._disable_adapters = _Off(edits)
+
+
+class _Off:
+    """Whether a head is switched off, for the thread that asks: what PEFT's wrapper has where others have a bool.
+
+    Args:
+        edits: of the model.
+    """
+
+    def __init__(self, edits: Any) -> None:
+        self.edits = edits
+
+    def __bool__(self) -> bool:
+        frame = innermost(self.edits)
+        return frame is not None and frame.off
 
 
 class _ByRow:

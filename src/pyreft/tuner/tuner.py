@@ -26,7 +26,16 @@ from .adapted import edits_of, reft_layers
 from .call import Surroundings, within
 from .config import ReftConfig, check_unchanged
 from .in_part import in_part
-from .injection import check_free, check_name, detach, leave_inference, make_interventions, own_config, watched
+from .injection import (
+    check_free,
+    check_name,
+    detach,
+    leave_inference,
+    make_interventions,
+    own_config,
+    take_back,
+    watched,
+)
 from .layer import ReftLayer, device_of, refuse_merge, type_of
 from .row_heads import attend
 from .values import check_values
@@ -94,25 +103,32 @@ class ReftTuner(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         config = self.peft_config[adapter_name] = own_config(self.peft_config[adapter_name], model)
+        check_name(adapter_name)
+        if "edits" in vars(self):
+            self.check_attached()
+        known = edits_of(model)
+        modules, others = (dict(model.named_modules()), []) if known is None else ({}, [*known.rules])
         try:
-            check_name(adapter_name)
-            if "edits" in vars(self):
-                self.check_attached()
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 representations, sites, self._sites = make_interventions(model, config)
             self._check_places(state_dict)
-        except ReftError:
+            self.edits = known or watched(model)
+            self.edits.rules[adapter_name] = [entry.rule() for entry in representations]
+            self.edits.places[adapter_name] = [site.stack for site in sites]
+            classes = [intervention_class(entry.intervention) for entry in representations]
+            stackable = all(getattr(cls, "stackable", False) and not speaks_pyvene(cls) for cls in classes)
+            self.edits.kinds[adapter_name] = representations if stackable else None
+            self.edits.made[adapter_name] = config.edits()
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            leave_inference(model)
+        except BaseException:  # also where it is interrupted: a half of an adapter would edit, and be added to
+            heads = self.reft_heads()
             del self.peft_config[adapter_name]
+            if known is None:
+                take_back(model, modules, vars(self).get("edits"))
+            elif adapter_name not in others:
+                known.forget(adapter_name, self.peft_config, heads)
             raise
-        self.edits = edits_of(model) or watched(model)
-        self.edits.rules[adapter_name] = [entry.rule() for entry in representations]
-        self.edits.places[adapter_name] = [site.stack for site in sites]
-        classes = [intervention_class(entry.intervention) for entry in representations]
-        stackable = all(getattr(cls, "stackable", False) and not speaks_pyvene(cls) for cls in classes)
-        self.edits.kinds[adapter_name] = representations if stackable else None
-        self.edits.made[adapter_name] = config.edits()
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-        leave_inference(model)
 
     def _check_places(self, state_dict: dict[str, Tensor] | None) -> None:
         """Refuse tensors, by whose names PEFT would choose the places, that are not those of the config."""

@@ -1,0 +1,122 @@
+"""An adapter that could not be made to its end, since memory ran out or somebody interrupted, is not there."""
+
+import contextlib
+
+import peft
+import pytest
+import torch
+
+import pyreft
+import pyreft.tuner.tuner as tuner
+from conftest import shaken, tiny_llama
+from pyreft.tuner import reft_layers
+from pyreft.tuner.layer import ReftLayer
+
+
+def config(**changes):
+    places = {"layers": [1, 3], "positions": "f1+l2", "modules_to_save": ["lm_head"]}
+    return pyreft.ReftConfig(**{"intervention": "loreft", "low_rank_dimension": 2} | places | changes)
+
+
+IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+ERRORS = [RuntimeError("out of memory"), KeyboardInterrupt()]
+BEGINNINGS = {
+    "pyreft": pyreft.get_reft_model,
+    "peft": peft.get_peft_model,
+    "transformers": lambda base, made: base.add_adapter(made) or base,
+}
+
+
+@torch.no_grad()
+def logits(model, **given):
+    return model(input_ids=IDS, **given).logits
+
+
+@contextlib.contextmanager
+def failing(where, error):
+    """Where its interventions are to be made, or the second place is to be edited, or when all is made."""
+    made, places = ReftLayer.add_intervention, []
+
+    def add(layer, *args, **kwargs):
+        places.append(layer)
+        if len(places) == 2:
+            raise error
+        made(layer, *args, **kwargs)
+
+    def stop(*_):
+        raise error
+
+    target = {
+        "start": (tuner, "make_interventions", stop),
+        "half": (ReftLayer, "add_intervention", add),
+        "end": (tuner, "leave_inference", stop),
+    }[where]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*target)
+        with pytest.raises(type(error)):
+            yield
+
+
+@pytest.mark.parametrize("where", ["start", "half", "end"])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("way", ["add", "load"])
+def test_a_further_one(way, error, where, tmp_path):
+    """Added once more, it would have two interventions in the places that it had already."""
+    other = shaken(pyreft.get_reft_model(tiny_llama(), config()))
+    other.save_pretrained(tmp_path)
+    model = shaken(pyreft.get_reft_model(tiny_llama(), config(layers=[0, 1]), adapter_name="a"))
+    before = logits(model)
+    with failing(where, error):
+        model.add_adapter("b", config()) if way == "add" else model.load_adapter(tmp_path, "b")
+    assert list(model.peft_config) == ["a"]
+    assert torch.equal(logits(model), before)
+    with pytest.raises(pyreft.ReftError, match="adapter_names: expected adapters of this model"):
+        logits(model, adapter_names=["b", "a"])
+    if way == "add":
+        model.add_adapter("b", config())
+    model.load_adapter(tmp_path, "b")
+    assert torch.equal(logits(model), before)
+    assert {len(layer["b"]) for layer in reft_layers(model) if "b" in layer} == {1}
+    model.set_adapter("b")
+    assert torch.equal(logits(model), logits(other))
+
+
+@pytest.mark.parametrize("where", ["start", "half", "end"])
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("library", BEGINNINGS)
+def test_the_first_one(library, error, where):
+    base = tiny_llama()
+    names, before = [name for name, _ in base.named_modules()], logits(base)
+    with failing(where, error):
+        BEGINNINGS[library](base, config())
+    assert [name for name, _ in base.named_modules()] == names
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
+    assert torch.equal(logits(base), before)
+    given = {"prompt_lengths": torch.tensor([4, 6])}
+    found = []
+    for one in (base, tiny_llama()):
+        torch.manual_seed(1)
+        found.append(logits(shaken(BEGINNINGS[library](one, config())), **given))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_one_whose_weights_were_being_read(error, tmp_path, monkeypatch):
+    shaken(pyreft.get_reft_model(tiny_llama(), config())).save_pretrained(tmp_path)
+    base, model = tiny_llama(), shaken(pyreft.get_reft_model(tiny_llama(), config(), adapter_name="a"))
+    before = logits(model)
+
+    def stop(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("peft.peft_model.set_peft_model_state_dict", stop)
+        for load in (
+            lambda: pyreft.ReftModel.from_pretrained(base, tmp_path),
+            lambda: model.load_adapter(tmp_path, "b"),
+        ):
+            with pytest.raises(type(error)):
+                load()
+    assert not any("reft_" in name or "modules_to_save" in name for name, _ in base.named_modules())
+    assert list(model.peft_config) == ["a"]
+    assert torch.equal(logits(model), before)
