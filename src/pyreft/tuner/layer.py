@@ -181,11 +181,12 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             if getattr(intervention, "reads_input", False):
                 read = at.of(self._check_input(x, h))
                 context["x"] = read if adapters else read.flatten(0, 1)
-            there = at.of(h)  # [n, k, d]
+            there = at.of(h)  # [n, k, d], or [n, k, heads, d]
             part = there if columns is None else columns.take(there)
-            new = _formula(intervention, part if adapters else part.flatten(0, 1), strength, context).view_as(part)
+            states = part.flatten(1, -2) if adapters else part.flatten(0, 1)
+            new = _formula(intervention, states, strength, context).view_as(part)
             if at.valid is not None:
-                new = torch.where(at.valid[..., None], new, part)
+                new = torch.where(at.valid[(..., *[None] * (part.dim() - 2))], new, part)
             if columns is not None:
                 new = columns.put(there, new)
             h = at.put(h, new)
