@@ -127,9 +127,10 @@ class Entry:
             del running.frames[call.height :]
             if call.trains:
                 self.edits.steps.watch(output)
-                self.edits.tell_of_unreached(call)
             if output is not None:  # as where it raised
                 self.edits.check_running(call)
+                if call.trains:
+                    self.edits.tell_of_unreached(call)
         elif call.readings:
             call.readings.clear()
 
