@@ -120,3 +120,17 @@ def test_one_whose_weights_were_being_read(error, tmp_path, monkeypatch):
     assert not any("reft_" in name or "modules_to_save" in name for name, _ in base.named_modules())
     assert list(model.peft_config) == ["a"]
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("first", [None, "a"])
+@pytest.mark.parametrize(("name", "changes"), [("model", {}), ("b", {"layers": [9]})])
+def test_one_that_is_refused(name, changes, first):
+    """By transformers' `add_adapter`, which begins to keep it before it asks PEFT."""
+    base, plain = tiny_llama(), {"modules_to_save": None}
+    if first is not None:
+        base.add_adapter(config(**plain), first)
+    with pytest.raises(pyreft.ReftError):
+        base.add_adapter(config(**plain | changes), name)
+    assert list(getattr(base, "peft_config", {})) == [first] * (first is not None)
+    base.add_adapter(config(**plain), "c")
+    assert base.active_adapters() == ["c"]

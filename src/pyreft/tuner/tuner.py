@@ -102,13 +102,13 @@ class ReftTuner(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        config = self.peft_config[adapter_name] = own_config(self.peft_config[adapter_name], model)
-        check_name(adapter_name)
         if "edits" in vars(self):
             self.check_attached()
         known = edits_of(model)
         modules, others = (dict(model.named_modules()), []) if known is None else ({}, [*known.rules])
         try:
+            config = self.peft_config[adapter_name] = own_config(self.peft_config[adapter_name], model)
+            check_name(adapter_name)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 representations, sites, self._sites = make_interventions(model, config)
             self._check_places(state_dict)
