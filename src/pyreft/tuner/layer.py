@@ -191,7 +191,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             there = at.of(h)  # [n, k, d], or [n, k, heads, d]
             part = there if columns is None else columns.take(there)
             states = part.flatten(1, -2) if adapters else part.flatten(0, 1)
-            new = _formula(intervention, states, strength, context).view_as(part)
+            new = _formula(intervention, states, strength, context).to(h.dtype).view_as(part)
             if at.valid is not None:
                 new = torch.where(at.valid[(..., *[None] * (part.dim() - 2))], new, part)
             if columns is not None:
