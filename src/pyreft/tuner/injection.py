@@ -62,7 +62,7 @@ def unused(config: ReftConfig) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        vars(config).update(kept)
+        config.__dict__.update(kept)
         for entry, intervention in given:
             entry.intervention = intervention
         raise
