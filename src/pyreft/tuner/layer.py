@@ -108,7 +108,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
 
     def _freeze(self) -> None:
         for intervention in (one for modules in self.values() for one in cast(Iterable[Any], modules)):
-            for name in intervention._frozen:
+            for name in vars(intervention).get("_frozen", ()):
                 intervention.get_parameter(name).requires_grad_(False)
 
     @property
