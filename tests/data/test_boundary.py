@@ -82,3 +82,14 @@ def test_an_eos_token_behind_the_prompt_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pair_ids(tokenizer, "<s>Say:", " yes")  # as a chat template writes it
+
+
+@pytest.mark.parametrize("prompt", ["", "a </s> "])
+def test_an_eos_token_that_begins_a_text_or_stands_in_it_is_not_told(prompt):
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="</s>", eos_token="</s>")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pair_ids(tokenizer, prompt, "a")[0][-1] == 1

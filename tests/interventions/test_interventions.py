@@ -210,6 +210,9 @@ def test_a_state_answers_to_the_originals_names(tmp_path):
         state["rotate"]
     with pytest.raises(KeyError, match="rotate_layer"):
         random_one("noreft", low_rank_dimension=4).state_dict()["rotate_layer"]
+    gradient = torch.func.grad(lambda given: given["rotate_layer"][0, 0])(state)
+    assert gradient.keys() == state.keys()
+    assert bool(gradient["rotate_layer.free"].any())
     torch.save(state, tmp_path / "state.pt")
     read = torch.load(tmp_path / "state.pt", weights_only=True)
     assert read.keys() == state.keys()

@@ -299,13 +299,23 @@ def test_a_class_called_as_one_of_this_library(tmp_path):
 def test_what_was_made_frozen_stays_so():
     model = adapt(BiasIntervention(embed_dim=32), positions="l2")
     assert model.count_parameters() == 32
-    model.add_adapter("other", pyreft.ReftConfig(layers=[1], intervention=BiasIntervention, positions="l1"))
-    for name in ("other", "default"):
+    model.set_requires_grad("default")
+    assert model.count_parameters() == 32
+    model.add_adapter("v1.5", pyreft.ReftConfig(layers=[1], intervention=BiasIntervention, positions="l1"))
+    for name in ("v1.5", "default"):
         model.set_adapter(name)
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 32
-    model.delete_adapter("other")
+    model.delete_adapter("v1.5")
     model.set_adapter("default")
     assert model.count_parameters() == 32
+
+
+def test_what_peft_has_frozen_is_trained_where_it_is_given_again():
+    model = adapt(BiasIntervention(embed_dim=32), positions="l2")
+    (used,) = model.interventions.values()
+    model.set_adapter("default", inference_mode=True)
+    assert model.count_parameters() == 0
+    assert adapt(copy.deepcopy(used), positions="l2").count_parameters() == 32
 
 
 def test_what_is_no_intervention_is_told():

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import LogitsProcessor, StoppingCriteria
 
 import pyreft
+from architectures import ARCHITECTURES
 from conftest import pad, shaken, tiny_llama
 from pyreft.interventions import Intervention
 from pyreft.tuner import edits_of, reft_layers
@@ -377,3 +378,33 @@ def test_a_module_that_a_training_step_does_not_call_is_told_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         adapted(input_ids=ids, labels=ids)
+
+
+def test_a_step_that_raises_says_nothing_of_what_it_did_not_call():
+    model, ids = tiny_llama(), torch.arange(3, 11).view(2, 4)
+    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(layers="all", positions="all")).train()
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    hook = model.model.layers[1].register_forward_pre_hook(full)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(torch.OutOfMemoryError):
+            adapted(input_ids=ids, labels=ids)
+    hook.remove()
+    del model.model.layers[2:]
+    with pytest.warns(UserWarning, match="has not called 'Linear'"):
+        adapted(input_ids=ids, labels=ids)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_blocks_that_training_skips_at_random_are_not_told(share):
+    bart = next(one for one in ARCHITECTURES if one.name == "BART").make()
+    bart.config.encoder_layerdrop, bart.model.encoder.layerdrop = share, 1.0
+    adapted = pyreft.get_reft_model(bart, pyreft.ReftConfig(layers="all", positions="all")).train()
+    ids = torch.arange(3, 11).view(2, 4)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        adapted(input_ids=ids, labels=ids)
+    assert any("has not called" in str(one.message) for one in told) is (share == 0)

@@ -30,3 +30,5 @@ def test_each_choice_is_edited_as_by_itself(config, formula, positions):
     # float32, of rows of other lengths
     torch.testing.assert_close(together, torch.cat(alone).view(3, 4), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.forward(**given).logits, together)
+    embedded = model.get_input_embeddings()(IDS)
+    torch.testing.assert_close(model(inputs_embeds=embedded, attention_mask=given["attention_mask"]).logits, together)

@@ -120,3 +120,30 @@ def test_one_whose_weights_were_being_read(error, tmp_path, monkeypatch):
     assert not any("reft_" in name or "modules_to_save" in name for name, _ in base.named_modules())
     assert list(model.peft_config) == ["a"]
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("first", [None, "a"])
+@pytest.mark.parametrize(("name", "changes"), [("model", {}), ("b", {"layers": [9]})])
+def test_one_that_is_refused(name, changes, first):
+    """By transformers' `add_adapter`, which begins to keep it before it asks PEFT."""
+    base, plain = tiny_llama(), {"modules_to_save": None}
+    if first is not None:
+        base.add_adapter(config(**plain), first)
+    with pytest.raises(pyreft.ReftError):
+        base.add_adapter(config(**plain | changes), name)
+    assert list(getattr(base, "peft_config", {})) == [first] * (first is not None)
+    base.add_adapter(config(**plain), "c")
+    assert base.active_adapters() == ["c"]
+
+
+@pytest.mark.parametrize("where", ["start", "half", "end"])
+@pytest.mark.parametrize("library", BEGINNINGS)
+def test_what_it_was_made_of_serves_the_next(library, where):
+    """The modules that a config is given, which it lets go of to a model, and the shape of this model."""
+    given = [pyreft.LoreftIntervention(embed_dim=32, low_rank_dimension=2) for _ in range(2)]
+    places = [{"layer": layer, "intervention": one} for layer, one in zip((1, 3), given, strict=True)]
+    made = pyreft.ReftConfig(representations=places)
+    with failing(where, ERRORS[0]):
+        BEGINNINGS[library](tiny_llama(), made)
+    model = BEGINNINGS[library](tiny_llama(num_hidden_layers=5), made)  # such as a smaller one, after all
+    assert [layer["default"][0] for layer in reft_layers(model)] == given

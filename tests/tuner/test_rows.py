@@ -267,3 +267,27 @@ def test_masks_that_nobody_keeps_are_told_apart():
         located.add(("a", index), mask.clone())
     for index, mask in enumerate(wanted):
         assert located.masks["a", index].tolist() == [mask[0].tolist(), [False] * 5]
+
+
+@pytest.mark.parametrize("rule", ["l1", "l2", "f1+l2", "all"])
+def test_states_with_heads_apart_are_edited(rule):  # `[batch, tokens, heads, d]`, as the norm of queries has them
+    qwen3 = next(one for one in ARCHITECTURES if one.name == "Qwen3").make()
+    norm = qwen3.get_submodule(component := "model.layers.1.self_attn.q_norm")
+    place = {"component": f"{component}.output", "positions": rule, "low_rank_dimension": 4}
+    adapted = pyreft.get_reft_model(qwen3, pyreft.ReftConfig(representations=place), adapter_name="a")
+    adapted.add_adapter("b", pyreft.ReftConfig(representations=place))
+    shaken(adapted)
+    ids, mask = pad([[5, 6, 7, 8], [9, 10]], "left")
+    seen = []
+    norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    together = adapted(input_ids=ids, attention_mask=mask, adapter_names=["a", "b"]).logits
+    for row, name in enumerate("ab"):
+        with only(adapted, name):
+            alone = adapted(input_ids=ids, attention_mask=mask).logits
+        torch.testing.assert_close(together[row, mask[row].bool()], alone[row, mask[row].bool()], atol=1e-5, rtol=1e-4)
+    intervention = adapted.base_model.model.get_submodule(component).reft_output["b"][0]
+    with adapted.disable_adapter():
+        adapted(input_ids=ids, attention_mask=mask)
+    edited, plain = seen[2][0], seen[3][0]  # by `b`, and by the base model alone
+    torch.testing.assert_close(edited[-1], intervention(plain[-1]))
+    assert rule == "all" or torch.equal(edited[1], plain[1])

@@ -128,11 +128,13 @@ def test_a_decoder_without_a_cache_edits_what_it_edits_with_one(rule, beams):
     """Each step reads the answer so far, of which only what the decoder began with is the prompt."""
     place = {"layer": 0, "component": "decoder.block_output", "positions": rule, "intervention": "red"}
     adapted = shaken(pyreft.get_reft_model(bart(), pyreft.ReftConfig(representations=place)))
-    options = {**GREEDY, "num_beams": beams}
+    options = {**GREEDY, "num_beams": beams, "output_logits": True, "return_dict_in_generate": True}
     for length in (9, 5):  # one generation leaves nothing to the next
         ids = torch.randint(3, 96, (2, length))
         for began in (None, torch.tensor([[1, 7, 8], [1, 9, 5]])):
-            expected = adapted.generate(input_ids=ids, decoder_input_ids=began, **options)
-            assert torch.equal(
-                adapted.generate(input_ids=ids, decoder_input_ids=began, use_cache=False, **options), expected
+            found, expected = (
+                adapted.generate(input_ids=ids, decoder_input_ids=began, use_cache=use_cache, **options)
+                for use_cache in (False, True)
             )
+            assert torch.equal(found.sequences, expected.sequences)
+            torch.testing.assert_close(found.logits, expected.logits, atol=1e-4, rtol=1e-4)

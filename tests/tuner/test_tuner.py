@@ -215,6 +215,19 @@ def test_several_answers_to_a_prompt_share_its_locations(model, prompts):
     assert torch.equal(tokens[::2], best)
 
 
+@pytest.mark.parametrize("names", [None, ["a", "__base__", "c", "b"]])
+def test_without_a_cache_each_row_of_a_batch_is_edited_at_its_own_tokens(prompts, names):
+    adapted = three_adapters(("l1", "f3", "prompt"))
+    ids, mask = pad(prompts, "left")
+    asked = {"input_ids": ids, "attention_mask": mask, "adapter_names": names, "output_logits": True}
+    with_cache, without = (
+        adapted.generate(**asked, return_dict_in_generate=True, use_cache=use_cache, **GREEDY)
+        for use_cache in (True, False)
+    )
+    for found, expected in zip(without.logits, with_cache.logits, strict=True):  # of each step
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("rule", ["l1", "f2+l3", "prompt"])
 def test_decoding_after_the_prompt_edits_nothing(model, rule, monkeypatch):
     adapted = adapt(model, positions=rule)

@@ -6,6 +6,7 @@ import torch
 
 import pyreft
 from conftest import shaken, tiny_llama
+from pyreft.interventions import Intervention
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(3))
 HALF, FULL = torch.bfloat16, torch.float32
@@ -76,3 +77,24 @@ def test_a_lora_beneath_keeps_its_type():
     lora = peft.get_peft_model(base(), peft.LoraConfig(target_modules=["q_proj"]), autocast_adapter_dtype=False)
     model = peft.get_peft_model(lora, config())
     assert (types(model, "lora_"), types(model, "reft_")) == ({HALF}, {FULL})
+
+
+class WholeIntervention(Intervention):
+    """With a forward of its own, which returns what torch makes of a state and a parameter in float32."""
+
+    def __init__(self, *, embed_dim, **settings):
+        super().__init__(embed_dim=embed_dim, **settings)
+        self.scale = torch.nn.Parameter(torch.full((embed_dim,), 2.0))
+
+    def forward(self, h, **context):
+        return self.scale * h
+
+
+@pytest.mark.parametrize("rule", ["l2", "all"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_states_keep_their_type_whatever_an_intervention_returns(rule, autocast):
+    place = {"layer": 1, "positions": rule, "intervention": WholeIntervention(embed_dim=32)}
+    model = pyreft.get_reft_model(base(), pyreft.ReftConfig(representations=place))
+    with torch.autocast("cpu", HALF, enabled=autocast):
+        states = model(input_ids=IDS, output_hidden_states=True).hidden_states
+    assert {one.dtype for one in states} == {HALF}

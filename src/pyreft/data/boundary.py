@@ -33,7 +33,8 @@ def pair_ids(
     """
     specials = doubled or not _has_bos(tokenizer, prompt)
     before = tokenizer(prompt, add_special_tokens=specials)["input_ids"]
-    if before[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(str(tokenizer.eos_token)):
+    said = prompt.rstrip()  # of an empty one, the last token may be a BOS token that is the same
+    if said and before[-1:] == [tokenizer.eos_token_id] and not said.endswith(str(tokenizer.eos_token)):
         warnings.warn(
             f"The tokenizer puts {tokenizer.eos_token!r} behind every text, so it stands between each prompt and its "
             'answer, and is the last token of the prompt: tokenizer.add_eos_token = False, or "add_eos_token": false '

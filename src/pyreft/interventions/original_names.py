@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from ..errors import ReftError
 from .rotation import orthonormal_columns
@@ -33,6 +34,12 @@ class State(OrderedDict):
 
     def __reduce__(self) -> Any:
         return OrderedDict, (list(self.items()),)
+
+
+# for functions of torch.func, which take dicts of some classes alone
+register_pytree_node(
+    State, lambda state: ([*state.values()], [*state]), lambda values, names: State(zip(names, values, strict=True))
+)
 
 
 def named_as_there(state: Mapping[str, Tensor]) -> bool:

@@ -29,7 +29,7 @@ def delete_edits(
     for layer in layers:
         if name in layer:
             del layer[name]
-            for known in (layer.indices, layer.columns, layer.frozen):
+            for known in (layer.indices, layer.columns):
                 known.pop(name, None)
     for head in heads:
         head.delete_adapter(name, new_active_adapters=[other for other in head.active_adapters if other != name])

@@ -127,9 +127,10 @@ class Entry:
             del running.frames[call.height :]
             if call.trains:
                 self.edits.steps.watch(output)
-                self.edits.tell_of_unreached(call)
             if output is not None:  # as where it raised
                 self.edits.check_running(call)
+                if call.trains:
+                    self.edits.tell_of_unreached(call)
         elif call.readings:
             call.readings.clear()
 
@@ -172,7 +173,7 @@ class Entry:
         call.readings.pop(stack, None)
         inputs, counted = _inputs(module, args, kwargs), cache is not None and counts(cache)
         # pictures or sound came in, or the choices of each row, of which the backbone will make rows
-        if inputs is None or (self.has_inner and inputs.dim() == 3 and not inputs.is_floating_point()):
+        if inputs is None or (self.has_inner and inputs.dim() == 3 + inputs.is_floating_point()):
             call.readings[stack] = None  # as yet only the states say how many tokens there are
             return
         past = 0 if cache is None else self._past(call, cache, counted)

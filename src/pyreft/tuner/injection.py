@@ -1,7 +1,8 @@
 """How edits come onto a model and off it: what fits is checked first, then its calls are watched."""
 
 import copy
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -52,6 +53,19 @@ def make_interventions(model: nn.Module, config: ReftConfig) -> tuple[list[Repre
         config.positions = _default_positions(model)
         setattr(config, _FILLED_IN, config.positions)
     return representations, sites, by_path
+
+
+@contextmanager
+def unused(config: ReftConfig) -> Iterator[None]:
+    """Leave a config as it was, with the modules that it was given, if no adapter can be made of it."""
+    kept, given = dict(vars(config)), [(entry, entry.intervention) for entry in config.representations or ()]
+    try:
+        yield
+    except BaseException:
+        config.__dict__.update(kept)
+        for entry, intervention in given:
+            entry.intervention = intervention
+        raise
 
 
 def own_config(config: ReftConfig, model: nn.Module) -> ReftConfig:

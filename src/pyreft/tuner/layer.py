@@ -3,7 +3,7 @@
 Which tokens are edited, the `Call` that runs says; which modules, the tuner.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -38,13 +38,12 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
     """
 
     adapter_layer_names = ("interventions",)
-    other_param_names = ("indices", "columns", "frozen")
+    other_param_names = ("indices", "columns")
 
     def __init__(self, module: nn.Module, side: str, edits: Any, stack: str, number: int) -> None:
         super().__init__()
         self.indices: dict[str, list[int]] = {}  # adapter -> the numbers of these among its representations
         self.columns: dict[str, list[Columns | None]] = {}  # and the part of the width that each edits
-        self.frozen: dict[str, list[str]] = {}  # and the parameters that it was made with and does not train
         self.side, self.edits, self.stack, self.number = side, edits, stack, number
         self._module = (module,)  # in a tuple: the module is this one's parent, not its child
         if side == "input":
@@ -91,18 +90,26 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         modules = cast(nn.ModuleList, self[adapter_name]) if adapter_name in self else nn.ModuleList()
         modules.append(intervention)
         intervention.__dict__["_speaks_pyvene"] = speaks_pyvene(intervention)  # for a forward that is compiled
+        kept = [name for name, parameter in intervention.named_parameters() if not parameter.requires_grad]
+        intervention.__dict__.setdefault("_frozen", kept)  # unless it was in a layer, where PEFT may have frozen it
         self._modules[adapter_name] = modules  # also under a name that this class has for something else
-        own = f"{adapter_name}.{len(modules) - 1}"
-        kept = [f"{own}.{name}" for name, parameter in intervention.named_parameters() if not parameter.requires_grad]
-        self.frozen.setdefault(adapter_name, []).extend(kept)
         self.indices.setdefault(adapter_name, []).append(index)
         self.columns.setdefault(adapter_name, []).append(columns)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As of every PEFT layer; parameters that were made frozen, in a class of one's own, stay so."""
+        """As of every PEFT layer; parameters that an intervention was made with frozen stay so."""
         super().set_adapter(adapter_names, inference_mode)
-        for name in (name for names in self.frozen.values() for name in names):
-            self.get_parameter(name).requires_grad_(False)
+        self._freeze()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As `set_adapter` does, for adapters that need not be active."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        for intervention in (one for modules in self.values() for one in cast(Iterable[Any], modules)):
+            for name in vars(intervention).get("_frozen", ()):
+                intervention.get_parameter(name).requires_grad_(False)
 
     @property
     def enabled_adapters(self) -> list[str]:
@@ -181,11 +188,12 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             if getattr(intervention, "reads_input", False):
                 read = at.of(self._check_input(x, h))
                 context["x"] = read if adapters else read.flatten(0, 1)
-            there = at.of(h)  # [n, k, d]
+            there = at.of(h)  # [n, k, d], or [n, k, heads, d]
             part = there if columns is None else columns.take(there)
-            new = _formula(intervention, part if adapters else part.flatten(0, 1), strength, context).view_as(part)
+            states = part.flatten(1, -2) if adapters else part.flatten(0, 1)
+            new = _formula(intervention, states, strength, context).to(h.dtype).view_as(part)
             if at.valid is not None:
-                new = torch.where(at.valid[..., None], new, part)
+                new = torch.where(at.valid[(..., *[None] * (part.dim() - 2))], new, part)
             if columns is not None:
                 new = columns.put(there, new)
             h = at.put(h, new)

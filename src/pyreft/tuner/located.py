@@ -38,7 +38,8 @@ class Tokens(NamedTuple):
         if self.rows is None or self.places is None:
             return states
         # by one index: torch gathers by several, and adds up what comes back, far more slowly
-        return states.flatten(0, 1).index_select(0, self.places).view(self.rows.shape[0], -1, states.shape[-1])
+        gathered = states.flatten(0, 1).index_select(0, self.places)
+        return gathered.view(self.rows.shape[0], -1, *states.shape[2:])  # heads may stand apart
 
     def put(self, states: Tensor, new: Tensor) -> Tensor:
         """The states with others in the place of these, `[n, k, d]`."""
@@ -111,9 +112,10 @@ class Located:
             same = id(mask), endless
             if same not in seen:
                 part = mask[:, past : past + tokens]
-                if endless:
-                    part = nn.functional.pad(part, (0, tokens - part.shape[1]), value=True)
-                    part = part if only is None else part & only.to(part.device)[:, None]
+                if endless or 0 < part.shape[1] < tokens:  # also where no cache spares what comes after the prompt
+                    part = nn.functional.pad(part, (0, tokens - part.shape[1]), value=endless)
+                if endless and only is not None:
+                    part = part & only.to(part.device)[:, None]
                 times = rows // part.shape[0]  # which a trace follows, unlike its len
                 part = part.repeat_interleave(times, dim=0)
                 together = bool(self.adapters(key[0], rows))

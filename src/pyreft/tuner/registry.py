@@ -150,7 +150,11 @@ class Edits:
             names = layer.indices if call.row_adapters is not None else call.enabled[layer.number]
             if any((name, index) in reading.at for name in names for index in layer.indices.get(name, ())):
                 self.told_of_unreached = True
-                path = next(path for path, module in self.model.named_modules() if module is layer.get_base_layer())
+                if _skips_blocks(self.model):  # at random, so it is another one in the next step
+                    return
+                module = layer.get_base_layer()
+                paths = (path for path, one in self.model.named_modules() if one is module)
+                path = next(paths, type(module).__name__)  # of one that was taken out of the model
                 warnings.warn(
                     f"A training step has not called {path!r}, so what is to be edited there was not, and learns "
                     "nothing. Some fused kernels read a module's weights instead; edit another component then.",
@@ -165,3 +169,10 @@ class Edits:
         call.located, call.serving = located, True
         with within(call):
             yield
+
+
+def _skips_blocks(model: Any) -> bool:
+    """Whether a part of a model leaves out blocks at random in training, as `layerdrop` in its config asks for."""
+    configs = [vars(module).get("config") for module in model.modules()]
+    found = (item for config in configs if hasattr(config, "__dict__") for item in vars(config).items())
+    return any(value for name, value in found if "layerdrop" in name)

@@ -34,6 +34,7 @@ from .injection import (
     make_interventions,
     own_config,
     take_back,
+    unused,
     watched,
 )
 from .layer import ReftLayer, device_of, refuse_merge, type_of
@@ -102,25 +103,26 @@ class ReftTuner(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        config = self.peft_config[adapter_name] = own_config(self.peft_config[adapter_name], model)
-        check_name(adapter_name)
         if "edits" in vars(self):
             self.check_attached()
         known = edits_of(model)
         modules, others = (dict(model.named_modules()), []) if known is None else ({}, [*known.rules])
         try:
-            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                representations, sites, self._sites = make_interventions(model, config)
-            self._check_places(state_dict)
-            self.edits = known or watched(model)
-            self.edits.rules[adapter_name] = [entry.rule() for entry in representations]
-            self.edits.places[adapter_name] = [site.stack for site in sites]
-            classes = [intervention_class(entry.intervention) for entry in representations]
-            stackable = all(getattr(cls, "stackable", False) and not speaks_pyvene(cls) for cls in classes)
-            self.edits.kinds[adapter_name] = representations if stackable else None
-            self.edits.made[adapter_name] = config.edits()
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            leave_inference(model)
+            with unused(config := own_config(self.peft_config[adapter_name], model)):
+                self.peft_config[adapter_name] = config
+                check_name(adapter_name)
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    representations, sites, self._sites = make_interventions(model, config)
+                self._check_places(state_dict)
+                self.edits = known or watched(model)
+                self.edits.rules[adapter_name] = [entry.rule() for entry in representations]
+                self.edits.places[adapter_name] = [site.stack for site in sites]
+                classes = [intervention_class(entry.intervention) for entry in representations]
+                stackable = all(getattr(cls, "stackable", False) and not speaks_pyvene(cls) for cls in classes)
+                self.edits.kinds[adapter_name] = representations if stackable else None
+                self.edits.made[adapter_name] = config.edits()
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+                leave_inference(model)
         except BaseException:  # also where it is interrupted: a half of an adapter would edit, and be added to
             heads = self.reft_heads()
             del self.peft_config[adapter_name]
