@@ -109,7 +109,8 @@ class Engine:
             settings = Settings(adapters=str(files.adapters), slots=SLOTS, rank=RANK, store=str(files.store))
             more = flags(settings, "LlamaForCausalLM")
         if kind == "lora":
-            more = {"enable_lora": True, "max_loras": SLOTS, "max_cpu_loras": SLOTS, "max_lora_rank": RANK}
+            more = {"enable_lora": True, "max_loras": SLOTS, "max_cpu_loras": SLOTS}
+            more["max_lora_rank"] = options.max_lora_rank
         self.kind, self.files, self.new = kind, files, options.new
         self.catalog = Catalog(files.adapters)
         self.llm = LLM(
@@ -209,7 +210,8 @@ def measure_lora(engine: Engine, lora: Engine, batches: Batches, options: argpar
         f"{rule}, {SLOTS} adapters": [name_of(rule, n % options.disk) for n in range(SLOTS)] for rule in options.rules
     }
     runs = {name: lambda names=names: batches.seconds(engine, names) for name, names in ours.items()}
-    loras, base = f"{SLOTS} LoRAs", "the base in LoRA's engine"
+    room = "" if options.max_lora_rank == RANK else f" with room for rank {options.max_lora_rank}"
+    loras, base = f"{SLOTS} LoRAs{room}", f"the base in LoRA's engine{room}"
     runs[loras] = lambda: batches.seconds(lora, [str(number) for number in range(SLOTS)])
     runs[base] = lambda: batches.seconds(lora, [None])
     return batches.rounds(runs, [*((name, loras) for name in ours), (loras, base)], "lora")
@@ -312,6 +314,7 @@ def read_options() -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, default=default)
     for name, default in (("tenants", 64), ("system", 1000), ("question", 24), ("seconds", 240)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--max-lora-rank", type=int, default=RANK, help="vLLM's; its own default is 16.")
     parser.add_argument("--small", action="store_true", help="See that it works, and keep nothing.")
     parser.add_argument("--draw", action="store_true", help="Draw what was measured.")
     options = parser.parse_args()
