@@ -13,6 +13,7 @@ A part ends after `--seconds` with as many rounds as fit, and its rows replace t
 `results/serving.json`: so it can be measured part by part.
 
 python benchmarks/serving.py [--parts speed plain lora prefix first] [--rounds 5] [--seconds 240] [--small]
+python benchmarks/serving.py --parts lora --max-lora-rank 16      LoRA with the room that vLLM has by default
 python benchmarks/serving.py --draw       the picture of what was measured, where matplotlib is installed
 """
 
@@ -211,7 +212,7 @@ def measure_lora(engine: Engine, lora: Engine, batches: Batches, options: argpar
     }
     runs = {name: lambda names=names: batches.seconds(engine, names) for name, names in ours.items()}
     room = "" if options.max_lora_rank == RANK else f" with room for rank {options.max_lora_rank}"
-    loras, base = f"{SLOTS} LoRAs{room}", f"the base in LoRA's engine{room}"
+    loras, base = f"{SLOTS} LoRAs{room}", "the base in LoRA's engine"
     runs[loras] = lambda: batches.seconds(lora, [str(number) for number in range(SLOTS)])
     runs[base] = lambda: batches.seconds(lora, [None])
     return batches.rounds(runs, [*((name, loras) for name in ours), (loras, base)], "lora")

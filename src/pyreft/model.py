@@ -236,7 +236,7 @@ def get_reft_model(
         model: the base model; edits that an earlier ReftModel left on it are taken off first.
         reft_config: what to edit.
         set_device: accepted for the original's callers; the interventions are always where the layers are.
-        disable_model_grads: freeze the base model.
+        disable_model_grads: freeze the base model, and a LoRA that is on it.
         adapter_name: a name for the adapter.
 
     Raises:
