@@ -67,6 +67,10 @@ def post(url, path, data, key="secret"):
 
 def test_models_are_the_base_and_the_adapters(client):
     assert [model.id for model in client.models.list()] == ["pocket", "all", "f3l3", "l16", "l4", "prompt"]
+    one = client.models.retrieve("l4")
+    assert (one.id, one.parent) == ("l4", "pocket")
+    with pytest.raises(openai.NotFoundError, match="The model 'l5' does not exist"):
+        client.models.retrieve("l5")
 
 
 @pytest.mark.parametrize("name", ["pocket", "l4", "all"])

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Body, FastAPI, Request
 from fastapi.responses import JSONResponse
 
 from ...errors import ReftError
-from ..api.faults import not_served
+from ..api.faults import not_served, unknown_model
 from ..catalog import Catalog, StoreError
 from .front import Front, catalog_of, served_name
 
@@ -31,6 +31,7 @@ class ReftRoutes:
         app.add_middleware(Front)
         router = APIRouter()
         router.get("/v1/models")(list_models)
+        router.get("/v1/models/{name:path}")(show_model)
         router.get("/v1/adapters")(list_adapters)
         router.post("/v1/load_adapter")(load_adapter)
         router.post("/v1/unload_adapter")(unload_adapter)
@@ -46,12 +47,25 @@ class ReftRoutes:
 
 async def list_models(request: Request) -> JSONResponse:
     """The base model and every adapter."""
+    return JSONResponse(await _models(request))
+
+
+async def show_model(name: str, request: Request) -> JSONResponse:
+    """One model, as the list has it."""
+    for model in (await _models(request))["data"]:
+        if model["id"] == name:
+            return JSONResponse(model)
+    fault = unknown_model(f"The model {name[:200]!r} does not exist.")
+    return JSONResponse(fault.body(), fault.status)
+
+
+async def _models(request: Request) -> dict[str, Any]:
     state = request.app.state
     models = (await state.openai_serving_models.show_available_models()).model_dump()
     base = models["data"][0]
     names = await asyncio.to_thread(catalog_of(state).names)
     models["data"] += [{**base, "id": name, "root": name, "parent": base["id"]} for name in names]
-    return JSONResponse(models)
+    return models
 
 
 async def list_adapters(request: Request) -> JSONResponse:
