@@ -1,7 +1,4 @@
-"""The commands of pyreft as a test runs them: in this process, or in one of their own."""
-
-import subprocess
-import sys
+"""The commands of pyreft as a test runs them, in the process of the test."""
 
 from typer.testing import CliRunner
 
@@ -15,9 +12,3 @@ def run(*arguments, text=None, status=0):
         raise result.exception
     assert result.exit_code == status, result.output
     return result
-
-
-def command(*arguments, cwd):
-    """Run a command in a process of its own."""
-    line = [sys.executable, "-m", "pyreft_cli", *map(str, arguments)]
-    return subprocess.run(line, cwd=cwd, text=True, capture_output=True)

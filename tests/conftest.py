@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch reads it; the programs that tests start have it, too
+
 import pytest
 import torch
 from hypothesis import settings
@@ -15,9 +18,6 @@ FORMULAS = [*INTERVENTIONS]  # of the library; tests register more
 
 settings.register_profile("seeded", derandomize=True, deadline=None)
 settings.load_profile("seeded")
-if os.environ.get("PYTEST_XDIST_WORKER"):
-    torch.set_num_threads(1)
-
 
 # what answers in under a minute, and is most likely to notice a mistake: `pytest -m fast`
 FAST = (

@@ -13,14 +13,14 @@ import typer
 from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
 
 import pyreft
-from commands import command, run
+from commands import run
 from conftest import FORMULAS, tiny_llama
 from pyreft import pocket
 from pyreft.errors import ReftError
 from pyreft.files.adapter import read_config
 from pyreft.jobs.settings import TrainingJob
 from pyreft.positions import Positions
-from pyreft_cli.app import app, as_typed
+from pyreft_cli.app import app, as_typed, main
 from pyreft_cli.settings import check_positions
 
 
@@ -231,7 +231,7 @@ def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, 
         (("generate", "--adapter", ".", "--file", "a.txt", "--file", "b.txt"), "--file: it stands there twice"),
     ],
 )
-def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
+def test_mistakes_end_with_one_clear_line(tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "bad.yaml").write_text("data: a.jsonl\nranks: 3\n")
     (tmp_path / "latin.yaml").write_bytes("data: é.jsonl\n".encode("latin-1"))
     (tmp_path / "twice.yaml").write_text("data: a.jsonl\nbatch_size: 3\nbatch-size: 2\n")
@@ -240,10 +240,12 @@ def test_mistakes_end_with_one_clear_line(tmp_path, arguments, message):
     for name in ("a.txt", "a.md"):
         (tmp_path / name).write_text("a\n")
     before = sorted(path.name for path in tmp_path.iterdir())
-    done = command(*arguments, cwd=tmp_path)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pyreft", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 

@@ -83,8 +83,8 @@ def test_one_layer_and_one_token(tmp_path, capsys):
     reft_model.set_device("cpu")
     reft_model.save(save_directory=f"{tmp_path}/reft_to_share", save_to_hf_hub=False)
     reft_model = pyreft.ReftModel.load(f"{tmp_path}/reft_to_share", model)
-    again = [answer(tokenizer, reft_model, q, 1, max_new_tokens=24, do_sample=False) for q in questions]
-    assert again == answers
+    again = [answer(tokenizer, reft_model, q, 1, max_new_tokens=24, do_sample=False) for q in questions[:8]]
+    assert again == answers[:8]
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
