@@ -6,7 +6,7 @@ instruction template of the Alpaca data set.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +14,7 @@ from ..errors import ReftError, did_you_mean
 from ..positions import IGNORED
 from .boundary import pair_ids, token_ids
 from .fields import FORMATS, Example, Format, alpaca_prompt
-from .tally import Tally
+from .tally import LongRows, Tally
 from .templates import chat_text, chat_texts, unread_fields
 from .turns import is_blank
 
@@ -29,8 +29,6 @@ __all__ = [
     "token_ids",
     "token_texts",
 ]
-
-LongRows = Literal["refuse", "cut", "skip"]
 
 
 def check_long_rows(value: str) -> None:
