@@ -231,3 +231,4 @@ def test_empty_lists_in_a_table_of_texts_make_no_chat_of_an_instruction(tmp_path
     path = tmp_path / "a.csv"
     path.write_text("instruction,output,history,tools\na,b,[],null\n")
     assert read_examples(path)[0].format == "alpaca"
+    assert read_prompts(path) == [("a", "")]

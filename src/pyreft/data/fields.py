@@ -112,7 +112,7 @@ def read_fields(
     for name in _OTHERS:
         if row.get(name):
             raise ReftError(f"{where}: the field {name!r} cannot be learned from; only text is read.")
-    extras = {name: row[name] for name in EXTRAS if row.get(name) and (name == "system" or row[name] not in _NONE)}
+    extras = extras_of(row)
     if form == "messages":
         messages, learned = read_turns(row[used[0]], where)
         examples = _chat(messages, learned, extras, where, turns)
@@ -122,6 +122,11 @@ def read_fields(
     else:
         examples = [_pair(row, form, used, extras, where)]
     return form, examples, [name for name in row if name not in used and name not in EXTRAS]
+
+
+def extras_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row gives to the chat template beside its turns; nothing for empty ones, as a table of texts has them."""
+    return {name: row[name] for name in EXTRAS if row.get(name) and (name == "system" or row[name] not in _NONE)}
 
 
 def _check_learned(row: dict[str, Any], where: str, used: tuple[str, ...]) -> None:

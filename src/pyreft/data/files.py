@@ -12,7 +12,7 @@ from typing import Any, get_args
 from ..errors import ReftError, did_you_mean
 from ..files.text import check_characters
 from .encodings import open_text
-from .fields import EXTRAS, KNOWN, Example, Turns, alpaca_prompt, bad_answers, plain_names, read_fields
+from .fields import KNOWN, Example, Turns, alpaca_prompt, bad_answers, extras_of, plain_names, read_fields
 from .tables import ENDINGS, read_rows, try_rows, without_nulls
 from .tally import OnError, Tally
 
@@ -154,7 +154,7 @@ def _prompt(row: dict[str, Any], where: str) -> tuple[str, str]:
     name = next((name for name in ("prompt", "instruction") if name in row), None)
     if name is None:
         raise ReftError(f"{where}: expected a field 'prompt' or 'instruction', got {', '.join(row) or 'none'}.")
-    if more := next((field for field in EXTRAS if row.get(field)), None):
+    if more := next(iter(extras_of(row)), None):
         raise ReftError(
             f"{where}: the field {more!r} is not read beside a prompt; `pyreft eval` asks rows with it and an answer."
         )
