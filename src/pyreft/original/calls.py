@@ -126,8 +126,8 @@ def translate(
     if call.pop("intervention_additional_kwargs", None):
         setting = "intervention_additional_kwargs"
         raise ReftError("the interventions of this model take no further arguments.", setting=setting)
-    given = next((call[name] for name in ("input_ids", "inputs_embeds") if name in call), None)
-    rows, tokens = check_tokens(given).shape[:2]
+    inputs = next((call[name] for name in ("input_ids", "inputs_embeds") if name in call), None)
+    rows, tokens = check_tokens(inputs).shape[:2]
     if subspaces is not None and (chosen := read_subspaces(subspaces, rows, len(rules), repeated=generates)):
         call[SUBSPACES] = chosen
     if unit_locations is not None:
