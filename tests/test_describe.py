@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import pyreft
+from commands import run
 from pyreft import pocket
 from pyreft.describe import describe, located_tokens
 from pyreft.interventions import INTERVENTIONS
@@ -73,3 +74,11 @@ def test_a_file_that_is_not_that_of_its_config(tmp_path, config, tensors, messag
     save_file({name: value for name, value in found.items() if tensors.get(name, 1)}, weights)
     with pytest.raises(pyreft.ReftError, match=f"the file does not fit its config: .*{message}"):
         describe(tmp_path)
+
+
+def test_dropout_and_other_settings_are_told(tmp_path):
+    config = pyreft.ReftConfig(layers=1, positions="l1", low_rank_dimension=2, dropout=0.25, act_fn="relu")
+    pyreft.get_reft_model(pocket.load()[0], config).save(tmp_path)
+    (place,) = describe(tmp_path)["places"]
+    assert (place["dropout"], place["settings"]["act_fn"]) == (0.25, "relu")
+    assert "tokens l1, dropout 0.25, act_fn relu" in run("info", tmp_path).output

@@ -505,3 +505,15 @@ def test_other_edits_are_not_loaded_into_an_adapter_that_is_there(tmp_path, chan
         adapted.load_adapter(tmp_path, "default")
     assert torch.equal(adapted(IDS).logits, before)
     adapted.load_adapter(tmp_path, "another")  # under a name of its own it is what it was
+
+
+def test_what_the_hub_refuses_is_told_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ReftError, match=r"^no adapter 'someone/none' could be read from the hub: ."):
+        pyreft.ReftModel.load("someone/none", tiny_llama(), from_huggingface_hub=True)
+    with pytest.raises(ReftError, match=r"^no adapter 'some one' could be read from the hub: Repo id must"):
+        pyreft.ReftModel.load("some one", tiny_llama(), from_huggingface_hub=True)
+    adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(layers=[1], positions="l1"))
+    with pytest.raises(ReftError, match=r"^the adapter is in .*, but was not uploaded to 'a/b': Cannot reach"):
+        adapted.save(tmp_path, save_to_hf_hub=True, hf_repo_name="a/b")
+    assert (tmp_path / "adapter_config.json").exists()

@@ -21,15 +21,18 @@ def describe(adapter: str | os.PathLike) -> dict[str, Any]:
     """
     config, shapes = read_config(adapter), read_shapes(adapter)
     check_fits(adapter, config, shapes)
-    groups: dict[tuple, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for entry in config.expand((config.base_model_shape or {}).get("num_hidden_layers", 0)):
         place = {
             "intervention": entry.intervention,
             "rank": entry.low_rank_dimension,
             "component": entry.component,
             "positions": _rule_name(entry),
+            "dropout": entry.dropout or 0.0,
+            "settings": {"act_fn": entry.act_fn, "add_bias": entry.add_bias or None, **(entry.intervention_kwargs or {})},
         }
-        groups.setdefault(tuple(place.values()), {**place, "layers": []})["layers"].append(entry.layer)
+        place["settings"] = {name: value for name, value in place["settings"].items() if value is not None}
+        groups.setdefault(repr(place), {**place, "layers": []})["layers"].append(entry.layer)
     return {
         "base_model": config.base_model_name_or_path,
         "base_model_shape": config.base_model_shape,

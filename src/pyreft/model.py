@@ -20,7 +20,7 @@ from .files.to_peft import save_lora
 from .files.together import leave_out, reading, save_together
 from .files.trained_heads import add_heads, tell_of_resized
 from .files.weights import checked_load
-from .original.calls import FORWARD, GENERATE, answer, by_names_too, is_original, translate
+from .original.calls import FORWARD, GENERATE, answer, by_names_too, check_tokens, is_original, translate
 from .original.configs import as_config
 from .original.members import OriginalMembers
 from .original.saving import OriginalSaving
@@ -84,10 +84,15 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
 
         Besides the arguments of transformers' `generate`, `prompt_lengths` (`[batch]`) and
         `intervention_locations` (`[batch, interventions, positions]`) say where the located tokens are.
+
+        Raises:
+            TypeError: a text instead of tokens, or tokens that are no tensor.
         """
         if is_original(args, kwargs):
             call = translate(args, kwargs, GENERATE, self.position_rules)
             return answer(super().generate, call, self.disable_adapter)
+        if (given := args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))) is not None:
+            check_tokens(given)
         return super().generate(*args, **kwargs)
 
     @property

@@ -38,10 +38,13 @@ def info(
         console.print(f"Fits         {model}", markup=False)
     console.print(f"Parameters   {facts['parameters']:,}")
     for place in facts["places"]:
+        rank = f" of rank {place['rank']}" if place["rank"] else ""
+        more = {"dropout": place["dropout"] or None, **place["settings"]}
         console.print(
-            f"Edits        {place['intervention']} of rank {place['rank']}, {place['component']} of "
+            f"Edits        {place['intervention']}{rank}, {place['component']} of "
             f"layer{'' if len(place['layers']) == 1 else 's'} {', '.join(map(str, place['layers']))}, "
-            f"tokens {place['positions']}",
+            f"tokens {place['positions']}"
+            + "".join(f", {name} {value}" for name, value in more.items() if value is not None),
             markup=False,
         )
     for rules in facts.get("tokens", {}).values():

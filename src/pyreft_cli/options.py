@@ -9,6 +9,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from pyreft.errors import ReftError
+
 # of every command
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print nothing but results and errors.")]
 Json = Annotated[bool, Option("--json", help="Print the result as JSON, and nothing else.")]
@@ -16,8 +18,10 @@ Json = Annotated[bool, Option("--json", help="Print the result as JSON, and noth
 
 # of an adapter, and of its answers
 def directory_of(adapter: str) -> str:
-    """The directory of an adapter of which a file was named."""
-    path = Path(adapter)
+    """The directory of an adapter of which a file was named; one that is not there is refused at once."""
+    path = Path(adapter).expanduser()
+    if not path.exists():
+        raise ReftError(f"{adapter}: expected an adapter's directory, there is nothing of this name.")
     return str(path.parent) if path.name in ("adapter_config.json", "adapter_model.safetensors") else adapter
 
 

@@ -374,10 +374,10 @@ def test_messages_name_options_as_they_are_typed(command, error, typed):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("eval", "a", "--suite", "commonsense", "--max-new-tokens", 0), "Invalid value for '--max-new-tokens'"),
-        (("eval", "a", "--suite", "commonsense", "--seed", -1), "Invalid value for '--seed'"),
-        (("generate", "--adapter", "a", "--prompt", "a", "--seed", -1), "Invalid value for '--seed'"),
-        (("generate", "--adapter", "a", "--prompt", "a", "--seed", 2**32), "Invalid value for '--seed'"),
+        (("eval", ".", "--suite", "commonsense", "--max-new-tokens", 0), "Invalid value for '--max-new-tokens'"),
+        (("eval", ".", "--suite", "commonsense", "--seed", -1), "Invalid value for '--seed'"),
+        (("generate", "--adapter", ".", "--prompt", "a", "--seed", -1), "Invalid value for '--seed'"),
+        (("generate", "--adapter", ".", "--prompt", "a", "--seed", 2**32), "Invalid value for '--seed'"),
     ],
 )
 def test_numbers_that_cannot_be(arguments, message):

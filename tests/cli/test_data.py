@@ -138,6 +138,6 @@ def test_an_adapter_on_held_out_examples(tmp_path):
         pyreft.ReftError, match=r"long_rows: expected refuse, cut, skip, got 'cute'. Did you mean 'cut'"
     ):
         run(*words, "--long-rows", "cute")
-    assert "--suite has no such option" in run("eval", "a", "--suite", "glue", "--turns", "last", status=2).stderr
-    assert "--data has no such option" in run("eval", "a", "--data", path, "--greedy", status=2).stderr
-    assert "expected one of the three" in run("eval", "a", status=2).stderr
+    assert "--suite has no such option" in run("eval", ".", "--suite", "glue", "--turns", "last", status=2).stderr
+    assert "--data has no such option" in run("eval", ".", "--data", path, "--greedy", status=2).stderr
+    assert "expected one of the three" in run("eval", ".", status=2).stderr

@@ -40,7 +40,7 @@ def python(code, *, text=None, **environment):
         (("train", "--seed", "x"), "pyreft: --seed: Input should be a valid integer"),
         (("train", "--positions", "last"), "pyreft: --positions: expected f<n>, l<n>, f<n>+l<m>, prompt or all"),
         (("train", "--epochs"), "pyreft: Option '--epochs' requires an argument."),
-        (("eval", "a"), "pyreft: --data / --suite / --tasks: expected one of the three.\nTry 'pyreft eval --help'."),
+        (("eval", "."), "pyreft: --data / --suite / --tasks: expected one of the three.\nTry 'pyreft eval --help'."),
     ],
 )
 def test_every_error_is_told_in_one_style(monkeypatch, capsys, words, said):
@@ -55,7 +55,7 @@ def test_without_a_command_the_help_is_shown(monkeypatch, capsys):
 
 def test_an_interrupt_is_told(monkeypatch, capsys):
     monkeypatch.setattr("pyreft_cli.info.hush", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert ended(monkeypatch, "info", "a") == 130
+    assert ended(monkeypatch, "info", ".") == 130
     assert "pyreft: interrupted." in capsys.readouterr().err
 
 
@@ -224,3 +224,38 @@ def test_a_shell_completes_commands_and_options(typed, offered):
     code = "import sys; sys.argv = ['pyreft']; from pyreft_cli.app import main; main()"
     done = python(code, _PYREFT_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=count)
     assert done.stdout.split() == offered, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "train --data a.jsonl --output o --method lorreft",
+            "--method: expected loreft, direft, lora, got 'lorreft'. Did",
+        ),
+        ("train --data a.jsonl --output o --lr -1", "--lr: expected a number above 0, got -1.0."),
+        (
+            "plan --data a.jsonl --long-rows ct",
+            "--long-rows: expected refuse, cut, skip, got 'ct'. Did you mean 'cut'?",
+        ),
+        (
+            "tune --data a.jsonl --output o --validation-split 1",
+            "--validation-split: expected a share from 0 to below 1",
+        ),
+        ("data a.jsonl --format chta", "--format: expected text, chat, alpaca, got 'chta'. Did you mean 'chat'?"),
+        ("train --data b.jsonl --output o", "b.jsonl: there is no such file."),
+        ("train --data a.jsonl --output o --validation b.jsonl", "b.jsonl: there is no such file."),
+        ("generate --adapter no --prompt a", "no: expected an adapter's directory, there is nothing of this name."),
+        ("info no", "no: expected an adapter's directory, there is nothing of this name."),
+    ],
+)
+def test_what_is_wrong_is_told_before_the_libraries_load(monkeypatch, capsys, tmp_path, words, said):
+    def load():
+        raise AssertionError("the libraries would be loaded")
+
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    for module in ("ask", "data", "info", "plan", "train", "tune"):
+        monkeypatch.setattr(f"pyreft_cli.{module}.hush", load)
+    assert ended(monkeypatch, *words.split()) == 2
+    assert f"pyreft: {said}" in capsys.readouterr().err

@@ -93,3 +93,13 @@ def test_an_eos_token_that_begins_a_text_or_stands_in_it_is_not_told(prompt):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pair_ids(tokenizer, prompt, "a")[0][-1] == 1
+
+
+def test_an_unknown_letter_behind_an_unknown_one_belongs_to_the_answer():
+    vocabulary = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -1.0), ("a", -1.0), ("es", -1.0), ("no", -1.0)]
+    model = Tokenizer(models.Unigram(vocabulary, unk_id=0))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, unk_token="<unk>", eos_token="</s>")
+    assert tokenizer("a\nYes")["input_ids"] == [2, 3, 0, 4], "one token for both"
+    assert pair_ids(tokenizer, "a\n", "Yes") == ([2, 3, 0], [2, 0, 4])
+    assert pair_ids(tokenizer, "a\n", "no") == ([2, 3, 0], [5])

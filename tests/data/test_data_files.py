@@ -5,9 +5,11 @@ import json
 import pytest
 
 from pyreft import pocket
-from pyreft.data.encode import context_length, default_format, encode, prompt_text, token_ids
-from pyreft.data.files import alpaca_prompt, read_examples, read_prompts
+from pyreft.data.encode import context_length, default_format, encode, encode_all, prompt_text, token_ids
+from pyreft.data.files import Reading, alpaca_prompt, read_examples, read_prompts
+from pyreft.data.tally import Tally
 from pyreft.errors import ReftError
+from pyreft.positions import Positions
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]
 CSV = 'prompt,completion\n"Two\nlines, and a comma",Yes\nb,d\n'
@@ -191,3 +193,42 @@ def test_an_answer_that_only_ends_is_refused(tmp_path, tokenizer, form):
     (found,) = read_examples(write(tmp_path, "a.jsonl", {"prompt": "a", "completion": tokenizer.eos_token}))
     with pytest.raises(ReftError, match="line 1: the answer is '</s>' alone, there is nothing to learn"):
         encode(tokenizer, found, form, 512)
+
+
+@pytest.mark.parametrize(("labels", "learned"), [(("spam", False), "ab"), ((False, 2), "ab"), ((True, False), "a")])
+def test_a_label_marks_a_bad_answer_where_all_are_true_or_false(tmp_path, labels, learned):
+    path = tmp_path / "a.csv"
+    rows = "".join(f"q,{answer},{label}\n" for answer, label in zip("ab", labels, strict=True))
+    path.write_text(f"prompt,completion,label\n{rows}")
+    tally = Tally("skip")
+    assert "".join(example.completion for example in read_examples(path, Reading(on_error="skip"), tally)) == learned
+    assert (tally.unread, len(tally.wrong)) == (({"label": 2}, 0) if learned == "ab" else ({}, 1))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "", "completion": "C"},
+        {"prompt": " \n", "completion": "C"},
+        {"instruction": "", "input": "", "output": "C"},
+        {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "C"}]},
+    ],
+)
+def test_an_empty_prompt_is_refused_where_prompts_are_edited(tmp_path, tokenizer, row):
+    found = read_examples(write(tmp_path, "a.jsonl", row))
+    form = found[0].format
+    with pytest.raises(ReftError, match="line 1: the prompt is empty, there is nothing to edit"):
+        encode_all(tokenizer, found, form, 512, least=Positions.parse("l4").least)
+    assert len(encode_all(tokenizer, found, form, 512, least=Positions.parse("all").least)[1]) == 1
+
+
+def test_an_instruction_may_be_in_its_input_alone(tmp_path, tokenizer):
+    found = read_examples(write(tmp_path, "a.jsonl", {"instruction": "", "input": "A cat?", "output": "C"}))
+    assert len(encode_all(tokenizer, found, "alpaca", 512, least=1)[1]) == 1
+
+
+def test_empty_lists_in_a_table_of_texts_make_no_chat_of_an_instruction(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("instruction,output,history,tools\na,b,[],null\n")
+    assert read_examples(path)[0].format == "alpaca"
+    assert read_prompts(path) == [("a", "")]

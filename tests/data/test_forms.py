@@ -276,7 +276,7 @@ def test_fields_of_turns_that_the_template_makes_nothing_of_are_counted(tmp_path
         ({"instruction": "a", "output": "b", "history": ["a"]}, "line 1: history: expected pairs"),
         ({"prompt": "Say hi \ud83d", "completion": "b"}, "line 1: prompt: half a character, .*ud83d', as of an emoji"),
         ({"messages": [USER, ANSWER | {"content": "\udc00"}]}, "line 1: messages: content: half a character"),
-        ({"prompt": "a", "completion": "b", "label": False}, "line 1: the field 'label' is False, .*KTOTrainer"),
+        ({"prompt": "a", "completion": "b", "label": False}, "line 1: the field 'label' is False, .*KTOTrainer.*else"),
         ({"messages": [USER, ANSWER], "weight": 0}, "line 1: the field 'weight' is 0, so this is not to be learned"),
         ({"instruction": "a", "output": "b", "train": "false"}, "the field 'train' is 'false', so this is not"),
         ({"prompt": "a", "completion": "\u200b\ufeff\0 "}, "line 1: the answer is empty"),

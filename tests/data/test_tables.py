@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -188,3 +189,44 @@ def test_columns_that_do_not_fit_are_refused(tmp_path, ragged):
     (tmp_path / "a.json").write_text(json.dumps(ragged))
     with pytest.raises(ReftError, match="row 1: "):
         read_examples(tmp_path / "a.json")
+
+
+def test_a_row_of_several_lines_stands_where_it_begins(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion\n"a\nb",c\n"d\ne\nf",\n')
+    assert [where for where, _ in read_rows(path)] == [f"{path}, line 2", f"{path}, line 4"]
+
+
+def test_a_null_of_a_table_is_told_as_one_of_json(tmp_path):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": pyarrow.array([None], "string")}), path)
+    with pytest.raises(ReftError, match="row 1: the field 'completion' is null"):
+        read_examples(path)
+
+
+def test_a_data_set_on_disk_is_read(tmp_path):
+    chat = [{"role": "user", "content": "A cat?"}, {"role": "assistant", "content": "C"}]
+    rows = datasets.Dataset.from_list([{"messages": chat}] * 2)
+    rows.with_format("torch").save_to_disk(tmp_path / "one")
+    assert [example.messages for example in read_examples(tmp_path / "one")] == [tuple(chat)] * 2
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
+    with pytest.raises(ReftError, match=r"several splits; name one of them: .*two/test, .*two/train"):
+        read_examples(tmp_path / "two")
+    next((tmp_path / "one").glob("*.arrow")).write_bytes(b"x")
+    with pytest.raises(ReftError, match="one: this is not a readable data set of `save_to_disk`"):
+        read_examples(tmp_path / "one")
+
+
+def test_files_put_behind_each_other_have_marks_within(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"prompt": "a", "completion": "b"}\n' * 2, encoding="utf-8")
+    assert len(read_examples(path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("begin", "kind"), [(b"BZh9", "bzip2"), (b"\xd0\xcf\x11\xe0", "old Excel"), (b"PAR1", "parquet")]
+)
+def test_a_packed_file_is_told_by_its_kind(tmp_path, begin, kind):
+    (tmp_path / "a.csv").write_bytes(begin + bytes(range(256)))
+    with pytest.raises(ReftError, match=f"expected text, this is a .*{kind}.*; unpack it"):
+        read_examples(tmp_path / "a.csv")

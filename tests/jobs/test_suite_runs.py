@@ -364,7 +364,7 @@ def test_what_a_suite_decides_is_refused_beside_it(data, tmp_path, setting):
         (("eval", "no", "--suite", "commonsense", "--data-dir", "DATA"), "no: expected an adapter's directory"),
         (
             ("eval", "no", "--suite", "glue", "--data-dir", "DATA"),
-            "no: expected an adapter's directory, or one with an",
+            "no: expected an adapter's directory, there is nothing of",
         ),
         (("train", "commonsense", "--data-dir", "no", "--output", "out"), "data_dir: no is not a directory"),
         (("train", "commonsense", "--data-dir", "DATA", "--output", "out"), "max_length: expected 2 to 256"),

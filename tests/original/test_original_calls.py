@@ -146,3 +146,16 @@ def test_subspaces_for_all_rows_and_for_classes_of_ones_own(adapted):
     _, expected = adapted(BASE, unit_locations=LAST)
     found = adapted(BASE, unit_locations=LAST, subspaces=[{"idx": torch.tensor([0])}] * 2)[1]
     assert torch.equal(found.logits, expected.logits)
+
+
+@pytest.mark.parametrize("given", ["a", ["a"], [[1, 2]], b"a"])
+def test_what_is_no_tensor_of_tokens_is_refused(adapted, given):
+    calls = [
+        lambda: adapted.generate(given),
+        lambda: adapted.generate(inputs=given),
+        lambda: adapted.generate({"input_ids": given}, intervene_on_prompt=True),
+        lambda: adapted({"input_ids": given}),
+    ]
+    for call in calls:
+        with pytest.raises(TypeError, match=r"expected the tokens of the inputs as a tensor, .* got (str|list|bytes)"):
+            call()

@@ -188,6 +188,8 @@ def test_several_processes(data, tmp_path):
         ({"score": "accuracy"}, "score: expected loss or exact, got 'accuracy'"),
         ({"validation_split": 0.0}, "validation_split: expected a share above 0, or a file"),
         ({"settings": {"method": "lora"}}, "method: a tuning has no such setting"),
+        ({"settings": {"best": True}}, "best: a tuning has no such setting"),
+        ({"settings": {"push_to_hub": "a/b"}}, "push_to_hub: a tuning has no such setting"),
         ({"settings": {"epoch": 3}}, "epoch: a tuning has no such setting. Did you mean 'epochs'?"),
     ],
 )

@@ -43,7 +43,9 @@ def pair_ids(
             stacklevel=2,
         )
     both = tokenizer(prompt + answer, add_special_tokens=specials)["input_ids"]
-    if both[: len(before)] == before and len(both) > len(before):
+    # an unknown token may be one with an unknown letter that the answer begins with
+    shared = before[-1:] == [tokenizer.unk_token_id]
+    if both[: len(before)] == before and len(both) > len(before) and not shared:
         return before, both[len(before) :]
     return before, _behind(tokenizer, before, answer)
 

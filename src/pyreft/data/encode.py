@@ -6,7 +6,7 @@ instruction template of the Alpaca data set.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -14,8 +14,9 @@ from ..errors import ReftError, did_you_mean
 from ..positions import IGNORED
 from .boundary import pair_ids, token_ids
 from .fields import FORMATS, Example, Format, alpaca_prompt
-from .tally import Tally
+from .tally import LongRows, Tally
 from .templates import chat_text, chat_texts, unread_fields
+from .turns import is_blank
 
 __all__ = [
     "chat_text",
@@ -28,8 +29,6 @@ __all__ = [
     "token_ids",
     "token_texts",
 ]
-
-LongRows = Literal["refuse", "cut", "skip"]
 
 
 def check_long_rows(value: str) -> None:
@@ -169,6 +168,12 @@ def encode_all(
                     "row out, or give other `positions`.",
                     also=["positions"],
                 )
+            if least and _asks_nothing(example):
+                raise ReftError(
+                    f"{example.where}: the prompt is empty, there is nothing to edit; leave the row out, or give "
+                    "`positions` all.",
+                    also=["positions"],
+                )
             if long and long_rows == "skip":
                 tally.skipped += 1
                 continue
@@ -184,6 +189,11 @@ def encode_all(
             f"no row is left of {len(examples):,}; the longest may have {limit} tokens.", setting="max_length"
         )
     return kept, rows
+
+
+def _asks_nothing(example: Example) -> bool:
+    before = example.messages[:-1]
+    return is_blank(example.given) and all(is_blank(t["content"]) and not t.get("tool_calls") for t in before)
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -20,7 +20,15 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
-_PACKED = {b"\x1f\x8b": "a file of gzip", b"PK\x03\x04": "a zip file, as those of Excel are"}
+_PACKED = {
+    b"\x1f\x8b": "a file of gzip",
+    b"BZh": "a file of bzip2",
+    b"\xfd7zXZ": "a file of xz",
+    b"\x28\xb5\x2f\xfd": "a file of zstd",
+    b"PK\x03\x04": "a zip file, as those of Excel are",
+    b"\xd0\xcf\x11\xe0": "a file of an old Excel",
+    b"PAR1": "a parquet file",
+}
 _HEAD = 4096  # bytes
 
 
@@ -63,7 +71,9 @@ def _encoding_of(path: Path, given: str | None) -> str:
         head = file.read(_HEAD)
     for begin, kind in _PACKED.items():
         if head.startswith(begin):
-            raise ReftError(f"{path}: expected text, this is {kind}; unpack it, or save it as CSV.")
+            raise ReftError(
+                f"{path}: expected text, this is {kind}; unpack it, save it as CSV, or give it its own ending."
+            )
     for mark, name in _MARKS:
         if head.startswith(mark):
             if given and not codecs.lookup(given).name.startswith(name.removesuffix("-sig")):

@@ -28,6 +28,7 @@ _DECIDED = {  # what a row may not say to the tokenizer
     *("return_assistant_tokens_mask", "messages"),
 }
 _OTHERS = ("images", "image", "videos", "video", "audio", "audios")
+_NONE = ("[]", "{}", "null")  # nothing, as a table of texts has it
 KNOWN = (*("prompt", "completion", "instruction", "input", "output"), *_CHATS, *EXTRAS)
 
 
@@ -111,7 +112,7 @@ def read_fields(
     for name in _OTHERS:
         if row.get(name):
             raise ReftError(f"{where}: the field {name!r} cannot be learned from; only text is read.")
-    extras = {name: row[name] for name in EXTRAS if row.get(name)}
+    extras = extras_of(row)
     if form == "messages":
         messages, learned = read_turns(row[used[0]], where)
         examples = _chat(messages, learned, extras, where, turns)
@@ -123,15 +124,37 @@ def read_fields(
     return form, examples, [name for name in row if name not in used and name not in EXTRAS]
 
 
+def extras_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What a row gives to the chat template beside its turns; nothing for empty ones, as a table of texts has them."""
+    return {name: row[name] for name in EXTRAS if row.get(name) and (name == "system" or row[name] not in _NONE)}
+
+
 def _check_learned(row: dict[str, Any], where: str, used: tuple[str, ...]) -> None:
-    """Refuse a row that says it is not to be learned; a label of false has it in pairs for TRL's KTOTrainer."""
-    for name in ("label", *LEARN):
-        no = ("false",) if name == "label" else ("false", "0", "0.0")
-        if name in row and name not in used and str(row[name]).strip().lower() in no:
-            bad = ", a bad answer, as TRL's KTOTrainer takes them" if name == "label" else ""
+    """Refuse a row that says it is not to be learned."""
+    for name in LEARN:
+        if name in row and name not in used and str(row[name]).strip().lower() in ("false", "0", "0.0"):
             raise ReftError(
-                f"{where}: the field {name!r} is {row[name]!r}, so this is not to be learned{bad}; leave the row out."
+                f"{where}: the field {name!r} is {row[name]!r}, so this is not to be learned; leave the row out."
             )
+
+
+def bad_answers(labels: dict[str, Any]) -> dict[str, ReftError]:
+    """What to say of rows whose answers are bad ones, in pairs for TRL's KTOTrainer: all labels are true or false.
+
+    Args:
+        labels: the field `label` of the rows that have it, by their places.
+    """
+    said = {where: str(label).strip().lower() for where, label in labels.items()}
+    if not {*said.values()} <= {"true", "false"}:
+        return {}
+    return {
+        where: ReftError(
+            f"{where}: the field 'label' is {labels[where]!r}, with which data for TRL's KTOTrainer mark a bad answer; "
+            "leave the row out, or call the column something else if it means something else."
+        )
+        for where, label in said.items()
+        if label == "false"
+    }
 
 
 def _form(

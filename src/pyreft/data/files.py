@@ -12,7 +12,7 @@ from typing import Any, get_args
 from ..errors import ReftError, did_you_mean
 from ..files.text import check_characters
 from .encodings import open_text
-from .fields import EXTRAS, KNOWN, Example, Turns, alpaca_prompt, plain_names, read_fields
+from .fields import KNOWN, Example, Turns, alpaca_prompt, bad_answers, extras_of, plain_names, read_fields
 from .tables import ENDINGS, read_rows, try_rows, without_nulls
 from .tally import OnError, Tally
 
@@ -87,6 +87,7 @@ def read_examples(path: str | Path, reading: Reading | None = None, tally: Tally
     reading = reading or Reading()
     tally = tally or Tally(reading.on_error)
     examples: list[Example] = []
+    labels: dict[str, Any] = {}
     first: str | None = None
     for where, row in try_rows(path, reading.encoding, (*KNOWN, *(reading.fields or ()))):
         tally.rows += 1
@@ -99,10 +100,17 @@ def read_examples(path: str | Path, reading: Reading | None = None, tally: Tally
             if form != first:
                 raise ReftError(f"{where}: rows of different kinds in one file; the first has others than this one.")
             examples += found
+            if "label" in unread:
+                labels[where] = row["label"]
             for name in unread:
                 tally.unread[name] = tally.unread.get(name, 0) + 1
         if reading.limit == tally.rows:
             break
+    if bad := bad_answers(labels):
+        tally.unread.pop("label")
+        tally.wrong.update(bad)
+        tally.errors += bad.values()
+    examples = [example for example in examples if (example.row or example.where) not in bad]
     tally.check()
     if not examples:
         if tally.errors:
@@ -146,7 +154,7 @@ def _prompt(row: dict[str, Any], where: str) -> tuple[str, str]:
     name = next((name for name in ("prompt", "instruction") if name in row), None)
     if name is None:
         raise ReftError(f"{where}: expected a field 'prompt' or 'instruction', got {', '.join(row) or 'none'}.")
-    if more := next((field for field in EXTRAS if row.get(field)), None):
+    if more := next(iter(extras_of(row)), None):
         raise ReftError(
             f"{where}: the field {more!r} is not read beside a prompt; `pyreft eval` asks rows with it and an answer."
         )

@@ -1,4 +1,4 @@
-"""Rows of fields out of files: JSON Lines, JSON, CSV, parquet, or a data set of the hub, each row with its place.
+"""Rows of fields out of files: JSON Lines, JSON, CSV, parquet, a data set on disk or on the hub, each with its place.
 
 Knows nothing of what the fields mean.
 """
@@ -40,8 +40,8 @@ def try_rows(source: str | Path, encoding: str | None = None, known: Collection[
     """Each row of a file with its place, or what is wrong with it; files of lines are read as they are asked for.
 
     Args:
-        source: a file, or a data set of the hub as `name`, `name:configuration` or `name:configuration:split`, read
-            from there row by row.
+        source: a file, a directory of `save_to_disk`, or a data set of the hub as `name`, `name:configuration` or
+            `name:configuration:split`, read from there row by row.
         encoding: of a text file, if it does not say it itself.
         known: names of fields, by which the separator of a CSV is told.
 
@@ -50,6 +50,11 @@ def try_rows(source: str | Path, encoding: str | None = None, known: Collection[
     """
     path = Path(source)
     kind = path.suffix.lower()
+    if (path / "state.json").is_file():
+        return _saved(path)
+    if (path / "dataset_dict.json").is_file():
+        splits = ", ".join(str(path / split.name) for split in sorted(path.iterdir()) if split.is_dir())
+        raise ReftError(f"{path}: this data set has several splits; name one of them: {splits}.")
     if path.is_dir():
         raise ReftError(f"{path}: this is a directory; expected a file in it, ending in {', '.join(ENDINGS)}.")
     if kind not in ENDINGS:
@@ -86,7 +91,7 @@ def _json_lines(path: Path, encoding: str | None, known: Collection[str]) -> Ite
 
 def _object(line: str, where: str) -> dict[str, Any] | ReftError:
     try:
-        return _fields(parse_json(line, where), where)
+        return _fields(parse_json(line.removeprefix("\ufeff"), where), where)  # the mark of a file put behind another
     except ReftError as error:
         return error
 
@@ -155,7 +160,7 @@ def _csv(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[R
         begins = skipped + 1
         try:
             for values in lines:
-                where, begins = f"{path}, line {skipped + lines.line_num}", skipped + lines.line_num + 1
+                where, begins = f"{path}, line {begins}", skipped + lines.line_num + 1
                 if columns is None:
                     columns = [name.strip() for name in values]
                     _check_columns(columns, str(path), known)
@@ -204,9 +209,22 @@ def _parquet(path: Path, known: Collection[str]) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1000):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}, row {number}", without_nulls(row)
+                    yield f"{path}, row {number}", {name: without_nulls(held) for name, held in row.items()}
     except (pyarrow.ArrowException, OSError, OverflowError) as error:  # a date that Python does not have
         raise ReftError(f"{path}: this is not a readable parquet file ({error}).") from None
+
+
+def _saved(path: Path) -> Iterator[Row]:
+    """What `save_to_disk` of a data set wrote."""
+    import datasets
+    import pyarrow
+
+    try:
+        rows = datasets.load_from_disk(str(path)).with_format(None)
+    except (OSError, ValueError, LookupError, TypeError, pyarrow.ArrowException) as error:
+        raise ReftError(f"{path}: this is not a readable data set of `save_to_disk` ({error}).") from None
+    for number, row in enumerate(rows, 1):
+        yield f"{path}, row {number}", {name: without_nulls(held) for name, held in row.items()}
 
 
 def _hub(name: str, config: str | None, split: str) -> Iterator[Row]:

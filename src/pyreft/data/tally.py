@@ -8,6 +8,7 @@ from typing import Literal
 from ..errors import ReftError
 
 OnError = Literal["stop", "skip"]
+LongRows = Literal["refuse", "cut", "skip"]
 _SHOWN = 10
 
 

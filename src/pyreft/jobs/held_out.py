@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from ..data.encode import LongRows, check_long_rows, context_length, default_format, encode_all
+from ..data.encode import check_long_rows, context_length, default_format, encode_all
 from ..data.files import Reading, Tally, read_examples
+from ..data.tally import LongRows
 from ..errors import ReftError
 from ..files.record import read_format
 from ..generation import answer_ids

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_token, validate_repo_id
 
 from ..errors import ReftError
+from ..files.hub_faults import hub_told
 from .output import CHECKPOINTS
-
-_FAULTS = (HfHubHTTPError, OfflineModeIsEnabled, OSError)
 
 
 def check_repository(name: str) -> None:
@@ -24,10 +23,8 @@ def check_repository(name: str) -> None:
         raise ReftError(f"expected owner/name, got {name!r}: {error}", setting="push_to_hub") from None
     if get_token() is None:
         raise ReftError("nobody is logged in to the hub: run `hf auth login`, or set HF_TOKEN.", setting="push_to_hub")
-    try:
+    with hub_told(f"{name!r} cannot be written", setting="push_to_hub"):
         HfApi().create_repo(name, private=True, exist_ok=True)
-    except _FAULTS as error:
-        raise ReftError(f"{name!r} cannot be written: {_first(error)}", setting="push_to_hub") from None
 
 
 def publish(directory: Path, name: str) -> str:
@@ -36,18 +33,9 @@ def publish(directory: Path, name: str) -> str:
     Raises:
         ReftError: the hub refuses it or cannot be reached; the directory stays as it is.
     """
-    try:
+    later = f" Later: hf upload {name} {directory} --exclude '{CHECKPOINTS}/*'"
+    with hub_told(f"the adapter is in {directory}, but was not uploaded", later, setting="push_to_hub"):
         found = HfApi().upload_folder(
             repo_id=name, folder_path=directory, commit_message="Add an adapter", ignore_patterns=[f"{CHECKPOINTS}/**"]
         )
-    except _FAULTS as error:
-        raise ReftError(
-            f"the adapter is in {directory}, but was not uploaded: {_first(error)} Later: hf upload {name} {directory} "
-            f"--exclude '{CHECKPOINTS}/*'",
-            setting="push_to_hub",
-        ) from None
     return str(found.repo_url)
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

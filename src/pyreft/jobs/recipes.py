@@ -16,7 +16,8 @@ from ..files.text import read_yaml
 from ..loading import read_model_config
 from ..tasks.glue import TASKS, find_task
 from ..tasks.suites import GLUE, check_suite
-from .settings import METHODS, TrainingJob, check_decoding
+from .limits import METHODS
+from .settings import TrainingJob, check_decoding
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
 LARGE_LAYERS = 18  # an encoder of so many layers takes the settings of RoBERTa large

@@ -7,26 +7,19 @@ from typing import Any, get_args
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from ..data.encode import LongRows, check_long_rows
-from ..data.fields import FORMATS, Format, Turns
+from ..data.fields import Format, Turns
 from ..data.files import Reading
-from ..data.tally import OnError
+from ..data.tally import LongRows, OnError
 from ..errors import ReftError, did_you_mean
 from ..interventions import intervention_class, short_name
 from ..tasks.suites import GLUE, check_suite
 from ..tuner.config import DEFAULT_POSITIONS
 from ..tuner.representation import default_dropout, default_intervention
+from .limits import METHODS, check_values
 
-# the paper's names, and the formula that each stands for; LoRA is here to be compared with
-METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
 LORA = "lora"
 REFT_ALONE = ("layers", "positions", "component", "intervention", "share_weights")
 _SETTLED = ("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "weight_decay", "seed", "dtype")
-SCHEDULERS = ("constant", "linear", "cosine")  # of those of transformers
-_POSITIVE = (
-    *("epochs", "lr", "batch_size", "gradient_accumulation"),
-    *("save_steps", "alpha", "limit", "early_stopping"),
-)
 # what `generate` may be told: whole numbers with the least that can be, and numbers above 0
 _COUNTS = {"max_new_tokens": 1, "max_length": 1, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0}
 _DECODING = (*_COUNTS, "temperature", "top_p", "repetition_penalty")
@@ -206,26 +199,13 @@ def check_decoding(values: Any, where: str) -> dict[str, Any]:
 
 def check_settings(job: TrainingJob) -> None:
     """Refuse numbers that no training can have, and settings that contradict each other."""
-    for name in _POSITIVE:
-        if (value := getattr(job, name)) is not None and not value > 0:
-            raise ReftError(f"expected a number above 0, got {value}.", setting=name)
-    if not 0 <= job.seed < 2**32:
-        raise ReftError(f"expected a number from 0 to 2**32 - 1, got {job.seed}.", setting="seed")
-    if job.weight_decay < 0:
-        raise ReftError(f"expected 0 or more, got {job.weight_decay}.", setting="weight_decay")
-    for name in ("dropout", "warmup_ratio", "validation_split"):
-        if (value := getattr(job, name)) is not None and not 0 <= value < 1:
-            raise ReftError(f"expected a share from 0 to below 1, got {value}.", setting=name)
-    for name, known in (("method", METHODS), ("lr_scheduler_type", SCHEDULERS)):
-        if (value := getattr(job, name)) is not None and value not in known:
-            raise ReftError(f"expected {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}", setting=name)
+    check_values(vars(job))
     for name in ("task", "data_dir", "decoding"):
         if job.suite is None and getattr(job, name) is not None:
             raise ReftError(
                 "it is for a suite of the paper; name its recipe, as `pyreft train commonsense`.", setting=name
             )
     read = job.reading  # checked where it is made
-    check_long_rows(job.long_rows)
     if job.suite is not None:
         check_suite(job.suite, "train")
         if replace(read, limit=None) != Reading() or job.long_rows != "refuse":
@@ -247,10 +227,6 @@ def check_settings(job: TrainingJob) -> None:
                         setting="overwrite", also=["resume", "overwrite"])  # fmt: skip
     if job.validation and job.validation_split:
         raise ReftError("give a file or `validation_split`, not both.", setting="validation", also=["validation_split"])
-    if job.format is not None and job.format not in FORMATS:
-        raise ReftError(
-            f"expected {', '.join(FORMATS)}, got {job.format!r}.{did_you_mean(job.format, FORMATS)}", setting="format"
-        )
 
 
 def _check_whole(job: TrainingJob) -> None:

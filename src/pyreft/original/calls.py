@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers.utils import ModelOutput
 
 from ..data.supervised import plain
@@ -36,6 +37,20 @@ class IntervenableModelOutput(ModelOutput):
 def is_original(args: tuple, kwargs: Mapping[str, Any]) -> bool:
     """Whether a model is called in the manner of the original library."""
     return bool(args and isinstance(args[0], Mapping)) or "unit_locations" in kwargs or "base" in kwargs
+
+
+def check_tokens(given: Any) -> Tensor:
+    """Return what is given, if it is a tensor, and no text and no list of tokens.
+
+    Raises:
+        TypeError: saying how to make one.
+    """
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            "expected the tokens of the inputs as a tensor, such as **tokenizer(texts, padding=True, "
+            f"return_tensors='pt'), got {'none' if given is None else type(given).__name__}."
+        )
+    return given
 
 
 def by_names_too(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,6 +89,7 @@ def translate(
 
     Raises:
         ReftError: arguments that ReFT has no use for, or locations of another nesting or count.
+        TypeError: inputs that are no tensors.
     """
     if len(args) > len(order):
         raise ReftError(f"Expected at most {len(order)} arguments by position ({', '.join(order)}), got {len(args)}.")
@@ -110,8 +126,8 @@ def translate(
     if call.pop("intervention_additional_kwargs", None):
         setting = "intervention_additional_kwargs"
         raise ReftError("the interventions of this model take no further arguments.", setting=setting)
-    inputs = next(call[name] for name in ("input_ids", "inputs_embeds") if name in call)
-    rows, tokens = inputs.shape[:2]
+    inputs = next((call[name] for name in ("input_ids", "inputs_embeds") if name in call), None)
+    rows, tokens = check_tokens(inputs).shape[:2]
     if subspaces is not None and (chosen := read_subspaces(subspaces, rows, len(rules), repeated=generates)):
         call[SUBSPACES] = chosen
     if unit_locations is not None:

@@ -8,6 +8,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import ReftError
+from ..files.hub_faults import hub_told
 from ..files.original import adapter_place, fill, legacy_place, read_model
 from ..files.trained_heads import trained_heads
 from ..files.weights import overwrite
@@ -28,7 +29,8 @@ class OriginalSaving(PeftModel):
         """Save the adapter to a directory, and upload it to the Hugging Face hub if asked to.
 
         Raises:
-            ReftError: `include_model` where parameters of the base model are trained, which no adapter holds.
+            ReftError: `include_model` where parameters of the base model are trained, which no adapter holds; the hub
+                refuses it or cannot be reached.
         """
         if include_model:
             _refuse_a_trained_base(self)
@@ -37,10 +39,11 @@ class OriginalSaving(PeftModel):
             from huggingface_hub import HfApi
 
             api = HfApi()
-            repo = api.create_repo(hf_repo_name, exist_ok=True)
-            api.upload_folder(
-                folder_path=str(save_directory), repo_id=repo.repo_id, commit_message="Upload a ReFT adapter"
-            )
+            with hub_told(f"the adapter is in {save_directory}, but was not uploaded to {hf_repo_name!r}"):
+                repo = api.create_repo(hf_repo_name, exist_ok=True)
+                api.upload_folder(
+                    folder_path=str(save_directory), repo_id=repo.repo_id, commit_message="Upload a ReFT adapter"
+                )
 
     def save_intervention(self, save_directory: str | PathLike, include_model: bool = True) -> None:
         """Save the adapter, as `save` does; what it writes is complete, so `load` reads it as well."""
@@ -89,12 +92,14 @@ class OriginalSaving(PeftModel):
             interventions: classes of one's own that the adapter is made of; a file alone brings in no class.
 
         Raises:
-            ReftError: a damaged adapter, or one that was made for another base model.
+            ReftError: a damaged adapter, or one that was made for another base model; the hub has none of the name, or
+                cannot be reached.
         """
         if from_huggingface_hub:
             from huggingface_hub import snapshot_download
 
-            load_directory = snapshot_download(str(load_directory), local_dir=local_directory)
+            with hub_told(f"no adapter {str(load_directory)!r} could be read from the hub"):
+                load_directory = snapshot_download(str(load_directory), local_dir=local_directory)
         for intervention in interventions:
             register(intervention)
         load_directory = adapter_place(load_directory)

@@ -22,7 +22,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6}
 # settings of a training that a tuning decides itself, or that lead elsewhere
 _ELSEWHERE = (
     *("output", "suite", "task", "data_dir", "decoding", "method", "alpha", "target_modules", "share_weights"),
-    *("save_steps", "report_to", "resume", "overwrite", "reach_directory"),
+    *("save_steps", "report_to", "resume", "overwrite", "reach_directory", "best", "early_stopping", "push_to_hub"),
 )
 
 

@@ -21,7 +21,7 @@ from ..served import Adapter
 from .bodies import ChatBody, Choosing, CompletionBody, Generating, Message, ResponseBody
 from .faults import Fault, not_served, unknown_model
 from .gauges import Gauges
-from .tools import check_takes_tools, template_message
+from .tools import check_shows_calls, check_takes_tools, template_message
 
 Allowed = frozenset[str] | None
 _CHOOSING = (
@@ -130,6 +130,7 @@ class Service:
                 text = chat_text(tokenizer, turns)
         except (TemplateError, TypeError) as error:
             raise Fault(400, f"The model's chat template refuses these messages: {error}", "messages") from None
+        check_shows_calls(turns, text)
         return self.prompt_of(text)
 
     def request(

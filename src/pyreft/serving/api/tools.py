@@ -62,6 +62,17 @@ def check_takes_tools(tokenizer: Any) -> None:
         )
 
 
+def check_shows_calls(turns: list[dict[str, Any]], text: str) -> None:
+    """Refuse a chat of whose calls of tools the chat template makes nothing.
+
+    Raises:
+        ReftError: naming the function.
+    """
+    for name in (call["function"]["name"] for turn in turns for call in turn.get("tool_calls", ())):
+        if name not in text:
+            raise ReftError(f"the model's chat template leaves out tool_calls, of {name!r}.", setting="messages")
+
+
 def take_calls(text: str, parallel: bool | None = None) -> tuple[str, list[dict[str, Any]]]:
     """Return an answer without its calls, and these; what is no whole call stays in the text.
 
