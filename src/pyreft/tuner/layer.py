@@ -39,6 +39,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
 
     adapter_layer_names = ("interventions",)
     other_param_names = ("indices", "columns")
+    cast_input_dtype_enabled = True  # PEFT's helper switches it off in all layers; states get no parameter's type here
 
     def __init__(self, module: nn.Module, side: str, edits: Any, stack: str, number: int) -> None:
         super().__init__()
