@@ -2,10 +2,12 @@
 
 from typing import Any
 
+_MARKS = ("ds_id", "placements", "_is_flat_param", "_fsdp_flattened")  # of DeepSpeed, FSDP2 and FSDP1
+
 
 def is_sharded(parameter: Any) -> bool:
     """Whether a process has only a part of a parameter now: with FSDP or DeepSpeed, outside of its module's forward."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "placements") or hasattr(parameter, "_is_flat_param")
+    return any(hasattr(parameter, mark) for mark in _MARKS)
 
 
 def shape_of(parameter: Any) -> tuple[int, ...]:

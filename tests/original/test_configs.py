@@ -1,5 +1,6 @@
 """Configs as programs for the original write them."""
 
+import copy
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -94,12 +95,27 @@ def test_another_method_is_refused():
             make(tiny_llama(), peft.LoraConfig())
 
 
-def test_one_module_in_two_layers(tmp_path):
+def test_one_module_in_two_adapters_is_refused():
+    module = loreft()
+    place = {"layer": 2, "positions": "l2", "intervention": module}
+    adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(representations=place), adapter_name="first")
+    with pytest.raises(pyreft.ReftError, match=r"intervention: this LoreftIntervention is that of the adapter 'first'"):
+        adapted.add_adapter("second", pyreft.ReftConfig(representations={**place, "layer": 1}))
+    assert list(adapted.peft_config) == ["first"]
+    adapted.add_adapter("second", pyreft.ReftConfig(representations={**place, "intervention": copy.deepcopy(module)}))
+    adapted.delete_adapter("first")  # whose module is free then
+    adapted.add_adapter("third", pyreft.ReftConfig(representations=place))
+    assert next(adapted.get_submodule("base_model.model.model.layers.2.reft_output.third").children()) is module
+
+
+def test_one_module_in_two_layers(tmp_path, capsys):
     module = loreft()
     places = [{"layer": layer, "positions": "l2", "intervention": module} for layer in (1, 2)]
     adapted = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(representations=places)))
     assert adapted.count_parameters() == 2 * (2 * 32 * 4 + 4)
     assert len(adapted.get_trainable_parameters()) == 3
+    adapted.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith("trainable intervention params: 260 || trainable model params: 0\n")
     with torch.no_grad():
         expected = adapted(IDS).logits
     adapted.save(tmp_path)

@@ -2,9 +2,11 @@
 
 import peft
 import pytest
+import torch
 
 import pyreft
 from conftest import tiny_llama
+from pyreft.interventions import Intervention, OrthonormalColumns, orthonormalize
 from pyreft.tuner.layer import ReftLayer
 
 PLACES = ["block_output", "mlp_output", "model.layers[1].mlp.down_proj.output", "model.layers[1].input_layernorm.input"]
@@ -29,6 +31,26 @@ def test_a_walk_over_all_modules(component):
             getattr(found, name)
     path = next(path for path, module in model.named_modules() if module is found).rpartition(".")[0]
     assert found.get_base_layer() is model.get_submodule(path)
+
+
+def test_parameters_that_fsdp_has_flattened_are_computed_in_their_block():
+    """Before it, they are parts of themselves, of one dimension."""
+    model = peft.get_peft_model(tiny_llama(), pyreft.ReftConfig(layers=[1, 2], positions="l1", intervention="loreft"))
+    rotations = [module for module in model.modules() if isinstance(module, OrthonormalColumns)]
+    rotations[0].free._fsdp_flattened = True  # as `FullyShardedDataParallel` notes it
+    assert list(orthonormalize(rotations)) == rotations[1:]
+
+
+@pytest.mark.parametrize("formula", ["loreft", "lora"])
+def test_parts_of_an_edit_that_fsdp_has_wrapped_are_refused(formula):
+    config = pyreft.ReftConfig(layers=[1], positions="l1", intervention=formula, low_rank_dimension=2)
+    model = peft.get_peft_model(tiny_llama(), config)
+    (intervention, *_) = (module for module in model.modules() if isinstance(module, Intervention))
+    for name, part in [*intervention.named_children()]:
+        if hasattr(part, "weight"):
+            setattr(intervention, name, torch.nn.ModuleDict({"_fsdp_wrapped_module": part}))
+    with pytest.raises(pyreft.ReftError, match=r"FSDP has wrapped parts of an edit.*Use version 2"):
+        model(torch.ones(1, 4, dtype=torch.long))
 
 
 def test_the_status_names_the_method():

@@ -155,7 +155,7 @@ def test_columns_that_alternate_as_a_lora_of_pefts(name, component, rows):
             pair.lora_A["default"].weight.copy_(edit.A.weight)
             pair.lora_B["default"].weight.zero_()[rows.flatten()] = edit.B.weight
     ids = torch.randint(3, 90, (2, 9))
-    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=5e-5)
     assert not torch.allclose(ours(ids).logits, MAKE[name]()(ids).logits, atol=1e-2)
 
 
@@ -170,9 +170,9 @@ def test_parts_of_a_fused_layer_as_a_lora_of_pefts(tmp_path, name, module):
     theirs = peft.PeftModel.from_pretrained(MAKE[name](), tmp_path).eval()
     assert theirs.peft_config["default"].r == 6
     ids = torch.randint(3, 90, (2, 9))
-    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-5, atol=5e-5)
     again = pyreft.get_reft_model(MAKE[name](), pyreft.ReftConfig.from_lora(tmp_path, positions="all")).eval()
-    torch.testing.assert_close(again(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(again(ids).logits, ours(ids).logits, rtol=1e-5, atol=5e-5)
 
 
 def test_a_located_lora_is_nothing_that_peft_takes(tmp_path):
@@ -210,7 +210,7 @@ def test_pefts_lora_of_ranks_by_layer(tmp_path):
     ours.save_lora(tmp_path)
     ids = torch.randint(3, 96, (2, 9))
     theirs = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
-    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits, rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_the_input_is_what_an_edit_before_left():
         adapted(ids)
     x = read[0][0][:, -1] + bias.bias
     expected = module(x) + lora.scale * x @ lora.A.weight.T @ lora.B.weight.T
-    torch.testing.assert_close(seen[0][:, -1], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen[0][:, -1], expected, rtol=1e-5, atol=5e-5)
 
 
 def test_above_a_lora_of_pefts_and_a_quantized_layer():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import helpers
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import hotswap
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,3 +39,19 @@ def test_lora_is_rescaled_and_swapped_as_before(tmp_path):
     with helpers.rescale_adapter_scale(model, 0.5):
         assert layer.scaling["default"] == before / 2
     hotswap.hotswap_adapter(model, str(tmp_path), adapter_name="default")
+
+
+@pytest.mark.parametrize("beneath", [True, False])
+def test_the_casting_of_inputs_is_switched_off_and_on_again(beneath):
+    model = base()
+    if beneath:
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model = get_reft_model(model, ReftConfig(layers=[1])).eval()
+    layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        with helpers.disable_input_dtype_casting(model):
+            assert not any(layer.cast_input_dtype_enabled for layer in layers)
+            assert torch.equal(model(ids).logits, expected)
+    assert all(layer.cast_input_dtype_enabled for layer in layers)

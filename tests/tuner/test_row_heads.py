@@ -141,6 +141,9 @@ def test_heads_are_switched_off_for_the_thread_that_asks_the_base_model(copied):
         torch.testing.assert_close(found, edited)
         assert torch.equal(weight, its_own.modules_to_save["a"].weight)
         assert all(torch.equal(model(input_ids=IDS).logits, edited) for model in (adapted, twin))
+        with adapted.disable_adapter():
+            adapted.base_model.enable_adapter_layers()
+            assert torch.equal(adapted(input_ids=IDS).logits, plain)
         adapted.base_model.disable_adapter_layers()  # PEFT's switch is for all threads, as ever
         assert torch.equal(pool.submit(lambda: adapted(input_ids=IDS).logits).result(), plain)
         adapted.base_model.enable_adapter_layers()

@@ -46,10 +46,9 @@ class OriginalMembers(PeftModel):
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters are trained, and their share of the base model's."""
-        edits, trained = self.count_parameters(), self.count_parameters(include_model=True)
-        everything = sum(p.numel() for p in self.parameters())
-        own = sum(p.numel() for layer in reft_layers(self) for p in layer.parameters())
-        base = everything - own
+        own = {p for layer in reft_layers(self) for p in layer.parameters()}  # one may be that of several places
+        edits, trained = sum(p.numel() for p in own if p.requires_grad), self.count_parameters(include_model=True)
+        base = sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in own)
         print(
             f"trainable intervention params: {edits:,d} || trainable model params: {trained - edits:,d}\n"
             f"model params: {base:,d} || trainable%: {100 * trained / base}"

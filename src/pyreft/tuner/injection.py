@@ -45,7 +45,9 @@ def make_interventions(model: nn.Module, config: ReftConfig) -> tuple[list[Repre
     sites = [site_of(entry, model) for entry in representations]
     by_path: SitesByPath = {}
     for index, (entry, site) in enumerate(zip(representations, sites, strict=True)):
-        by_path.setdefault(site.path, []).append((site, index, entry.make(site.width, site.input_width)))
+        intervention = entry.make(site.width, site.input_width)
+        _check_not_in_use(model, intervention)
+        by_path.setdefault(site.path, []).append((site, index, intervention))
     for entry in representations:
         entry.settle()
     config.base_model_shape = shape
@@ -76,6 +78,18 @@ def own_config(config: ReftConfig, model: nn.Module) -> ReftConfig:
     other = copy.copy(config)
     other.positions = None
     return other
+
+
+def _check_not_in_use(model: nn.Module, intervention: Intervention) -> None:
+    """Refuse a module that edits for another adapter of the model: the two would train one another."""
+    for layer in getattr(edits_of(model), "layers", ()):
+        for name in layer:
+            if any(one is intervention for _, one in layer.of(name)):
+                raise ReftError(
+                    f"this {type(intervention).__name__} is that of the adapter {name!r}, and what one of the two "
+                    "learns the other would have. Give one of its own, or copy.deepcopy(intervention).",
+                    setting="intervention",
+                )
 
 
 def _check_heads(model: nn.Module, config: ReftConfig) -> None:

@@ -39,6 +39,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
 
     adapter_layer_names = ("interventions",)
     other_param_names = ("indices", "columns")
+    cast_input_dtype_enabled = True  # PEFT's helper switches it off in all layers; states get no parameter's type here
 
     def __init__(self, module: nn.Module, side: str, edits: Any, stack: str, number: int) -> None:
         super().__init__()
@@ -362,6 +363,12 @@ def _formula(intervention: Intervention, h: Tensor, strength: float | Tensor, co
 
 
 def _check_device(intervention: Intervention, adapter_name: str, h: Tensor) -> None:
+    if any("_fsdp_wrapped_module" in part._modules for part in intervention.children()):
+        raise ReftError(
+            "FSDP has wrapped parts of an edit by themselves, as the policy for PEFT models does that the Trainer of "
+            "transformers sets for version 1, and the edit needs all of them at once. Use version 2, or wrap whole "
+            "blocks: transformer_auto_wrap_policy with use_orig_params=True."
+        )
     parameter = next(intervention.parameters(), None)
     if parameter is not None and parameter.device != h.device:
         raise ReftError(

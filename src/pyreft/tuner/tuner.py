@@ -38,7 +38,7 @@ from .injection import (
     watched,
 )
 from .layer import ReftLayer, device_of, refuse_merge, type_of
-from .row_heads import attend
+from .row_heads import attend, heed
 from .values import check_values
 
 _COMPILED = "_orig_mod."  # before the paths in a model that `torch.compile` has wrapped
@@ -202,6 +202,7 @@ class ReftTuner(BaseTuner):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         for module in (*self.reft_heads(), *reft_layers(self.model)):
             module.enable_adapters(enabled)
+        heed(self.edits, self.reft_heads())  # also within `disable_adapter`, where the edits stay off
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the only active one, another becomes active, with its trained head.
