@@ -46,19 +46,24 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         self.columns: dict[str, list[Columns | None]] = {}  # and the part of the width that each edits
         self.side, self.edits, self.stack, self.number = side, edits, stack, number
         self._module = (module,)  # in a tuple: the module is this one's parent, not its child
-        if side == "input":
+
+    def attach(self) -> None:
+        """Become a child of the module, with the hook."""
+        module = self._module[0]
+        module.add_module(f"{PREFIX}{self.side}", self)
+        if self.side == "input":
             module.register_forward_pre_hook(edit_input, with_kwargs=True)
         else:  # first of all hooks: those that record hidden states see the edited ones
             module.register_forward_hook(edit_output, prepend=True)
 
     def detach(self) -> None:
-        """Take the hook and this child off the module."""
+        """Take the hook and this child off the module, as far as it has them."""
         module = self._module[0]
         hooks: dict = module._forward_pre_hooks if self.side == "input" else module._forward_hooks
         for number in [n for n, hook in hooks.items() if hook in (edit_input, edit_output)]:
             del hooks[number]
             module._forward_pre_hooks_with_kwargs.pop(number, None)
-        delattr(module, f"{PREFIX}{self.side}")
+        module._modules.pop(f"{PREFIX}{self.side}", None)
 
     @property
     def interventions(self) -> "ReftLayer":
