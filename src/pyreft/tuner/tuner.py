@@ -24,6 +24,7 @@ from ..places.structure import PREFIX, path_of
 from ..sharded import is_sharded
 from .adapted import edits_of, reft_layers
 from .call import Surroundings, within
+from .changing import one_at_a_time
 from .config import ReftConfig, check_unchanged
 from .in_part import in_part
 from .injection import (
@@ -96,6 +97,7 @@ class ReftTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
 
+    @one_at_a_time
     def inject_adapter(
         self,
         model: nn.Module,
@@ -193,6 +195,7 @@ class ReftTuner(BaseTuner):
         found = self.model.named_modules() if names else ()
         return [m for path, m in found if isinstance(m, AuxiliaryTrainingWrapper) and path.endswith(names)]
 
+    @one_at_a_time
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active, or several.
 
@@ -210,6 +213,7 @@ class ReftTuner(BaseTuner):
         for module in (*self.reft_heads(), *reft_layers(self.model)):
             module.enable_adapters(enabled)
 
+    @one_at_a_time
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the only active one, another becomes active, with its trained head.
 
