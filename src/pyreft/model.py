@@ -27,6 +27,7 @@ from .original.saving import OriginalSaving
 from .places.structure import without_adapters
 from .positions import Positions
 from .tuner.call import Surroundings, within
+from .tuner.changing import one_at_a_time
 from .tuner.config import ReftConfig
 from .tuner.injection import detach, task_heads
 from .tuner.registry import Edits, check_strength
@@ -119,6 +120,10 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         self._edits.check_names([adapter_name], "adapter_name", base=False)
         self._edits.strengths[adapter_name] = check_strength(strength)
 
+    add_adapter = one_at_a_time(PeftModel.add_adapter)
+    delete_adapter = one_at_a_time(PeftModel.delete_adapter)
+
+    @one_at_a_time
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Save the adapters in PEFT's layout, all of them or none; see `pyreft.files`.
 
@@ -198,6 +203,7 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
                     adapted.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **options, **kwargs)
         return adapted if is_trainable else adapted.eval()
 
+    @one_at_a_time
     def load_adapter(self, model_id: str | PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load a saved adapter beside the others, as PEFT does; a directory is checked first.
 

@@ -352,3 +352,35 @@ def test_with_pyvenes_own_classes(tmp_path):
     torch.testing.assert_close(after[:, -2:], before[:, -2:] + 1)
     model.save(tmp_path)
     assert torch.equal(pyreft.ReftModel.load(tmp_path, tiny_llama())(IDS).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("read", [lambda base, source: base + source, lambda base, source: source.clone()])
+def test_one_that_reads_a_source_is_told(read):
+    class SwapIntervention(TrainableIntervention):
+        def forward(self, base, source, subspaces=None):
+            return read(base, source)
+
+    model = pyreft.get_reft_model(
+        tiny_llama(), pyreft.ReftConfig(layers=[1], positions="l2", intervention=SwapIntervention)
+    )
+    with pytest.raises(pyreft.ReftError, match="SwapIntervention reads a source"):
+        model(**BASE)
+
+
+def test_a_buffer_of_a_formulas_subclass_is_its_own(tmp_path):
+    """Also by a name under which the original stored a size."""
+
+    class ScaledIntervention(pyreft.LoreftIntervention):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.register_buffer("interchange_dim", torch.tensor(1.0))
+
+        def formula(self, h, R):
+            return h + self.interchange_dim * (super().formula(h, R) - h)
+
+    made = pyreft.ReftConfig(layers=[1], positions="l2", low_rank_dimension=2, intervention=ScaledIntervention)
+    model = shaken(pyreft.get_reft_model(tiny_llama(), made))
+    model.interventions[model.sorted_keys[0]].interchange_dim.fill_(0.5)
+    model.save_pretrained(tmp_path)
+    again = pyreft.ReftModel.load(tmp_path, tiny_llama())
+    assert torch.equal(again(**BASE).logits, model(**BASE).logits)

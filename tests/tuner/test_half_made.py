@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pyreft
+import pyreft.tuner.hooks as hooks
 import pyreft.tuner.tuner as tuner
 from conftest import shaken, tiny_llama
 from pyreft.tuner import reft_layers
@@ -34,7 +35,7 @@ def logits(model, **given):
 
 @contextlib.contextmanager
 def failing(where, error):
-    """Where its interventions are to be made, or the second place is to be edited, or when all is made."""
+    """Where its interventions are to be made, calls watched, a place or the second edited, or when all is made."""
     made, places = ReftLayer.add_intervention, []
 
     def add(layer, *args, **kwargs):
@@ -46,8 +47,14 @@ def failing(where, error):
     def stop(*_):
         raise error
 
+    def attach(layer):
+        layer.get_base_layer().add_module(f"reft_{layer.side}", layer)
+        raise error
+
     target = {
         "start": (tuner, "make_interventions", stop),
+        "watch": (hooks, "open_door", stop),
+        "place": (ReftLayer, "attach", attach),
         "half": (ReftLayer, "add_intervention", add),
         "end": (tuner, "leave_inference", stop),
     }[where]
@@ -57,7 +64,7 @@ def failing(where, error):
             yield
 
 
-@pytest.mark.parametrize("where", ["start", "half", "end"])
+@pytest.mark.parametrize("where", ["start", "place", "half", "end"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("way", ["add", "load"])
 def test_a_further_one(way, error, where, tmp_path):
@@ -81,7 +88,7 @@ def test_a_further_one(way, error, where, tmp_path):
     assert torch.equal(logits(model), logits(other))
 
 
-@pytest.mark.parametrize("where", ["start", "half", "end"])
+@pytest.mark.parametrize("where", ["start", "watch", "place", "half", "end"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("library", BEGINNINGS)
 def test_the_first_one(library, error, where):
@@ -147,3 +154,30 @@ def test_what_it_was_made_of_serves_the_next(library, where):
         BEGINNINGS[library](tiny_llama(), made)
     model = BEGINNINGS[library](tiny_llama(num_hidden_layers=5), made)  # such as a smaller one, after all
     assert [layer["default"][0] for layer in reft_layers(model)] == given
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("way", ["load_adapter", "load_intervention"])
+def test_one_that_was_being_overwritten(way, error, tmp_path, monkeypatch):
+    """Its parameters are all old or all new."""
+    other = shaken(pyreft.get_reft_model(tiny_llama(), config()))
+    other.save_pretrained(tmp_path)
+    model = pyreft.get_reft_model(tiny_llama(), config())
+    torch.manual_seed(1)
+    before, written = logits(shaken(model)), torch.nn.Module._load_from_state_dict
+
+    def write(module, *args):
+        written(module, *args)
+        if isinstance(module, pyreft.LoreftIntervention):
+            raise error
+
+    load = {"load_adapter": lambda: model.load_adapter(tmp_path, "default")}.get(
+        way, lambda: model.load_intervention(tmp_path)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Module, "_load_from_state_dict", write)
+        with pytest.raises(type(error)):
+            load()
+    assert torch.equal(logits(model), before)
+    load()
+    assert torch.equal(logits(model), logits(other))

@@ -7,7 +7,8 @@ intervention, and `pytorch_model.bin` trained parameters of the base model, if a
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
 
@@ -127,11 +128,25 @@ def read_model(place: Path, parameters: Mapping[str, nn.Parameter]) -> Values:
     return [(parameters[name], tensor) for name, tensor in tensors.items()]
 
 
+@contextmanager
+def all_or_none(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Write into tensors; if that fails or is interrupted, they are as they were."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(before)
+        raise
+
+
 @torch.no_grad()
 def fill(values: Values) -> None:
-    """Write values into their parameters."""
-    for parameter, value in values:
-        parameter.copy_(value)
+    """Write values into their parameters, all of them or none."""
+    with all_or_none(parameter for parameter, _ in values):
+        for parameter, value in values:
+            parameter.copy_(value)
 
 
 def legacy_keys(representations: Sequence[Representation]) -> list[str]:

@@ -17,7 +17,7 @@ from ..tuner.adapted import interventions_of
 from ..tuner.config import ReftConfig
 from ..tuner.representation import Representation
 from .adapter import check_room, is_adapter, load_tensors, read_config, read_shapes
-from .original import Values, fill, legacy_place, read_interventions, read_model
+from .original import Values, all_or_none, fill, legacy_place, read_interventions, read_model
 from .together import reading
 from .trained_heads import saved_heads
 
@@ -43,18 +43,18 @@ def checked_load(
     Raises:
         ReftError: a damaged adapter, or one that does not fit.
     """
-    known = adapter_name in model.peft_config
+    known, overwritten = adapter_name in model.peft_config, {}
     with reading(place):
         if is_adapter(place) and not known:
             check_room(place, read_config(place), model.get_base_model())
         elif is_adapter(place) and not renamed and not any(map(is_sharded, model.parameters())):
             _check_edits(model.peft_config[adapter_name], place, positions=True)
             heads = saved_heads(place, model.get_base_model())
-            load_tensors(
-                place, expected_tensors(model, adapter_name, place) | heads
-            )  # PEFT would load whatever there is
+            overwritten = expected_tensors(model, adapter_name, place) | heads
+            load_tensors(place, overwritten)  # PEFT would load whatever there is
         try:
-            found = load()
+            with all_or_none(overwritten.values()):
+                found = load()
             own = rf"\.{PREFIX}(input|output)\.{re.escape(adapter_name)}\."
             # PEFT counts those of others, too, if this adapter's name is a part of theirs
             found.missing_keys[:] = [key for key in found.missing_keys if re.search(own, key)]
@@ -90,11 +90,13 @@ def overwrite(model: PeftModel, adapter_name: str, directory: str | PathLike, in
     with reading(directory):
         _check_edits(config, directory)
         heads = saved_heads(directory, model.get_base_model())
-        state = load_tensors(directory, expected_tensors(model, adapter_name, directory) | heads)
-    with torch.no_grad():
-        for key, tensor in heads.items():
-            tensor.copy_(state.pop(key))
-    set_peft_model_state_dict(model, state, adapter_name)
+        expected = expected_tensors(model, adapter_name, directory) | heads
+        state = load_tensors(directory, expected)
+    with all_or_none(expected.values()):
+        with torch.no_grad():
+            for key, tensor in heads.items():
+                tensor.copy_(state.pop(key))
+        set_peft_model_state_dict(model, state, adapter_name)
 
 
 def _legacy_values(

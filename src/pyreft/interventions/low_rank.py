@@ -105,6 +105,7 @@ class LowRankIntervention(Intervention):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """As of any module; tensors by the original's names are taken, too."""
         own = {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+        own = {name: tensor for name, tensor in own.items() if name not in self._buffers}  # those of a subclass
         if named_as_there(own):
             for name in own:
                 del state_dict[prefix + name]

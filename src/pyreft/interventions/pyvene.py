@@ -143,7 +143,15 @@ class Asked:
         if isinstance(subspaces, list):
             subspaces = [subspaces[row] for row in found.tolist()]
         apart = _keeps_last_dim(self.module)
-        new = self.module(base if apart else base.flatten(1), None, subspaces)
+        try:
+            new = self.module(base if apart else base.flatten(1), None, subspaces)
+        except (AttributeError, TypeError) as error:
+            if "NoneType" not in str(error) or getattr(self.module, "is_source_constant", False):
+                raise
+            raise ReftError(
+                f"{type(self.module).__name__} reads a source, the states of another input, and an edit has none: its "
+                "forward(base, source=None, subspaces=None) has to do with the base alone."
+            ) from error
         new = getattr(new, "output", new)
         return new.view_as(base)[valid].to(h.dtype)
 

@@ -165,14 +165,16 @@ def check_free(model: nn.Module, adapter_name: str, wrapped: bool) -> None:
         )
 
 
-def watched(model: nn.Module) -> Edits:
-    """New edits of a model, whose calls are watched from now on."""
-    stacks = _stacks(model)
-    edits = Edits(model, tuple(stacks) or ("",))
+def edits_for(model: nn.Module) -> Edits:
+    """New edits of a model, whose calls are not watched yet."""
+    return Edits(model, tuple(_stacks(model)) or ("",))
+
+
+def watch(edits: Edits) -> None:
+    """Watch the calls of a model from now on."""
     batches = Batches(edits)
-    hooks.attach(edits, batches, stacks)
+    hooks.attach(edits, batches, _stacks(edits.model))
     Methods(edits, batches).attach()
-    return edits
 
 
 def detach(model: nn.Module, edits: Edits | None = None) -> None:

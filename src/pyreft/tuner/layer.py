@@ -47,19 +47,24 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         self.columns: dict[str, list[Columns | None]] = {}  # and the part of the width that each edits
         self.side, self.edits, self.stack, self.number = side, edits, stack, number
         self._module = (module,)  # in a tuple: the module is this one's parent, not its child
-        if side == "input":
+
+    def attach(self) -> None:
+        """Become a child of the module, with the hook."""
+        module = self._module[0]
+        module._modules = {**module._modules, f"{PREFIX}{self.side}": self}  # another thread may go through the dict
+        if self.side == "input":
             module.register_forward_pre_hook(edit_input, with_kwargs=True)
         else:  # first of all hooks: those that record hidden states see the edited ones
             module.register_forward_hook(edit_output, prepend=True)
 
     def detach(self) -> None:
-        """Take the hook and this child off the module."""
+        """Take the hook and this child off the module, as far as it has them."""
         module = self._module[0]
         hooks: dict = module._forward_pre_hooks if self.side == "input" else module._forward_hooks
         for number in [n for n, hook in hooks.items() if hook in (edit_input, edit_output)]:
             del hooks[number]
             module._forward_pre_hooks_with_kwargs.pop(number, None)
-        delattr(module, f"{PREFIX}{self.side}")
+        module._modules = {name: child for name, child in module._modules.items() if child is not self}
 
     @property
     def interventions(self) -> "ReftLayer":
@@ -93,9 +98,13 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         intervention.__dict__["_speaks_pyvene"] = speaks_pyvene(intervention)  # for a forward that is compiled
         kept = [name for name, parameter in intervention.named_parameters() if not parameter.requires_grad]
         intervention.__dict__.setdefault("_frozen", kept)  # unless it was in a layer, where PEFT may have frozen it
-        self._modules[adapter_name] = modules  # also under a name that this class has for something else
+        # also under a name that this class has for something else
+        self._modules = {**self._modules, adapter_name: modules}
         self.indices.setdefault(adapter_name, []).append(index)
         self.columns.setdefault(adapter_name, []).append(columns)
+
+    def __delitem__(self, adapter_name: str) -> None:
+        self._modules = {name: modules for name, modules in self._modules.items() if name != adapter_name}
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As of every PEFT layer; parameters that an intervention was made with frozen stay so."""

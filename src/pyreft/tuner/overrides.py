@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .caches import cache_of, is_empty
 from .call import Call, innermost, within
+from .changing import one_at_a_time
 from .continuous import Batches, check_requests
 from .hooks import Preparing, take_given
 from .located import take
@@ -50,6 +51,7 @@ class Methods:
         check_requests(kwargs)
         return type(self.model).generate_batch(self.model, *args, **kwargs)
 
+    @one_at_a_time
     def delete_adapter(self, adapter_names: list[str] | str) -> None:
         """As the model's, which takes our layers for parameters and passes them over."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names

@@ -24,18 +24,20 @@ from ..places.structure import PREFIX, path_of
 from ..sharded import is_sharded
 from .adapted import edits_of, reft_layers
 from .call import Surroundings, within
+from .changing import one_at_a_time
 from .config import ReftConfig, check_unchanged
 from .in_part import in_part
 from .injection import (
     check_free,
     check_name,
     detach,
+    edits_for,
     leave_inference,
     make_interventions,
     own_config,
     take_back,
     unused,
-    watched,
+    watch,
 )
 from .layer import ReftLayer, device_of, refuse_merge, type_of
 from .row_heads import attend, heed
@@ -95,6 +97,7 @@ class ReftTuner(BaseTuner):
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         return peft_config
 
+    @one_at_a_time
     def inject_adapter(
         self,
         model: nn.Module,
@@ -107,6 +110,7 @@ class ReftTuner(BaseTuner):
             self.check_attached()
         known = edits_of(model)
         modules, others = (dict(model.named_modules()), []) if known is None else ({}, [*known.rules])
+        count = 0 if known is None else len(known.layers)
         try:
             with unused(config := own_config(self.peft_config[adapter_name], model)):
                 self.peft_config[adapter_name] = config
@@ -114,7 +118,9 @@ class ReftTuner(BaseTuner):
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                     representations, sites, self._sites = make_interventions(model, config)
                 self._check_places(state_dict)
-                self.edits = known or watched(model)
+                self.edits = known or edits_for(model)
+                if known is None:
+                    watch(self.edits)
                 self.edits.rules[adapter_name] = [entry.rule() for entry in representations]
                 self.edits.places[adapter_name] = [site.stack for site in sites]
                 classes = [intervention_class(entry.intervention) for entry in representations]
@@ -130,6 +136,9 @@ class ReftTuner(BaseTuner):
                 take_back(model, modules, vars(self).get("edits"))
             elif adapter_name not in others:
                 known.forget(adapter_name, self.peft_config, heads)
+                for layer in known.layers[count:]:
+                    layer.detach()
+                del known.layers[count:]
             raise
 
     def _check_places(self, state_dict: dict[str, Tensor] | None) -> None:
@@ -162,8 +171,8 @@ class ReftTuner(BaseTuner):
             name = f"{self.prefix}{site.side}"
             if not hasattr(target, name):
                 layer = ReftLayer(target, site.side, self.edits, site.stack, len(self.edits.layers))
-                target.add_module(name, layer)
                 self.edits.layers.append(layer)
+                layer.attach()
             if not any(parameter.is_meta for parameter in intervention.parameters()):
                 intervention.to(device_of(target))
             getattr(target, name).add_intervention(adapter_name, index, intervention, site.columns)
@@ -186,6 +195,7 @@ class ReftTuner(BaseTuner):
         found = self.model.named_modules() if names else ()
         return [m for path, m in found if isinstance(m, AuxiliaryTrainingWrapper) and path.endswith(names)]
 
+    @one_at_a_time
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter active, or several.
 
@@ -204,6 +214,7 @@ class ReftTuner(BaseTuner):
             module.enable_adapters(enabled)
         heed(self.edits, self.reft_heads())  # also within `disable_adapter`, where the edits stay off
 
+    @one_at_a_time
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was the only active one, another becomes active, with its trained head.
 
