@@ -29,9 +29,9 @@ def describe(adapter: str | os.PathLike) -> dict[str, Any]:
             "component": entry.component,
             "positions": _rule_name(entry),
             "dropout": entry.dropout or 0.0,
-            "settings": {"act_fn": entry.act_fn, "add_bias": entry.add_bias or None, **(entry.intervention_kwargs or {})},
         }
-        place["settings"] = {name: value for name, value in place["settings"].items() if value is not None}
+        settings = {"act_fn": entry.act_fn, "add_bias": entry.add_bias or None, **(entry.intervention_kwargs or {})}
+        place["settings"] = {name: value for name, value in settings.items() if value is not None}
         groups.setdefault(repr(place), {**place, "layers": []})["layers"].append(entry.layer)
     return {
         "base_model": config.base_model_name_or_path,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from pyreft.errors import ReftError
+from pyreft.files.hub import on_disk  # without torch, transformers or PEFT
 
 # of every command
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print nothing but results and errors.")]
@@ -17,19 +17,15 @@ Json = Annotated[bool, Option("--json", help="Print the result as JSON, and noth
 
 
 # of an adapter, and of its answers
-def directory_of(adapter: str) -> str:
-    """The directory of an adapter of which a file was named; one that is not there is refused at once."""
-    path = Path(adapter).expanduser()
-    if not path.exists():
-        raise ReftError(f"{adapter}: expected an adapter's directory, there is nothing of this name.")
-    return str(path.parent) if path.name in ("adapter_config.json", "adapter_model.safetensors") else adapter
-
-
-Adapter = Annotated[str, Argument(help="The adapter's directory.", callback=directory_of)]
+Adapter = Annotated[str, Argument(help="The adapter's directory, or owner/name on the hub.", callback=on_disk)]
 Evaluated = Annotated[
-    str, Argument(help="The adapter's directory; of GLUE perhaps one with all its adapters.", callback=directory_of)
+    str,
+    Argument(
+        help="The adapter's directory, or owner/name on the hub; of GLUE perhaps a directory with all its adapters.",
+        callback=on_disk,
+    ),
 ]
-AdapterOption = Annotated[str, Option(help="The adapter's directory.", callback=directory_of)]
+AdapterOption = Annotated[str, Option(help="The adapter's directory, or owner/name on the hub.", callback=on_disk)]
 AdapterModel = Annotated[
     str | None,
     Option(help="Base model: a hub id, a directory, or smollm2; by default the one the adapter was made for."),

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import ReftError
-from ..files.hub_faults import hub_told
+from ..files.hub import hub_told
 from ..files.original import adapter_place, fill, legacy_place, read_model
 from ..files.trained_heads import trained_heads
 from ..files.weights import overwrite
