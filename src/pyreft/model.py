@@ -27,7 +27,7 @@ from .original.saving import OriginalSaving
 from .places.structure import without_adapters
 from .positions import Positions
 from .tuner.call import Surroundings, within
-from .tuner.changing import one_at_a_time
+from .tuner.changing import changing
 from .tuner.config import ReftConfig
 from .tuner.injection import detach, task_heads
 from .tuner.registry import Edits, check_strength
@@ -120,10 +120,12 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
         self._edits.check_names([adapter_name], "adapter_name", base=False)
         self._edits.strengths[adapter_name] = check_strength(strength)
 
-    add_adapter = one_at_a_time(PeftModel.add_adapter)
-    delete_adapter = one_at_a_time(PeftModel.delete_adapter)
+    def add_adapter(self, adapter_name: str, peft_config: ReftConfig, *args: Any, **kwargs: Any) -> None:
+        """Add a further adapter, as PEFT does; one of a classifier has a classifier of its own."""
+        if peft_config.base_model_shape is None:  # it is no saved one, which says itself what is trained
+            peft_config = _with_classifier(self.get_base_model(), peft_config)
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
 
-    @one_at_a_time
     def save_pretrained(self, save_directory: str | PathLike, **kwargs: Any) -> None:
         """Save the adapters in PEFT's layout, all of them or none; see `pyreft.files`.
 
@@ -136,7 +138,8 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
             return super().save_pretrained(str(save_directory), **kwargs)
 
         def write(staged: str) -> None:
-            super(ReftModel, self).save_pretrained(staged, **kwargs)
+            with changing:  # behind the directory, as in loading
+                super(ReftModel, self).save_pretrained(staged, **kwargs)
             add_heads(staged, self.get_base_model())
             for config in Path(staged).rglob(CONFIG_NAME):
                 leave_out(config.parent, *WEIGHTS)
@@ -203,7 +206,6 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
                     adapted.load_adapter(model_id, adapter_name, is_trainable=is_trainable, **options, **kwargs)
         return adapted if is_trainable else adapted.eval()
 
-    @one_at_a_time
     def load_adapter(self, model_id: str | PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """Load a saved adapter beside the others, as PEFT does; a directory is checked first.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from typer import BadParameter, Option
 
+from pyreft.files.online import on_disk
 from pyreft_cli import options
 from pyreft_cli.console import console, counted, hush, print_json
 
@@ -19,7 +20,9 @@ def inspect(
         Path | None,
         Option(help="Or a file: prompts as .txt, or examples with answers as `pyreft train` reads them."),
     ] = None,
-    compare: Annotated[str | None, Option(help="Another adapter of the same base model, to compare with.")] = None,
+    compare: Annotated[
+        str | None, Option(help="Another adapter of the same base model, to compare with.", callback=on_disk)
+    ] = None,
     output: Annotated[
         Path, Option(help="The directory for inspect.html and inspect-….png; those of an earlier run are replaced.")
     ] = Path("pyreft-inspect"),

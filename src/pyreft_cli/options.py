@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from pyreft.files.hub import on_disk  # without torch, transformers or PEFT
+from pyreft.files.online import on_disk  # without torch, transformers or PEFT
 
 # of every command
 Quiet = Annotated[bool, Option("--quiet", "-q", help="Print nothing but results and errors.")]

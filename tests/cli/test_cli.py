@@ -203,7 +203,7 @@ def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, 
         (("generate", "--adapter", ".", "--prompt", "a", "--output", "no/such.jsonl"), "no is not a directory"),
         (("train", "--data", "none.jsonl", "--output", "out"), "pyreft: none.jsonl: there is no such file."),
         (("train", "--output", "out"), "pyreft: train: the setting --data is missing."),
-        (("train", "--data", "a.jsonl", "--output", ".", "--resume"), "to resume from; leave out --resume to start"),
+        (("train", "--data", "b.jsonl", "--output", ".", "--resume"), "to resume from; leave out --resume to start"),
         (("train", "--data", "a.jsonl", "--output", "out", "--lr", -1), "pyreft: --lr: expected a number above 0"),
         (("train", "--config", "bad.yaml", "--output", "out"), "there is no setting 'ranks'. Did you mean 'rank'?"),
         (("train", "--config", ".", "--output", "out"), "--config: .: expected a file, this is a directory."),
@@ -232,7 +232,7 @@ def test_a_training_that_stops_names_its_last_checkpoint(tmp_path, monkeypatch, 
     ],
 )
 def test_mistakes_end_with_one_clear_line(tmp_path, monkeypatch, capsys, arguments, message):
-    (tmp_path / "bad.yaml").write_text("data: a.jsonl\nranks: 3\n")
+    (tmp_path / "bad.yaml").write_text("data: b.jsonl\nranks: 3\n")
     (tmp_path / "latin.yaml").write_bytes("data: é.jsonl\n".encode("latin-1"))
     (tmp_path / "twice.yaml").write_text("data: a.jsonl\nbatch_size: 3\nbatch-size: 2\n")
     (tmp_path / "octal.yaml").write_text("data: b.jsonl\nseed: 010\n")

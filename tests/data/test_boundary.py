@@ -103,3 +103,4 @@ def test_an_unknown_letter_behind_an_unknown_one_belongs_to_the_answer():
     assert tokenizer("a\nYes")["input_ids"] == [2, 3, 0, 4], "one token for both"
     assert pair_ids(tokenizer, "a\n", "Yes") == ([2, 3, 0], [2, 0, 4])
     assert pair_ids(tokenizer, "a\n", "no") == ([2, 3, 0], [5])
+    assert pair_ids(tokenizer, "a\n", "noX") == ([2, 3, 0], [5, 0])  # only a later letter is unknown

@@ -217,9 +217,17 @@ def test_a_label_marks_a_bad_answer_where_all_are_true_or_false(tmp_path, labels
 def test_an_empty_prompt_is_refused_where_prompts_are_edited(tmp_path, tokenizer, row):
     found = read_examples(write(tmp_path, "a.jsonl", row))
     form = found[0].format
-    with pytest.raises(ReftError, match="line 1: the prompt is empty, there is nothing to edit"):
+    with pytest.raises(ReftError, match="line 1: the prompt is empty, there is nothing of it to edit"):
         encode_all(tokenizer, found, form, 512, least=Positions.parse("l4").least)
     assert len(encode_all(tokenizer, found, form, 512, least=Positions.parse("all").least)[1]) == 1
+
+
+def test_a_prompt_may_be_what_the_template_makes_of_other_fields(tmp_path, tokenizer):
+    row = {"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "C"}]}
+    (found,) = read_examples(write(tmp_path, "a.jsonl", row | {"documents": [{"title": "Cats", "text": "They purr."}]}))
+    answer = "{% if not add_generation_prompt %}{{ messages[-1].content }}{% endif %}"
+    tokenizer.chat_template = "{% for d in documents %}{{ d.text }}{% endfor %}{{ messages[0].content }}:" + answer
+    assert len(encode_all(tokenizer, [found], "chat", 512, least=1)[1]) == 1
 
 
 def test_an_instruction_may_be_in_its_input_alone(tmp_path, tokenizer):

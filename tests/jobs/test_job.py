@@ -258,7 +258,7 @@ def test_a_prompt_too_short_for_the_rule_is_refused(tmp_path):
     path.write_text('{"prompt": "", "completion": "b"}\n')  # of which the BOS token is left
     options = {"data": str(path), "layers": "3", "format": "text", "reach": False}
     PreparedJob(TrainingJob(**options, positions="all"))
-    with pytest.raises(pyreft.ReftError, match=r"line 1: the prompt is empty, there is nothing to edit"):
+    with pytest.raises(pyreft.ReftError, match=r"line 1: the prompt is empty, there is nothing of it to edit"):
         PreparedJob(TrainingJob(**options, positions="l1"))
     with pytest.raises(pyreft.ReftError, match=r"line 1: the prompt has 1 token, .* or give other `positions`"):
         PreparedJob(TrainingJob(**options, positions="f7+l7"))

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 import pyreft
 from pyreft import pocket
 from pyreft.jobs.methods import attach, learning_rate, make_config
-from pyreft.jobs.settings import TrainingJob
+from pyreft.jobs.settings import TrainingJob, check_settings
 
 
 def llama(width):
@@ -71,3 +71,9 @@ def test_a_model_without_attention_is_told_what_can_be_edited():
     with pytest.raises(pyreft.ReftError, match=r"'value_output' was not found .* 'block_output', .* formula 'loreft'"):
         pyreft.get_reft_model(model, pyreft.ReftConfig())
     assert pyreft.get_reft_model(model, pyreft.ReftConfig(component="block_output")).count_parameters() == 2 * 264
+
+
+@pytest.mark.parametrize(("name", "value"), [("method", 5), ("format", 3), ("lr_scheduler_type", 1), ("long_rows", 0)])
+def test_a_choice_of_another_type_is_refused(name, value):
+    with pytest.raises(pyreft.ReftError, match=rf"^{name}: expected .*, got {value}\.$"):
+        check_settings(TrainingJob(data="a.jsonl", output="o", **{name: value}))

@@ -220,7 +220,7 @@ def test_a_rule_that_finds_no_token(data, tmp_path):
     with pytest.raises(pyreft.ReftError, match="'nothing_found' finds no token to edit in any of 10 prompts"):
         make_plan(prepared(data, positions="nothing_found"))
     one = tmp_path / "one.jsonl"
-    one.write_text(json.dumps({"prompt": "", "completion": "a cat"}) + "\n")
+    one.write_text(json.dumps({"prompt": pocket.load()[1].bos_token, "completion": "a cat"}) + "\n")
     settings = {"format": "text", "batch_size": 2}  # the prompt is the BOS token alone
     assert make_plan(prepared(one, **settings), timed=False).cost_of("f3+l3").edited == 0
     with pytest.raises(pyreft.ReftError, match="line 1: the prompt has 1 token, and none would be edited"):

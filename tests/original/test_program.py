@@ -89,6 +89,6 @@ def test_one_layer_and_one_token(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*")
 def test_all_layers(tmp_path):
-    _, _, _, first, last = program(range(7), tmp_path)
+    _, _, _, first, last = program(range(7), tmp_path, epochs=50.0)
     assert first > 1
     assert last < 0.05

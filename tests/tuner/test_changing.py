@@ -10,6 +10,7 @@ import torch
 import pyreft
 from conftest import shaken, tiny_llama
 from pyreft.tuner import reft_layers
+from pyreft.tuner.layer import ReftLayer
 from pyreft.tuner.tuner import ReftTuner
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -93,3 +94,70 @@ def test_who_goes_through_the_modules_meanwhile_comes_to_the_end(within):
         if name.endswith(within):
             model.add_adapter("b", config(1, 2))
     assert seen[-1].endswith("lm_head")
+
+
+def test_saving_and_loading_one_directory_do_not_wait_for_each_other(tmp_path, monkeypatch):
+    one, other = (pyreft.get_reft_model(tiny_llama(), config(1)) for _ in range(2))
+    one.save_pretrained(tmp_path)
+    reading, writing = threading.Event(), threading.Event()
+    make = pyreft.ReftModel.__init__
+
+    def slowly(self, *args, **kwargs):  # the directory is held
+        reading.set()
+        writing.wait(0.5)
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(pyreft.ReftModel, "__init__", slowly)
+    load = threading.Thread(target=lambda: pyreft.ReftModel.from_pretrained(tiny_llama(), tmp_path), daemon=True)
+    save = threading.Thread(target=lambda: (writing.set(), one.save_pretrained(tmp_path)), daemon=True)
+    load.start()
+    assert reading.wait(20)
+    save.start()
+    for thread in (load, save):
+        thread.join(20)
+        assert not thread.is_alive()
+    assert not run(lambda: other.add_adapter("b", config(2)))
+
+
+def test_a_call_goes_on_while_an_adapter_is_added_at_a_later_place():
+    model = pyreft.get_reft_model(tiny_llama(), config(0), adapter_name="a").eval()
+    shaken(model)
+    expected, added = model(IDS).logits, []
+
+    def add(*_):
+        if not added:
+            added.append(run(lambda: model.add_adapter("b", config(2))))
+
+    model.get_base_model().model.layers[1].register_forward_hook(add)
+    assert torch.equal(model(IDS).logits, expected)
+    assert added == [[]]
+
+
+def test_a_call_has_one_adapter_in_all_layers(monkeypatch):
+    model = pyreft.get_reft_model(tiny_llama(), config(0, 1, 2), adapter_name="a").eval()
+    model.add_adapter("b", config(0, 1, 2))
+    shaken(model)
+    logits = {}
+    for name in ("b", "a"):
+        model.set_adapter(name)
+        logits[name] = model(IDS).logits
+    half, switch = threading.Event(), ReftLayer.set_adapter
+
+    def slowly(layer, *args, **kwargs):
+        switch(layer, *args, **kwargs)
+        half.set()
+        time.sleep(0.05)
+
+    monkeypatch.setattr(ReftLayer, "set_adapter", slowly)
+    found = []
+    assert not run(lambda: model.set_adapter("b"), lambda: half.wait() and found.append(model(IDS).logits))
+    assert any(torch.equal(found[0], logits[name]) for name in "ab")
+
+
+def test_a_place_that_cannot_be_edited_leaves_the_base_as_it_was():
+    base = tiny_llama()
+    base.model.layers[1] = torch.compile(base.model.layers[1], backend="eager")
+    expected = base(IDS).logits
+    with pytest.raises(Exception, match="reft_output"):
+        pyreft.get_reft_model(base, config(1))
+    assert torch.equal(base(IDS).logits, expected)

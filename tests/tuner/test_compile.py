@@ -82,7 +82,7 @@ def test_rows_with_adapters_of_their_own(prompts, names):
         name: pyreft.ReftConfig(positions=rule, low_rank_dimension=4, intervention="loreft")
         for name, rule in rules.items()
     }
-    model = pyreft.get_reft_model(tiny_llama(), configs["a"], adapter_name="a")
+    model = pyreft.get_reft_model(tiny_llama(num_hidden_layers=2), configs["a"], adapter_name="a")
     model.add_adapter("b", configs["b"])
     model.add_adapter("c", configs["c"])
     shaken(model)

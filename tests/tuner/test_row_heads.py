@@ -157,3 +157,13 @@ def test_a_part_that_fills_a_cache_cannot_be_of_single_rows():
     adapted.add_adapter("b", pyreft.ReftConfig(**chosen, modules_to_save=["layers.2"]))
     with pytest.raises(pyreft.ReftError, match=r"more than a tensor of rows.*Call the model once for each adapter"):
         adapted(input_ids=IDS[:2], adapter_names=["a", "b"])
+
+
+def test_a_further_adapter_of_a_classifier_has_a_head_of_its_own():
+    made = {"layers": [1], "positions": "l2", "task_type": "SEQ_CLS"}
+    base = LlamaForSequenceClassification(LlamaConfig(**SIZES, **CLASSES))
+    model = pyreft.get_reft_model(base, pyreft.ReftConfig(**made), adapter_name="a")
+    model.add_adapter("b", pyreft.ReftConfig(**made))
+    assert [model.peft_config[name].modules_to_save for name in "ab"] == [["score"], ["score"]]
+    model.set_adapter("b")
+    assert model.get_base_model().score.modules_to_save["b"].weight.requires_grad

@@ -43,11 +43,17 @@ def pair_ids(
             stacklevel=2,
         )
     both = tokenizer(prompt + answer, add_special_tokens=specials)["input_ids"]
-    # an unknown token may be one with an unknown letter that the answer begins with
-    shared = before[-1:] == [tokenizer.unk_token_id]
-    if both[: len(before)] == before and len(both) > len(before) and not shared:
+    if both[: len(before)] == before and len(both) > len(before) and not _unknown_at_border(tokenizer, before, answer):
         return before, both[len(before) :]
     return before, _behind(tokenizer, before, answer)
+
+
+def _unknown_at_border(tokenizer: PreTrainedTokenizerBase, before: list[int], answer: str) -> bool:
+    """Whether prompt and answer meet in unknown letters: some tokenizers make one unknown token of all of these."""
+    if before[-1:] != [tokenizer.unk_token_id]:
+        return False
+    said = (token for token in _plain(tokenizer, answer) if _decoded(tokenizer, [token]).strip())
+    return next(said, None) == tokenizer.unk_token_id
 
 
 def _behind(tokenizer: PreTrainedTokenizerBase, before: list[int], answer: str) -> list[int]:

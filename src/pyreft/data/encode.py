@@ -170,7 +170,7 @@ def encode_all(
                 )
             if least and _asks_nothing(example):
                 raise ReftError(
-                    f"{example.where}: the prompt is empty, there is nothing to edit; leave the row out, or give "
+                    f"{example.where}: the prompt is empty, there is nothing of it to edit; leave the row out, or give "
                     "`positions` all.",
                     also=["positions"],
                 )
@@ -193,7 +193,11 @@ def encode_all(
 
 def _asks_nothing(example: Example) -> bool:
     before = example.messages[:-1]
-    return is_blank(example.given) and all(is_blank(t["content"]) and not t.get("tool_calls") for t in before)
+    return (
+        not example.extras
+        and is_blank(example.given)
+        and all(is_blank(t["content"]) and not t.get("tool_calls") for t in before)
+    )
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:

@@ -233,7 +233,7 @@ def _hub(name: str, config: str | None, split: str) -> Iterator[Row]:
     try:
         rows = datasets.load_dataset(name, config, split=split, streaming=True)
         for number, row in enumerate(rows, 1):
-            yield f"{name}, row {number}", without_nulls(row)
+            yield f"{name}, row {number}", {field: without_nulls(held) for field, held in row.items()}
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, ReftError) or is_disk_full(error):
             raise

@@ -149,8 +149,8 @@ class Asked:
             if "NoneType" not in str(error) or getattr(self.module, "is_source_constant", False):
                 raise
             raise ReftError(
-                f"{type(self.module).__name__} reads a source, the states of another input, and an edit has none: its "
-                "forward(base, source=None, subspaces=None) has to do with the base alone."
+                f"{type(self.module).__name__}: {error}. If it reads a source, the states of another input, an edit "
+                "has none, and its forward(base, source=None, subspaces=None) has to do with the base alone."
             ) from error
         new = getattr(new, "output", new)
         return new.view_as(base)[valid].to(h.dtype)

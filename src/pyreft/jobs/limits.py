@@ -10,7 +10,7 @@ from ..errors import ReftError, did_you_mean
 # the paper's names, and the formula that each stands for; LoRA is here to be compared with
 METHODS: dict[str, str | None] = {"loreft": "loreft", "direft": "nodireft", "lora": None}
 SCHEDULERS = ("constant", "linear", "cosine")  # of those of transformers
-_CHOICES = {"method": METHODS, "lr_scheduler_type": SCHEDULERS, "format": FORMATS, "long_rows": get_args(LongRows)}
+_CHOICES = {"method": (*METHODS,), "lr_scheduler_type": SCHEDULERS, "format": FORMATS, "long_rows": get_args(LongRows)}
 _POSITIVE = (
     *("epochs", "lr", "batch_size", "gradient_accumulation"),
     *("save_steps", "alpha", "limit", "early_stopping"),
@@ -19,7 +19,7 @@ _SHARES = ("dropout", "warmup_ratio", "validation_split")
 
 
 def check_values(settings: Mapping[str, Any]) -> None:
-    """Refuse numbers and words that no training can have; what is no number or no text is not looked at.
+    """Refuse numbers and words that no training can have; a number that is written as a text is not looked at.
 
     Raises:
         ReftError: the first of them.
@@ -27,8 +27,10 @@ def check_values(settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             _check_number(name, value)
-        elif isinstance(value, str) and value not in (known := _CHOICES.get(name, (value,))):
-            raise ReftError(f"expected {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}", setting=name)
+        known = _CHOICES.get(name, (value,))
+        if value is not None and value not in known:
+            hint = did_you_mean(value, known) if isinstance(value, str) else ""
+            raise ReftError(f"expected {', '.join(known)}, got {value!r}.{hint}", setting=name)
 
 
 def _check_number(name: str, value: float) -> None:

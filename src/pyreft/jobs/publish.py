@@ -7,7 +7,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_token, validate_repo_id
 
 from ..errors import ReftError
-from ..files.hub import hub_told
+from ..files.online import hub_told
 from .output import CHECKPOINTS
 
 

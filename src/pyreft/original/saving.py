@@ -8,12 +8,11 @@ from peft import PeftModel
 from torch import nn
 
 from ..errors import ReftError
-from ..files.hub import hub_told
+from ..files.online import hub_told
 from ..files.original import adapter_place, fill, legacy_place, read_model
 from ..files.trained_heads import trained_heads
 from ..files.weights import overwrite
 from ..interventions import Intervention, register
-from ..tuner.changing import one_at_a_time
 from .members import base_parameters
 
 
@@ -50,7 +49,6 @@ class OriginalSaving(PeftModel):
         """Save the adapter, as `save` does; what it writes is complete, so `load` reads it as well."""
         self.save(save_directory, include_model=include_model)
 
-    @one_at_a_time
     def load_intervention(
         self, load_directory: str | PathLike, include_model: bool = True, *, adapter_name: str | None = None
     ) -> None:

@@ -52,7 +52,7 @@ class Call:
     Args:
         edits: of the model that is called.
         given: what the call gives, by the names in `GIVEN`, and its `labels`.
-        enabled: for each edited layer, by its number, the adapters that act there.
+        enabled: for each layer that was edited when it began, by its number, the adapters that act there.
         row_adapters: the adapter of each row, where each has its own.
         strengths: of the adapters, where it is not 1.
     """
@@ -86,6 +86,10 @@ class Call:
         self.started: Located | None = None  # and of what a decoder began with, where no cache remembers it
         self.is_forward = self.trains = False  # whether it is one forward, and that for training
         self.height = 0  # of the stack of what runs, below a call that is one forward
+
+    def enabled_at(self, number: int) -> list[str]:
+        """The adapters that act at a layer; none where nothing was edited when the call began."""
+        return self.enabled[number] if number < len(self.enabled) else []
 
     def read(self, stack: str, located: Located, rows: int, tokens: int, past: int) -> Reading:
         """Note what the forward that runs reads, and return it.

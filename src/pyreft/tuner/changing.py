@@ -1,7 +1,8 @@
-"""One change of adapters at a time: threads that add, load, delete or save some would mix up what they make.
+"""One change of a model's adapters at a time: threads that add, delete or save some would mix up what they make.
 
-Calls of models do not wait. A change leaves the dicts of modules that they go through as they are, and puts others in
-their place.
+Nobody waits for another's files: what is held here are changes in memory alone. Calls of models wait for none of it but
+the moment in which other adapters become active. A change leaves the dicts of modules that calls go through as they
+are, and puts others in their place.
 """
 
 import functools
@@ -9,7 +10,9 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-_CHANGING = threading.RLock()  # of all models: a lock of its own would be in the way of a model's copies
+# of all models: a lock of its own would be in the way of a model's copies
+changing = threading.RLock()
+switching = threading.RLock()  # taken within `changing`, if at all
 
 
 def one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,7 +20,7 @@ def one_at_a_time(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def alone(*args: Any, **kwargs: Any) -> Any:
-        with _CHANGING:
+        with changing:
             return method(*args, **kwargs)
 
     return alone

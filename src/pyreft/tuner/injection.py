@@ -46,7 +46,8 @@ def make_interventions(model: nn.Module, config: ReftConfig) -> tuple[list[Repre
     by_path: SitesByPath = {}
     for index, (entry, site) in enumerate(zip(representations, sites, strict=True)):
         intervention = entry.make(site.width, site.input_width)
-        _check_not_in_use(model, intervention)
+        if intervention is entry.intervention:
+            _check_not_in_use(model, intervention)
         by_path.setdefault(site.path, []).append((site, index, intervention))
     for entry in representations:
         entry.settle()

@@ -51,7 +51,8 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
     def attach(self) -> None:
         """Become a child of the module, with the hook."""
         module = self._module[0]
-        module._modules = {**module._modules, f"{PREFIX}{self.side}": self}  # another thread may go through the dict
+        # another thread may go through the dict; a compiled module would set an attribute in the one that it wraps
+        vars(module)["_modules"] = {**module._modules, f"{PREFIX}{self.side}": self}
         if self.side == "input":
             module.register_forward_pre_hook(edit_input, with_kwargs=True)
         else:  # first of all hooks: those that record hidden states see the edited ones
@@ -64,7 +65,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         for number in [n for n, hook in hooks.items() if hook in (edit_input, edit_output)]:
             del hooks[number]
             module._forward_pre_hooks_with_kwargs.pop(number, None)
-        module._modules = {name: child for name, child in module._modules.items() if child is not self}
+        vars(module)["_modules"] = {name: child for name, child in module._modules.items() if child is not self}
 
     @property
     def interventions(self) -> "ReftLayer":
@@ -104,6 +105,8 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         self.columns.setdefault(adapter_name, []).append(columns)
 
     def __delitem__(self, adapter_name: str) -> None:
+        if adapter_name not in self._modules:
+            raise KeyError(adapter_name)
         self._modules = {name: modules for name, modules in self._modules.items() if name != adapter_name}
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -158,7 +161,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             reading: of the forward.
             x: what the module read, `[batch, tokens, k]`, for interventions that read it, too.
         """
-        here = self if call.row_adapters is not None else call.enabled[self.number]
+        here = self if call.row_adapters is not None else call.enabled_at(self.number)
         names = [name for name in dict.fromkeys(name for name, _ in reading.at) if name in here]
         if not names:
             return h

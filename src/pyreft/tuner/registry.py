@@ -8,7 +8,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..errors import ReftError, did_you_mean
 from ..places.structure import generates
 from ..positions import Positions
 from .call import STRENGTH, Call, Surroundings, running, within
+from .changing import switching
 from .deletion import delete_edits
 from .located import Located
 from .threads import Steps
@@ -97,7 +98,8 @@ class Edits:
         self.gone.append(name)
         for known in (self.rules, self.places, self.kinds, self.made, self.strengths):
             known.pop(name, None)
-        return delete_edits(name, others, self.layers, heads)
+        with switching:
+            return delete_edits(name, others, self.layers, heads)
 
     # -- calls ----------------------------------------------------------------------------------------------------
 
@@ -110,17 +112,20 @@ class Edits:
         around = [frame for frame in running.frames if frame.edits is self]
         row_adapters = around[-1].row_adapters if around and isinstance(around[-1], Surroundings) else None
         off = any(isinstance(frame, Surroundings) and frame.off for frame in around)
-        if off:
-            enabled: list[list[str]] = [[] for _ in self.layers]
-        elif row_adapters is None:
-            enabled = [layer.enabled_adapters for layer in self.layers]
-        else:
-            on = not any(layer.disable_adapters for layer in self.layers)
-            names = [name for name in dict.fromkeys(row_adapters) if name != BASE] if on else []
-            enabled = [names for _ in self.layers]
+        with nullcontext() if torch.compiler.is_compiling() else switching:  # of one adapter in all layers
+            enabled = self._enabled(off, row_adapters)
         call = Call(self, given, enabled, row_adapters, dict(self.strengths))
         call.gone, call.off = len(self.gone), off
         return call
+
+    def _enabled(self, off: bool, row_adapters: list[str] | None) -> list[list[str]]:
+        if off:
+            return [[] for _ in self.layers]
+        if row_adapters is None:
+            return [layer.enabled_adapters for layer in self.layers]
+        on = not any(layer.disable_adapters for layer in self.layers)
+        names = [name for name in dict.fromkeys(row_adapters) if name != BASE] if on else []
+        return [names for _ in self.layers]
 
     def labels_around(self) -> Any:
         """The labels that surround a call which is given none."""
@@ -147,7 +152,7 @@ class Edits:
             reading = call.readings.get(layer.stack)
             if reading is None or layer.number in call.reached:
                 continue
-            names = layer.indices if call.row_adapters is not None else call.enabled[layer.number]
+            names = layer.indices if call.row_adapters is not None else call.enabled_at(layer.number)
             if any((name, index) in reading.at for name in names for index in layer.indices.get(name, ())):
                 self.told_of_unreached = True
                 if _skips_blocks(self.model):  # at random, so it is another one in the next step

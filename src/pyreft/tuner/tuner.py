@@ -24,7 +24,7 @@ from ..places.structure import PREFIX, path_of
 from ..sharded import is_sharded
 from .adapted import edits_of, reft_layers
 from .call import Surroundings, within
-from .changing import one_at_a_time
+from .changing import one_at_a_time, switching
 from .config import ReftConfig, check_unchanged
 from .in_part import in_part
 from .injection import (
@@ -205,13 +205,15 @@ class ReftTuner(BaseTuner):
         self.check_attached()
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         self.edits.check_names(names, "adapter_name", base=False)
-        for module in (*self.reft_heads(), *reft_layers(self.model)):  # heads refuse several at once
-            set_adapter(module, adapter_name, inference_mode, ReftLayer)
-        self.active_adapter = adapter_name
+        with switching:
+            for module in (*self.reft_heads(), *reft_layers(self.model)):  # heads refuse several at once
+                set_adapter(module, adapter_name, inference_mode, ReftLayer)
+            self.active_adapter = adapter_name
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        for module in (*self.reft_heads(), *reft_layers(self.model)):
-            module.enable_adapters(enabled)
+        with switching:
+            for module in (*self.reft_heads(), *reft_layers(self.model)):
+                module.enable_adapters(enabled)
         heed(self.edits, self.reft_heads())  # also within `disable_adapter`, where the edits stay off
 
     @one_at_a_time

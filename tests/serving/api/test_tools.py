@@ -20,5 +20,7 @@ def test_one_call_at_most_where_the_client_asks_for_it(parallel, names):
 def test_calls_of_which_the_template_makes_nothing_are_refused():
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "tool_calls": [{"function": {"name": "rain"}}]}]
     check_shows_calls(turns, 'a <tool_call>{"name": "rain"}</tool_call>')
+    quoted = [{"role": "assistant", "tool_calls": [{"function": {"name": 'of "rain"'}}]}]
+    check_shows_calls(quoted, r'<tool_call>{"name": "of \"rain\""}</tool_call>')
     with pytest.raises(ReftError, match="messages: the model's chat template leaves out tool_calls, of 'rain'"):
         check_shows_calls(turns, "a")

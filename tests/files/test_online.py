@@ -8,7 +8,7 @@ import pytest
 
 from commands import run
 from pyreft import ReftError, pocket
-from pyreft.files.hub import on_disk
+from pyreft.files.online import hub_told, on_disk
 
 COMMIT = "0" * 40
 
@@ -44,8 +44,15 @@ def test_what_is_here_comes_before_the_hub(on_the_hub, tmp_path):
 
 
 def test_a_name_that_is_nowhere(on_the_hub):
-    with pytest.raises(ReftError, match="^owner/other: there is no such directory, and the hub gives no such adapter:"):
+    with pytest.raises(
+        ReftError, match=r"^owner/other: there is no such directory, and the hub gives no such adapter:"
+    ):
         on_disk("owner/other")
-    for name in ("other", "owner/other/one", "../there/other", "~nobody/other"):
+    for name in ("other", "owner/other/one", "../there/other", "~no-such-user/other"):
         with pytest.raises(ReftError, match="expected an adapter's directory, there is nothing of this name"):
             on_disk(name)
+
+
+def test_a_hub_that_cannot_be_reached_is_told(monkeypatch):
+    with pytest.raises(ReftError, match=r"^it cannot be written: ."), hub_told("it cannot be written"):
+        huggingface_hub.HfApi(endpoint="http://127.0.0.1:9", token="t").create_repo("owner/name")
