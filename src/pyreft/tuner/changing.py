@@ -1,8 +1,8 @@
 """One change of a model's adapters at a time: threads that add, delete or save some would mix up what they make.
 
-Nobody waits for another's files: what is held here are changes in memory alone. Calls of models wait for none of it but
-the moment in which other adapters become active. A change leaves the dicts of modules that calls go through as they
-are, and puts others in their place.
+A change is one in memory: nobody waits while files are read, or while a save waits for its directory. Calls of models
+wait for none of it but the moment in which other adapters become active. A change leaves the dicts of modules that
+calls go through as they are, and puts others in their place.
 """
 
 import functools
