@@ -6,7 +6,7 @@ instruction template of the Alpaca data set.
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +20,6 @@ from .turns import is_blank
 
 __all__ = [
     "chat_text",
-    "check_long_rows",
     "context_length",
     "default_format",
     "encode",
@@ -29,12 +28,6 @@ __all__ = [
     "token_ids",
     "token_texts",
 ]
-
-
-def check_long_rows(value: str) -> None:
-    """Refuse what cannot become of rows that are too long."""
-    if value not in (known := get_args(LongRows)):
-        raise ReftError(f"expected {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}", setting="long_rows")
 
 
 def default_format(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example] = ()) -> Format:

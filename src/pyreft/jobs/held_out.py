@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from ..data.encode import check_long_rows, context_length, default_format, encode_all
+from ..data.encode import context_length, default_format, encode_all
 from ..data.files import Reading, Tally, read_examples
 from ..data.tally import LongRows
 from ..errors import ReftError
@@ -15,6 +15,7 @@ from ..files.record import read_format
 from ..generation import answer_ids
 from ..loading import check_rules, load_adapted
 from ..positions import IGNORED
+from .limits import check_values
 
 
 def evaluate_file(
@@ -49,7 +50,7 @@ def evaluate_file(
     Raises:
         ReftError: an adapter or a file that cannot be read, or rows that are too long.
     """
-    check_long_rows(long_rows)
+    check_values({"long_rows": long_rows})
     reading = reading or Reading()
     tally = Tally(reading.on_error)
     examples = read_examples(data, reading, tally)
