@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import peft
 import pytest
 import torch
 
@@ -183,6 +184,20 @@ def test_what_is_traced_edits_each_prompt_at_its_own_tokens(prompts, rule):
     for ids, mask in (pad(prompts[::-1], "right"), pad(prompts[:1], "right"), pad(prompts[1:], "left")):
         found = traced(ids, mask)
         torch.testing.assert_close(found, model(ids, attention_mask=mask).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("wrap", [pyreft.get_reft_model, peft.get_peft_model])
+def test_a_file_fits_a_base_whether_it_is_compiled_or_not(prompts, tmp_path, wrap):
+    """As wrapped before the adapter is put on, which puts `_orig_mod.` into the paths of all that is inside."""
+    saved = shaken(wrap(torch.compile(tiny_llama(), backend="eager"), pyreft.ReftConfig(low_rank_dimension=2)))
+    saved.eval().save_pretrained(tmp_path)
+    plain, compiled = tiny_llama(), torch.compile(tiny_llama(), backend="eager")
+    expected = saved.get_base_model()._orig_mod(**batch(prompts)).logits
+    assert not torch.allclose(plain(**batch(prompts)).logits, expected)
+    for base in (plain, compiled):
+        pyreft.ReftModel.from_pretrained(base, tmp_path)
+    for called in (plain, compiled._orig_mod):  # compiling is not what is tested
+        torch.testing.assert_close(called(**batch(prompts)).logits, expected)
 
 
 @pytest.mark.slow  # the C++ compiler

@@ -301,7 +301,9 @@ class ReftTuner(BaseTuner):
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         short, found = re.subn(rf"(\.{cls.prefix}(?:input|output))\.{re.escape(adapter_name)}\.", r"\1.", key)
-        return short if found else super()._remove_adapter_name_from_key(key, adapter_name)
+        if not found:
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        return short.replace(f".{_COMPILED}", ".")  # so that a file fits the model whether it is compiled or not
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
