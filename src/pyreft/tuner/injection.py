@@ -167,8 +167,9 @@ def check_free(model: nn.Module, adapter_name: str, wrapped: bool) -> None:
 
 
 def edits_for(model: nn.Module) -> Edits:
-    """New edits of a model, whose calls are not watched yet."""
-    return Edits(model, tuple(_stacks(model)) or ("",))
+    """New edits of a model, whose calls are not watched yet; of one that is compiled, the model within."""
+    inner = getattr(model, "_orig_mod", model)
+    return Edits(inner, tuple(_stacks(inner)) or ("",))
 
 
 def watch(edits: Edits) -> None:
