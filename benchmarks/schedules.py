@@ -9,7 +9,6 @@ default. A row is printed when it is there, and replaces that of the same task, 
 
 import argparse
 import itertools
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -29,6 +28,7 @@ class Schedule:
 
     Args:
         lr: the learning rate at its highest.
+        beta1: Adam's momentum.
         falls: whether it falls to zero in a line, as a `Trainer` has it by default.
         warmup: the share of the steps in which it rises from zero.
         clip: the most that the gradient's norm may be, as the 1 of a `Trainer`; none clips nothing.
@@ -39,6 +39,7 @@ class Schedule:
     """
 
     lr: float
+    beta1: float = 0.9
     falls: bool = False
     warmup: float = 0.0
     clip: float | None = None
@@ -53,8 +54,9 @@ class Schedule:
         return rising * ((self.steps - step) / self.steps if self.falls else 1.0)
 
 
-DEFAULT = Schedule(8e-3, clip=1, dropout=0.3)  # of `pyreft train`
-COMPARED = (DEFAULT, *(replace(DEFAULT, lr=lr, falls=True) for lr in (8e-3, 1.2e-2, 1.6e-2)))
+DEFAULT = Schedule(1.2e-2, 0.5, clip=1, dropout=0.3)  # of `pyreft train`
+_USUAL = replace(DEFAULT, beta1=0.9)
+COMPARED = (DEFAULT, replace(_USUAL, lr=8e-3), *(replace(_USUAL, lr=lr, falls=True) for lr in (8e-3, 1.2e-2, 1.6e-2)))
 SCHEDULES = (
     *(Schedule(lr) for lr in (3e-3, 8e-3)),
     *(Schedule(lr, falls=True) for lr in (3e-3, 5e-3, 8e-3, 1.2e-2, 2e-2)),
@@ -65,6 +67,7 @@ SCHEDULES = (
     *(Schedule(lr, falls=True, clip=1) for lr in (1.2e-2, 2e-2)),
     *(Schedule(lr, falls=True, clip=1, warmup=0.1) for lr in (2e-2, 3e-2)),
     Schedule(5e-3, falls=True, clip=1, of_b=4),
+    *(replace(DEFAULT, lr=lr, beta1=beta1) for lr in (8e-3, 1.2e-2, 1.6e-2) for beta1 in (0.9, 0.7, 0.5, 0.3)),
 )
 
 
@@ -84,27 +87,17 @@ class Scaled(Setting):
 def train(task: str, schedule: Schedule, seed: int) -> Run:
     """The trained adapter of a task."""
     setting = Scaled("located LoRA", 1, "l16", alpha=schedule.alpha, dropout=schedule.dropout)
-    run = Run(setting, FULL, load_task(task).train, schedule.lr, seed)
+    run = Run(setting, FULL, load_task(task).train, schedule.lr, seed, clip=schedule.clip)
     named = [(name, parameter) for name, parameter in run.model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for name, p in named if (".B." in name) == second], "lr": schedule.lr * times}
         for second, times in ((False, 1.0), (True, schedule.of_b))
     ]
-    run.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    parameters = [parameter for _, parameter in named]
-    run.optimizer.register_step_pre_hook(_clipping(parameters, schedule.clip))
+    run.optimizer = torch.optim.AdamW(groups, betas=(schedule.beta1, 0.999), weight_decay=0.0)
     falling = LambdaLR(run.optimizer, schedule.factor)
     run.optimizer.register_step_post_hook(lambda *_: falling.step())
     run.train(schedule.steps)
     return run
-
-
-def _clipping(parameters: list[torch.nn.Parameter], most: float | None) -> Callable[..., None]:
-    def clip(*_: Any) -> None:
-        if most is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, most)
-
-    return clip
 
 
 def main() -> None:

@@ -63,7 +63,12 @@ def _curve(setting: Setting, data: Task, plan: Plan, lr: float, seed: int) -> Ro
 
 
 class Run:
-    """An adapter in training, on the embedded model or on what `load` returns."""
+    """An adapter in training, on the embedded model or on what `load` returns.
+
+    Args:
+        beta1: Adam's momentum.
+        clip: the most that the gradient's norm may be, as the 1 of a `Trainer`; none clips nothing.
+    """
 
     def __init__(
         self,
@@ -73,14 +78,16 @@ class Run:
         lr: float,
         seed: int,
         load: Callable[[], tuple[Any, Any]] = pocket.load,
+        beta1: float = 0.9,
+        clip: float | None = None,
     ) -> None:
         set_seed(seed)
         model, self.tokenizer = load()
         self.model = setting.adapt(model)
         self._call: Callable[..., Any] = self.model if setting.method == "LoRA" else Reach(self.model)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.parameters = sum(parameter.numel() for parameter in trained)
-        self.optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+        self.clip, self._trained = clip, [one for one in self.model.parameters() if one.requires_grad]
+        self.parameters = sum(parameter.numel() for parameter in self._trained)
+        self.optimizer = torch.optim.AdamW(self._trained, lr=lr, betas=(beta1, 0.999), weight_decay=0.0)
         self.steps, self.seconds = 0, 0.0
         self._batches = self._draw(self._encode(pairs), plan.batch_size, torch.Generator().manual_seed(seed))
 
@@ -112,6 +119,8 @@ class Run:
         begin = time.process_time()
         for _ in range(steps):
             self._call(**next(self._batches)).loss.backward()
+            if self.clip is not None:
+                torch.nn.utils.clip_grad_norm_(self._trained, self.clip)
             self.optimizer.step()
             self.optimizer.zero_grad()
         self.seconds += time.process_time() - begin

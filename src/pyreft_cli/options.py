@@ -126,7 +126,7 @@ Dropout = Annotated[
 Epochs = Annotated[float | None, Option(help="Passes over the data.  [default: 10]")]
 LearningRate = Annotated[
     float | None,
-    Option(help="Learning rate.  [default: 0.001; for the formula lora 0.008, and less from a width of 576 on]"),
+    Option(help="Learning rate.  [default: 0.001; for the formula lora 0.012, and less for more rank or width]"),
 ]
 BatchSize = Annotated[int | None, Option(help="Examples in a batch.  [default: 8]")]
 GradientAccumulation = Annotated[int | None, Option(help="Batches in a step.  [default: 1]")]

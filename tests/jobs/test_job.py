@@ -87,6 +87,40 @@ def test_the_rate_stays_for_lora_and_falls_for_others(data, tmp_path, changes, s
     assert [entry["learning_rate"] for entry in history if "loss" in entry] == pytest.approx([0.01 * s for s in shares])
 
 
+def momentum(job):
+    """Adam's, as the last checkpoint has it."""
+    state = torch.load(Path(job.last_checkpoint()) / "optimizer.pt", weights_only=True)
+    return {group["betas"][0] for group in state["param_groups"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"intervention": "lora"}, 0.5),
+        ({}, 0.9),
+        ({"method": "lora", "intervention": None, "layers": "all", "positions": TrainingJob.positions}, 0.9),
+    ],
+)
+def test_located_lora_is_trained_with_less_momentum(data, tmp_path, changes, expected):
+    job = prepared(data, tmp_path, epochs=1, **changes)
+    job.train()
+    assert momentum(job) == {expected}
+
+
+def test_what_was_begun_with_the_usual_momentum_goes_on_with_it(data, tmp_path):
+    """As checkpoints were before: the optimiser is theirs, and so is all that it was told."""
+    job = prepared(data, tmp_path, epochs=1, intervention="lora")
+    job.train()
+    path = Path(job.last_checkpoint()) / "optimizer.pt"
+    state = torch.load(path, weights_only=True)
+    for group in state["param_groups"]:
+        group["betas"] = (0.9, 0.999)
+    torch.save(state, path)
+    job = prepared(data, tmp_path, epochs=2, intervention="lora", resume=True)
+    job.train()
+    assert momentum(job) == {0.9}
+
+
 def test_a_schedule_that_is_not_known(data, tmp_path):
     with pytest.raises(pyreft.ReftError, match=r"expected constant, linear, cosine, got 'constnat'\..*'constant'"):
         prepared(data, tmp_path, lr_scheduler_type="constnat")

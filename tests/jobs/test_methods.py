@@ -40,19 +40,22 @@ def test_what_is_named_has_no_dropout():
 @pytest.mark.parametrize(
     ("settings", "width", "expected"),
     [
-        ({}, 64, 8e-3),
-        ({}, 576, 8e-3),
-        ({}, 4096, 1.1e-3),
+        ({}, 64, 1.2e-2),
+        ({}, 192, 1.2e-2),
+        ({}, 576, 4e-3),
+        ({}, 4096, 5.6e-4),
+        ({"rank": 4}, 192, 6e-3),
+        ({"rank": 16}, 576, 1e-3),
         ({"lr": 0.3}, 4096, 0.3),
-        ({"rank": 4, "layers": "0"}, 192, 8e-3),
-        ({"intervention": "LoRA"}, 64, 8e-3),
+        ({"rank": 4, "layers": "0"}, 192, 6e-3),
+        ({"intervention": "LoRA"}, 64, 1.2e-2),
         ({"intervention": "loreft"}, 64, 1e-3),
         ({"component": "block_output"}, 64, 1e-3),
         ({"method": "loreft"}, 64, 1e-3),
         ({"method": "lora"}, 64, 1e-3),
     ],
 )
-def test_the_learning_rate_suits_the_formula_and_the_width(settings, width, expected):
+def test_the_learning_rate_suits_the_formula_its_rank_and_the_width(settings, width, expected):
     assert learning_rate(TrainingJob(**settings), llama(width)) == expected
 
 
