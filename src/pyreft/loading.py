@@ -65,7 +65,19 @@ def load_base(
         model.name_or_path = name  # an adapter remembers the name: another machine has the model elsewhere
     if labels is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last token by it
+    if labels is None:
+        _end_with(model, tokenizer.eos_token_id)
     return model.eval(), tokenizer
+
+
+def _end_with(model: Any, token: int | None) -> None:
+    """Let answers end at the tokenizer's EOS token, too, with which they are trained to end."""
+    config = getattr(model, "generation_config", None)
+    if config is None or token is None:
+        return
+    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or ())
+    if token not in ends:
+        config.eos_token_id = [*ends, token]
 
 
 def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
