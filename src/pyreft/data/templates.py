@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError
+from .boundary import Chat
 from .fields import Example
 from .turns import Turn
 
@@ -25,13 +26,13 @@ _WAY_OUT = "Mend the row, or write its prompt and its answer out, as `prompt` an
 
 def chat_text(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], extras: Mapping[str, Any] | None = None
-) -> str:
+) -> Chat:
     """Return a chat in the tokenizer's template, up to where the assistant speaks next.
 
     Raises:
         ReftError: no template, or one that refuses the chat, with its own words.
     """
-    return _render(tokenizer, messages, extras or {}, opened=True)
+    return Chat(_render(tokenizer, messages, extras or {}, opened=True))
 
 
 def chat_texts(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[str, str]:
