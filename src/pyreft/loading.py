@@ -153,6 +153,15 @@ def check_rules(adapter: str | os.PathLike) -> None:
         )
 
 
+def least_prompt(adapter: str | os.PathLike) -> int:
+    """How many tokens a prompt needs for an adapter to edit any of them, see `Positions.least`."""
+    if read_config_data(adapter).get("peft_type") != ReftPeftType.REFT.value:
+        return 0
+    config = read_config(adapter)
+    places = config.expand((config.base_model_shape or {}).get("num_hidden_layers"))
+    return min((rule.least for place in places if (rule := place.rule()) is not None), default=0)
+
+
 def check_adapter(adapter: str | os.PathLike, name: str | None = None) -> None:
     """Refuse an adapter that is damaged or does not fit its base model, before any weights are loaded.
 
