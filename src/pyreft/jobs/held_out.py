@@ -57,9 +57,8 @@ def evaluate_file(
     check_rules(adapter)
     adapted, tokenizer = load_adapted(adapter, model, dtype or "auto")
     form: Any = read_format(adapter) or default_format(tokenizer, examples)
-    limit = context_length(adapted.get_base_model(), tokenizer)
-    how: dict[str, Any] = {"long_rows": long_rows, "tally": tally, "least": least_prompt(adapter)}
-    examples, rows = encode_all(tokenizer, examples, form, limit, **how)
+    how: Any = {"limit": context_length(adapted.get_base_model(), tokenizer), "least": least_prompt(adapter)}
+    examples, rows = encode_all(tokenizer, examples, form, long_rows=long_rows, tally=tally, **how)
     answers: list[dict[str, Any]] = []
     found = answered(adapted, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
     for example, (wanted, given) in zip(examples, found, strict=True):
