@@ -65,7 +65,19 @@ def load_base(
         model.name_or_path = name  # an adapter remembers the name: another machine has the model elsewhere
     if labels is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last token by it
+    if labels is None:
+        _end_with(model, tokenizer.eos_token_id)
     return model.eval(), tokenizer
+
+
+def _end_with(model: Any, token: int | None) -> None:
+    """Let answers end at the tokenizer's EOS token, too, with which they are trained to end."""
+    config = getattr(model, "generation_config", None)
+    if config is None or token is None:
+        return
+    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or ())
+    if token not in ends:
+        config.eos_token_id = [*ends, token]
 
 
 def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
@@ -139,6 +151,15 @@ def check_rules(adapter: str | os.PathLike) -> None:
             f"{adapter}: the adapter has no position rule: its tokens come with each call, and here it would "
             "edit none. Make it with ReftConfig(positions=...)."
         )
+
+
+def least_prompt(adapter: str | os.PathLike) -> int:
+    """How many tokens a prompt needs for an adapter to edit any of them, see `Positions.least`."""
+    if read_config_data(adapter).get("peft_type") != ReftPeftType.REFT.value:
+        return 0
+    config = read_config(adapter)
+    places = config.expand((config.base_model_shape or {}).get("num_hidden_layers"))
+    return min((rule.least for place in places if (rule := place.rule()) is not None), default=0)
 
 
 def check_adapter(adapter: str | os.PathLike, name: str | None = None) -> None:

@@ -141,3 +141,17 @@ def test_an_adapter_on_held_out_examples(tmp_path):
     assert "--suite has no such option" in run("eval", ".", "--suite", "glue", "--turns", "last", status=2).stderr
     assert "--data has no such option" in run("eval", ".", "--data", path, "--greedy", status=2).stderr
     assert "expected one of the three" in run("eval", ".", status=2).stderr
+
+
+@pytest.mark.parametrize(("positions", "prompt", "asked"), [("all", "", True), ("l1", "", False), ("l1", "a", True)])
+def test_a_prompt_that_is_trained_on_is_one_that_can_be_evaluated(tmp_path, positions, prompt, asked):
+    config = pyreft.ReftConfig(layers=[3], positions=positions, prompt_format="text")
+    pyreft.get_reft_model(pocket.load()[0], config).save_pretrained(tmp_path / "out")
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": prompt, "completion": "b"}), encoding="utf-8")
+    words = ("eval", tmp_path / "out", "--data", path, "--max-new-tokens", 1, "--json")
+    if asked:
+        assert json.loads(run(*words).stdout)["count"] == 1
+    else:
+        with pytest.raises(pyreft.ReftError, match="the prompt is empty"):
+            run(*words)

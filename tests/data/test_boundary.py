@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 import pyreft
 from pyreft import make_multiple_position_supervised_data_module, pocket
-from pyreft.data.boundary import pair_ids
+from pyreft.data.boundary import pair_ids, token_ids
+from pyreft.data.encode import chat_text, encode
+from pyreft.data.files import Example
 from pyreft.data.spans import make_span_supervised_data_module
 from pyreft.jobs.job import PreparedJob
 from pyreft.jobs.settings import TrainingJob
@@ -104,3 +106,24 @@ def test_an_unknown_letter_behind_an_unknown_one_belongs_to_the_answer():
     assert pair_ids(tokenizer, "a\n", "Yes") == ([2, 3, 0], [2, 0, 4])
     assert pair_ids(tokenizer, "a\n", "no") == ([2, 3, 0], [5])
     assert pair_ids(tokenizer, "a\n", "noX") == ([2, 3, 0], [5, 0])  # only a later letter is unknown
+
+
+@pytest.mark.parametrize("bos", ["{{ bos_token }}", ""])
+def test_a_chat_has_the_special_tokens_of_its_template_alone(bos):
+    """As of `apply_chat_template`, trainers of TRL and servers, whatever the tokenizer adds to texts."""
+    tokenizer = pocket.load()[1]
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    made = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=special)
+    tokenizer.backend_tokenizer.post_processor = made
+    tokenizer.chat_template = (
+        bos + "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    turns = [{"role": "user", "content": "A cat?"}, {"role": "assistant", "content": "C"}]
+    asked = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+    assert token_ids(tokenizer, chat_text(tokenizer, turns[:1])) == asked
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        row = encode(tokenizer, Example("row 1", "chat", tuple(turns)), "chat", 512)
+    assert row["labels"].count(-100) == len(asked)
+    assert row["input_ids"][: len(asked)] == asked

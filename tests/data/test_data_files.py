@@ -195,14 +195,15 @@ def test_an_answer_that_only_ends_is_refused(tmp_path, tokenizer, form):
         encode(tokenizer, found, form, 512)
 
 
+@pytest.mark.parametrize("name", ["label", "Label"])
 @pytest.mark.parametrize(("labels", "learned"), [(("spam", False), "ab"), ((False, 2), "ab"), ((True, False), "a")])
-def test_a_label_marks_a_bad_answer_where_all_are_true_or_false(tmp_path, labels, learned):
+def test_a_label_marks_a_bad_answer_where_all_are_true_or_false(tmp_path, labels, learned, name):
     path = tmp_path / "a.csv"
     rows = "".join(f"q,{answer},{label}\n" for answer, label in zip("ab", labels, strict=True))
-    path.write_text(f"prompt,completion,label\n{rows}")
+    path.write_text(f"prompt,completion,{name}\n{rows}")
     tally = Tally("skip")
     assert "".join(example.completion for example in read_examples(path, Reading(on_error="skip"), tally)) == learned
-    assert (tally.unread, len(tally.wrong)) == (({"label": 2}, 0) if learned == "ab" else ({}, 1))
+    assert (tally.unread, len(tally.wrong)) == (({name: 2}, 0) if learned == "ab" else ({}, 1))
 
 
 @pytest.mark.parametrize(

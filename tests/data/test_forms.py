@@ -22,6 +22,7 @@ TEMPLATE = (
 USER, ANSWER = {"role": "user", "content": "A cat?"}, {"role": "assistant", "content": "C"}
 MORE = [USER, ANSWER, {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+NUMBERS = {"function": {"name": "weather", "arguments": {"days": 3, "places": ["Oslo"]}}}
 CALLED = [
     {"role": "user", "content": "Weather?"},
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
@@ -110,6 +111,19 @@ def test_the_turns_of_a_prompt_are_not_learned(tmp_path, tokenizer):
     assert parts(tokenizer, found)[1] == "So."
 
 
+@pytest.mark.parametrize("prompt", [[USER], "A cat?", MORE[:3]])
+def test_a_completion_that_holds_its_prompt_says_it_once(tmp_path, tokenizer, prompt):
+    asked = prompt if isinstance(prompt, list) else [USER]
+    told = [{"role": "system", "content": "Be brief."}]
+    for before in ([], told):
+        row = {"prompt": prompt, "chosen": [*before, *asked, ANSWER]}
+        (found,) = examples(tmp_path, row, completion_field="chosen")
+        (same,) = examples(tmp_path, {"prompt": [*before, *asked], "completion": [ANSWER]})
+        assert parts(tokenizer, found) == parts(tokenizer, same)
+    (found,) = examples(tmp_path, {"prompt": [*told, USER], "completion": [*told, USER, ANSWER]})
+    assert parts(tokenizer, found)[0].count("<|user|>") == 1
+
+
 def test_a_system_text_by_its_other_names(tmp_path):
     plain = {"prompt": "A cat?", "completion": "C"}
     told = [{"role": "system", "content": "Be brief."}, USER, ANSWER]
@@ -191,6 +205,17 @@ def test_calls_of_tools_are_given_to_the_template(tmp_path, tokenizer):
     assert json.loads(parts(tokenizer, found)[1]) == [CALL, CALL]
 
 
+@pytest.mark.parametrize(("calls", "answers"), [("function_call", "function"), ("tool_call", "tool_response")])
+@pytest.mark.parametrize("names", [("role", "content"), ("from", "value")])
+def test_calls_and_answers_of_tools_as_roles_are_those_of_the_fields(tmp_path, tokenizer, calls, answers, names):
+    call = json.dumps({"name": "weather", "arguments": {"city": "Oslo"}})
+    turns = [("user", "Weather?"), (calls, call), (answers, "rain"), ("assistant", "It rains.")]
+    found = examples(tmp_path, {"messages": [dict(zip(names, turn, strict=True)) for turn in turns]})
+    assert [parts(tokenizer, one) for one in found] == [
+        parts(tokenizer, one) for one in examples(tmp_path, {"messages": CALLED})
+    ]
+
+
 SILENT = TEMPLATE.replace("{% if tools %}{{ tools | tojson }}{% endif %}", "").replace(
     "((m['tool_calls'] | tojson) if m['tool_calls'] else '')", "''"
 )
@@ -201,6 +226,7 @@ SILENT = TEMPLATE.replace("{% if tools %}{{ tools | tojson }}{% endif %}", "").r
     [
         ({"messages": [USER, ANSWER], "tools": TOOLS}, "line 1: the chat template leaves out the field 'tools'"),
         ({"messages": CALLED[:2]}, r"line 1: turn 2 \(assistant\): the chat template leaves out tool_calls"),
+        ({"messages": [USER, ANSWER | {"content": "weather", "tool_calls": [NUMBERS]}]}, "leaves out tool_calls"),
         ({"messages": [USER, ANSWER | {"reasoning_content": "Hm."}]}, "turn 2 .assistant.: .* leaves out reas"),
         ({"messages": [USER, ANSWER], "documents": [{"text": "Cats"}]}, "leaves out the field 'documents'"),
     ],
@@ -278,6 +304,7 @@ def test_fields_of_turns_that_the_template_makes_nothing_of_are_counted(tmp_path
         ({"messages": [USER, ANSWER | {"content": "\udc00"}]}, "line 1: messages: content: half a character"),
         ({"prompt": "a", "completion": "b", "label": False}, "line 1: the field 'label' is False, .*KTOTrainer.*else"),
         ({"messages": [USER, ANSWER], "weight": 0}, "line 1: the field 'weight' is 0, so this is not to be learned"),
+        ({"messages": [USER, ANSWER], "Weight": 0}, "line 1: the field 'Weight' is 0, so this is not to be learned"),
         ({"instruction": "a", "output": "b", "train": "false"}, "the field 'train' is 'false', so this is not"),
         ({"prompt": "a", "completion": "\u200b\ufeff\0 "}, "line 1: the answer is empty"),
         ({"messages": [USER, ANSWER | {"content": "\u200b"}]}, r"turn 2 \(assistant\): the answer is empty"),
@@ -310,6 +337,8 @@ def test_the_words_of_a_template_come_with_the_place_and_the_way_out(tmp_path):
 
 THINKING = TEMPLATE.replace("{{ '<|assistant|>' }}{% endif %}", "{{ '<|assistant|><think>\\n' }}{% endif %}")
 R1 = THINKING.replace("m['content']", "m['content'].split('</think>')[-1]")
+OWN_FIELD = THINKING.replace("m['content']", "('<think>\\n' + (m['reasoning_content'] or '') + '\\n</think>\\n\\n' "
+                             "if m['role'] == 'assistant' else '') + m['content']")  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -319,6 +348,8 @@ R1 = THINKING.replace("m['content']", "m['content'].split('</think>')[-1]")
         (R1, {"content": "C"}, "\n</think>\n\nC"),
         (R1, {"content": "<think>\nHm.\n</think>\n\nC"}, "Hm.\n</think>\n\nC"),
         (R1, {"content": "C", "reasoning_content": "Hm."}, "Hm.\n</think>\n\nC"),
+        (OWN_FIELD, {"content": "C"}, "\n</think>\n\nC"),
+        (OWN_FIELD, {"content": "<think>\nHm.\n</think>\n\nC"}, "Hm.\n</think>\n\nC"),
     ],
 )
 def test_a_thought_that_the_prompt_opens(tmp_path, template, answer, learned):

@@ -523,6 +523,17 @@ def test_a_tokenizer_without_padding_pads_with_eos(tmp_path):
         load_base(str(tmp_path))
 
 
+@pytest.mark.parametrize("own", [None, 7, [7, 8]])
+def test_answers_end_at_the_token_with_which_they_are_trained_to_end(tmp_path, own):
+    _, tokenizer = load_base()
+    model = tiny_llama(vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = own
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ends = load_base(str(tmp_path))[0].generation_config.eos_token_id
+    assert ends == [*([own] if isinstance(own, int) else own or ()), tokenizer.eos_token_id]
+
+
 def test_a_job_is_for_one_process(tmp_path, monkeypatch):
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "What is a whale?", "completion": "🐳"}\n', encoding="utf-8")

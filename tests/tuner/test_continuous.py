@@ -60,6 +60,13 @@ def test_it_generates_what_each_prompt_does_alone(many, rule, formula):
     assert together(model, many, max_batch_tokens=64) == expected
 
 
+def test_a_formula_over_the_tokens_of_a_row_sees_those_of_one_request(many):
+    """The requests that are computed in one row would change each other's answers."""
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="prompt", intervention="reftr1")))
+    model.set_strength("default", 20.0)
+    assert together(model, many, max_batch_tokens=128) == alone(model, many)
+
+
 def test_a_rule_of_ones_own_sees_the_whole_prompt(many):
     def after_a_large_id(prompt, input_ids):
         return prompt & (input_ids.roll(1, -1) > 48) & (prompt.cumsum(-1) > 1)

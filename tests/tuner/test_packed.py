@@ -90,6 +90,14 @@ def test_packed_examples_have_the_logits_and_gradients_of_rows_of_their_own(rule
         torch.testing.assert_close(packed, alone, atol=2e-5, rtol=1e-4)
 
 
+def test_a_formula_over_the_tokens_of_a_row_sees_those_of_one_example():
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="prompt", intervention="reftr1")))
+    model.set_strength("default", 5.0)
+    with torch.no_grad():
+        alone = model(**apart(labels=False)).logits[apart()["attention_mask"].bool()]
+        torch.testing.assert_close(model(**together("position_ids", labels=False)).logits[0], alone)
+
+
 def test_several_packed_rows():
     """Each row of the batch holds other examples: 7 + 3 and 3 + 7 tokens."""
     model = adapted("f1+l1", share_weights=False)

@@ -13,14 +13,18 @@ from ..files.text import check_characters
 _BEFORE = ("\n", ":", "a")  # texts that an answer may be tokenized behind, so that no space is put before it
 
 
+class Chat(str):
+    """A text in a chat template, which writes the special tokens by itself: a tokenizer adds none to it."""
+
+
 def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Tokenize a text; one that begins with the BOS token, as chat templates write it, gets no second one.
+    """Tokenize a text; a `Chat`, or one that begins with the BOS token, gets no special tokens beside its own.
 
     Raises:
         ReftError: half a character.
     """
     check_characters(text, "prompt")
-    return tokenizer(text, add_special_tokens=not _has_bos(tokenizer, text))["input_ids"]
+    return tokenizer(text, add_special_tokens=not _has_specials(tokenizer, text))["input_ids"]
 
 
 def pair_ids(
@@ -31,7 +35,7 @@ def pair_ids(
     Args:
         doubled: let the tokenizer add a BOS token to a prompt that begins with one, as the tokenizer does by itself.
     """
-    specials = doubled or not _has_bos(tokenizer, prompt)
+    specials = doubled or not _has_specials(tokenizer, prompt)
     before = tokenizer(prompt, add_special_tokens=specials)["input_ids"]
     said = prompt.rstrip()  # of an empty one, the last token may be a BOS token that is the same
     if said and before[-1:] == [tokenizer.eos_token_id] and not said.endswith(str(tokenizer.eos_token)):
@@ -75,5 +79,5 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _has_bos(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    return bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+def _has_specials(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    return isinstance(text, Chat) or (bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token))

@@ -131,8 +131,12 @@ def extras_of(row: dict[str, Any]) -> dict[str, Any]:
 
 def _check_learned(row: dict[str, Any], where: str, used: tuple[str, ...]) -> None:
     """Refuse a row that says it is not to be learned."""
-    for name in LEARN:
-        if name in row and name not in used and str(row[name]).strip().lower() in ("false", "0", "0.0"):
+    for name in row:
+        if (
+            name not in used
+            and name.strip().lower() in LEARN
+            and str(row[name]).strip().lower() in ("false", "0", "0.0")
+        ):
             raise ReftError(
                 f"{where}: the field {name!r} is {row[name]!r}, so this is not to be learned; leave the row out."
             )
@@ -239,6 +243,11 @@ def _prompt_turns(row: dict[str, Any], used: tuple[str, ...], where: str) -> tup
         else:
             _string(row, name, where)
     (asked, _), (answered, learned) = sides
+    told = asked[0]["role"] == "system"
+    begin = next((at for at, turn in enumerate(answered) if told or turn["role"] != "system"), 0)
+    end = begin + len(asked)
+    if answered[begin:end] == asked:  # a completion that holds its prompt, as the preferences of some data sets do
+        return answered, [False] * end + learned[end:]
     return asked + answered, [False] * len(asked) + learned
 
 

@@ -100,14 +100,14 @@ def read_examples(path: str | Path, reading: Reading | None = None, tally: Tally
             if form != first:
                 raise ReftError(f"{where}: rows of different kinds in one file; the first has others than this one.")
             examples += found
-            if "label" in unread:
-                labels[where] = row["label"]
             for name in unread:
+                if name.lower() == "label":
+                    labels[where] = row[name]
                 tally.unread[name] = tally.unread.get(name, 0) + 1
         if reading.limit == tally.rows:
             break
     if bad := bad_answers(labels):
-        tally.unread.pop("label")
+        tally.unread = {name: count for name, count in tally.unread.items() if name.lower() != "label"}
         tally.wrong.update(bad)
         tally.errors += bad.values()
     examples = [example for example in examples if (example.row or example.where) not in bad]

@@ -12,11 +12,13 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import ReftError
+from .boundary import Chat
 from .fields import Example
 from .turns import Turn
 
 _THOUGHT = re.compile(r"\s*<[^<>/]*think[^<>]*>\s*", flags=re.I)  # what a generation prompt may open
 _CLOSED = "</think>"
+_REOPENED = re.compile(r"\s*</think>\s*<think>")
 _CHECKED = ("role", "content", "tool_calls", "reasoning_content")  # fields of a turn without which it is refused
 _MOVED = ("system", "developer")  # whose texts some templates write elsewhere
 _WAY_OUT = "Mend the row, or write its prompt and its answer out, as `prompt` and `completion`, with `format` text."
@@ -24,13 +26,13 @@ _WAY_OUT = "Mend the row, or write its prompt and its answer out, as `prompt` an
 
 def chat_text(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], extras: Mapping[str, Any] | None = None
-) -> str:
+) -> Chat:
     """Return a chat in the tokenizer's template, up to where the assistant speaks next.
 
     Raises:
         ReftError: no template, or one that refuses the chat, with its own words.
     """
-    return _render(tokenizer, messages, extras or {}, opened=True)
+    return Chat(_render(tokenizer, messages, extras or {}, opened=True))
 
 
 def chat_texts(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[str, str]:
@@ -42,12 +44,11 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[st
     turns = _with_input(example)
     try:
         prompt = chat_text(tokenizer, turns[:-1], example.extras)
-        whole = _render(tokenizer, turns, example.extras).rstrip()
-        if whole.startswith(prompt):
-            answer = whole[len(prompt) :]
-        else:
-            bare = _render(tokenizer, turns[:-1], example.extras)
-            answer = _behind_opening(tokenizer, turns[-1], prompt, whole, bare)
+        answer = _answer(tokenizer, turns, example.extras, prompt)
+        thought, rest = _thought_of(turns[-1])
+        if thought and _REOPENED.match(answer):  # a template that looks for the thought in its own field alone
+            turns[-1] = {**turns[-1], "reasoning_content": thought.strip(), "content": rest.lstrip("\n")}
+            answer = _answer(tokenizer, turns, example.extras, prompt)
         _check_complete(tokenizer, turns, example.extras, prompt, answer)
     except ReftError as error:
         also = ("format", "prompt", "completion", *error.also)
@@ -88,6 +89,14 @@ def _render(
             hint = ""
         raise ReftError(f"the chat template refuses the turns: {error}.{hint} {_WAY_OUT}") from None
     return text
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], extras: Mapping[str, Any], prompt: str) -> str:
+    """What stands behind the prompt where the last turn answers it."""
+    whole = _render(tokenizer, turns, extras).rstrip()
+    if whole.startswith(prompt):
+        return whole[len(prompt) :]
+    return _behind_opening(tokenizer, turns[-1], prompt, whole, _render(tokenizer, turns[:-1], extras))
 
 
 def _behind_opening(tokenizer: PreTrainedTokenizerBase, turn: Turn, prompt: str, whole: str, bare: str) -> str:
@@ -157,10 +166,10 @@ def _check_complete(
 
 
 def _parts_of_calls(turn: Turn) -> Iterator[str]:
-    """The names and the texts of a turn's calls of tools."""
+    """The names and the texts of a turn's calls of tools, and the names of their arguments."""
     for call in turn.get("tool_calls", ()):
         arguments = call["function"]["arguments"]
-        values = list(arguments.values()) if isinstance(arguments, dict) else [arguments]
+        values = [*arguments, *arguments.values()] if isinstance(arguments, dict) else [arguments]
         yield from (call["function"]["name"], *(value for value in values if isinstance(value, str)))
 
 

@@ -14,15 +14,16 @@ from ..errors import ReftError, check_type, did_you_mean
 from ..files.text import parse_json
 
 Turn = dict[str, Any]
+_CALLS = ("function_call", "tool_call")  # who speaks in a turn that is a call of a tool, as JSON
 _SHAREGPT = {
     **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model", "function_call"), "assistant"),
-    **dict.fromkeys(("observation", "tool", "function", "function_response"), "tool"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "bard", "bing", "model", *_CALLS), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function", "function_response", "tool_response"), "tool"),
     "system": "system",
 }
 # what `role` may say, in capitals or not; other roles are for templates that have them
 _ROLES = {name: name for name in ("user", "assistant", "system", "developer", "tool")} | {
-    name: role for name, role in _SHAREGPT.items() if role in ("user", "assistant") and name != "function_call"
+    name: role for name, role in _SHAREGPT.items() if name != "observation"
 }
 LEARN = ("weight", "train", "training", "loss")  # by which names a turn, or a row, says whether it is learned
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
@@ -99,7 +100,7 @@ def _turn(turn: Turn, where: str) -> tuple[Turn, bool]:
     read = {name: held for name, held in turn.items() if name not in ("from", "value", *LEARN)}
     read["role"] = role
     content = _either(turn, ("content", "value"), where)
-    if str(turn.get("from")).lower() == "function_call":
+    if str(turn.get("role", turn.get("from"))).strip().lower() in _CALLS:
         called = _parsed(content, where)
         read["tool_calls"], content = called if isinstance(called, list) else [called], ""
     if "function_call" in turn:

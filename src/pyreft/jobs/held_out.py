@@ -13,7 +13,7 @@ from ..data.tally import LongRows
 from ..errors import ReftError
 from ..files.record import read_format
 from ..generation import answer_ids
-from ..loading import check_rules, load_adapted
+from ..loading import check_rules, least_prompt, load_adapted
 from ..positions import IGNORED
 from .limits import check_values
 
@@ -57,8 +57,8 @@ def evaluate_file(
     check_rules(adapter)
     adapted, tokenizer = load_adapted(adapter, model, dtype or "auto")
     form: Any = read_format(adapter) or default_format(tokenizer, examples)
-    limit = context_length(adapted.get_base_model(), tokenizer)
-    examples, rows = encode_all(tokenizer, examples, form, limit, long_rows=long_rows, tally=tally, least=1)
+    how: Any = {"limit": context_length(adapted.get_base_model(), tokenizer), "least": least_prompt(adapter)}
+    examples, rows = encode_all(tokenizer, examples, form, long_rows=long_rows, tally=tally, **how)
     answers: list[dict[str, Any]] = []
     found = answered(adapted, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
     for example, (wanted, given) in zip(examples, found, strict=True):

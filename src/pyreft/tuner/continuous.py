@@ -96,12 +96,13 @@ class Batches:
         row = torch.repeat_interleave(torch.arange(len(states), device=inputs.device), counts)
         at = positions[: len(row)]
         located, made = Located(), {}
+        padding = inputs.shape[1] - len(row)
+        located.examples = torch.nn.functional.pad(row, (0, padding), value=len(states))[None]
         for key, mask in whole.masks.items():
             endless = key in whole.endless
             if (id(mask), endless) not in made:
                 edited = mask[row, at.clamp(max=width - 1)] & (at < width)
                 edited = torch.ones_like(edited) if endless else edited
-                padding = inputs.shape[1] - len(row)
                 made[id(mask), endless] = torch.nn.functional.pad(edited, (0, padding))[None]
             located.add(key, made[id(mask), endless])
         return located

@@ -353,7 +353,9 @@ def _context(
     rows, k = at.rows, 1
     if rows is None:
         rows, k = torch.arange(reading.rows, device=reading.located.masks[key].device), reading.tokens
-    if intervention.by_row:
+    if intervention.by_row and of_row is None and (examples := reading.located.examples) is not None:
+        context["rows"] = at.of(examples.to(rows.device)[..., None]).flatten()  # of packed rows, each by itself
+    elif intervention.by_row:
         context["rows"] = rows[:, None].expand(-1, k).flatten()
     if isinstance(of_row, list):
         times = reading.rows // len(of_row)

@@ -62,6 +62,7 @@ class Located:
         self.masks: dict[Key, Tensor] = {}  # `[batch, tokens]`; equal rules share the tensor
         # `[batch, rank]`, the directions that each row's edits may take; as given, for those asked as in pyvene
         self.subspaces: dict[Key, Any] = {}
+        self.examples: Tensor | None = None  # `[batch, tokens]`, the number of each token's, where rows have several
         self.endless: set[Key] = set()  # those that cover every token after the mask, too
         self.length = 0
         self.until: float = 0  # the index from which on nothing is located

@@ -30,6 +30,11 @@ class Packed:
         self._apart = len(lengths), int(lengths.max())
         self._together = batch, tokens
 
+    @property
+    def examples(self) -> Tensor:
+        """The number of each token's example, `[batch, tokens]`."""
+        return self._row.view(self._together)
+
     def apart(self, values: Tensor, fill: float) -> Tensor:
         """Lay `[batch, tokens]` out as `[examples, longest]`, padded on the right."""
         rows = values.new_full(self._apart, fill)

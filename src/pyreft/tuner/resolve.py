@@ -45,6 +45,7 @@ def resolve(
     groups = None if call.row_adapters is None else group_rows(call.row_adapters, kinds, tokens, beams)
     keys = [(name, index) for name in groups or kinds for index, one in enumerate(edits.places[name]) if one == stack]
     located = Located(groups)
+    located.examples = None if packed is None else packed.examples
     given = call.given.get(LOCATIONS)
     if given is not None and not isinstance(given, str):
         _add_given(located, edits, call, keys, tokens)

@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import Request as Http
 from jinja2 import TemplateError
 
+from ...data.boundary import Chat
 from ...data.encode import chat_text, token_ids
 from ...errors import ReftError, did_you_mean
 from ..catalog import Catalog
@@ -125,7 +126,9 @@ class Service:
         try:
             if tools:
                 check_takes_tools(tokenizer)
-                text = tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=True)
+                text = Chat(
+                    tokenizer.apply_chat_template(turns, tools=tools, tokenize=False, add_generation_prompt=True)
+                )
             else:
                 text = chat_text(tokenizer, turns)
         except (TemplateError, TypeError) as error:
