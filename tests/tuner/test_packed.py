@@ -98,6 +98,21 @@ def test_a_formula_over_the_tokens_of_a_row_sees_those_of_one_example():
         torch.testing.assert_close(model(**together("position_ids", labels=False)).logits[0], alone)
 
 
+def test_a_formula_over_the_tokens_of_a_row_behind_packed_ones():
+    """As a step with the cache of a packed row, for its last example."""
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions="all", intervention="reftr1")))
+    given = together("position_ids", labels=False)
+    row = torch.tensor([number for number, one in enumerate(ROWS) for _ in one])
+    sees = (row[:, None] == row) & (torch.arange(len(row))[:, None] >= torch.arange(len(row)))
+    with torch.no_grad():
+        cache = model(**given | {"use_cache": True, "attention_mask": sees[None, None]}).past_key_values
+        step = {"input_ids": torch.tensor([[9]]), "position_ids": torch.tensor([[len(ROWS[-1])]])}
+        seen = torch.cat((row == len(ROWS) - 1, torch.tensor([True])))[None, None, None]
+        packed = model(**step, past_key_values=cache, attention_mask=seen).logits
+        cache = model(input_ids=torch.tensor([ROWS[-1]]), use_cache=True).past_key_values
+        torch.testing.assert_close(packed, model(**step, past_key_values=cache).logits)
+
+
 def test_several_packed_rows():
     """Each row of the batch holds other examples: 7 + 3 and 3 + 7 tokens."""
     model = adapted("f1+l1", share_weights=False)

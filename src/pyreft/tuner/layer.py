@@ -353,7 +353,8 @@ def _context(
     rows, k = at.rows, 1
     if rows is None:
         rows, k = torch.arange(reading.rows, device=reading.located.masks[key].device), reading.tokens
-    if intervention.by_row and of_row is None and (examples := reading.located.examples) is not None:
+    examples = None if at.places is None and at.valid is None else reading.located.examples  # none behind the mask
+    if intervention.by_row and of_row is None and examples is not None:
         context["rows"] = at.of(examples.to(rows.device)[..., None]).flatten()  # of packed rows, each by itself
     elif intervention.by_row:
         context["rows"] = rows[:, None].expand(-1, k).flatten()
