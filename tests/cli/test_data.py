@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from tokenizers import processors
 
 import pyreft
 from commands import run
@@ -155,3 +156,19 @@ def test_a_prompt_that_is_trained_on_is_one_that_can_be_evaluated(tmp_path, posi
     else:
         with pytest.raises(pyreft.ReftError, match="the prompt is empty"):
             run(*words)
+
+
+@pytest.mark.parametrize("more", [[], [{"prompt": "a b c", "completion": "b"}]])
+def test_a_prompt_of_no_token_is_not_asked(tmp_path, more):
+    """Beside others it would be answered from padding."""
+    model, tokenizer = pocket.load()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    config = pyreft.ReftConfig(layers=[3], positions="all", prompt_format="text")
+    pyreft.get_reft_model(model, config).save_pretrained(tmp_path / "out")
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "", "completion": "b"}, *more]
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    with pytest.raises(pyreft.ReftError, match="line 1: the prompt is empty, and the tokenizer begins no text"):
+        run("eval", tmp_path / "out", "--data", path, "--model", tmp_path / "base", "--json")

@@ -8,6 +8,7 @@ import torch
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from ..data.encode import context_length, default_format, encode_all
+from ..data.fields import Example
 from ..data.files import Reading, Tally, read_examples
 from ..data.tally import LongRows
 from ..errors import ReftError
@@ -59,6 +60,7 @@ def evaluate_file(
     form: Any = read_format(adapter) or default_format(tokenizer, examples)
     how: Any = {"limit": context_length(adapted.get_base_model(), tokenizer), "least": least_prompt(adapter)}
     examples, rows = encode_all(tokenizer, examples, form, long_rows=long_rows, tally=tally, **how)
+    _check_asked(examples, rows)
     answers: list[dict[str, Any]] = []
     found = answered(adapted, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens)
     for example, (wanted, given) in zip(examples, found, strict=True):
@@ -66,18 +68,24 @@ def evaluate_file(
         answers.append({**asked, "expected": wanted, "answer": given, "right": wanted == given})
         if progress:
             progress(len(answers), len(rows))
-    right = sum(answer["right"] for answer in answers)
     loss = mean_loss(adapted, padded_batches(tokenizer, rows, batch_size))
     return {
         "count": len(rows),
         "loss": loss,
-        "exact": right / len(rows),
+        "exact": sum(answer["right"] for answer in answers) / len(rows),
         "answers": answers,
         "wrong": len(tally.wrong),
         "listed": tally.listed(),
         "skipped": tally.skipped,
         "cut": tally.cut,
     }
+
+
+def _check_asked(examples: Sequence[Example], rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse a prompt without a token: nothing can be generated from it, and beside others it would be of padding."""
+    for example, row in zip(examples, rows, strict=True):
+        if row["labels"][0] != IGNORED:
+            raise ReftError(f"{example.where}: the prompt is empty, and the tokenizer begins no text by itself.")
 
 
 def answered(
