@@ -350,6 +350,7 @@ OWN_FIELD = THINKING.replace("m['content']", "('<think>\\n' + (m['reasoning_cont
         (R1, {"content": "C", "reasoning_content": "Hm."}, "Hm.\n</think>\n\nC"),
         (OWN_FIELD, {"content": "C"}, "\n</think>\n\nC"),
         (OWN_FIELD, {"content": "<think>\nHm.\n</think>\n\nC"}, "Hm.\n</think>\n\nC"),
+        (OWN_FIELD, {"content": "<think>\n\n</think>\n\nC"}, "\n</think>\n\nC"),
     ],
 )
 def test_a_thought_that_the_prompt_opens(tmp_path, template, answer, learned):

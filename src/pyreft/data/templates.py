@@ -46,7 +46,7 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[st
         prompt = chat_text(tokenizer, turns[:-1], example.extras)
         answer = _answer(tokenizer, turns, example.extras, prompt)
         thought, rest = _thought_of(turns[-1])
-        if thought and _REOPENED.match(answer):  # a template that looks for the thought in its own field alone
+        if thought is not None and _REOPENED.match(answer):  # a template that looks for it in its own field alone
             turns[-1] = {**turns[-1], "reasoning_content": thought.strip(), "content": rest.lstrip("\n")}
             answer = _answer(tokenizer, turns, example.extras, prompt)
         _check_complete(tokenizer, turns, example.extras, prompt, answer)
