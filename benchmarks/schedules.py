@@ -54,9 +54,9 @@ class Schedule:
         return rising * ((self.steps - step) / self.steps if self.falls else 1.0)
 
 
-DEFAULT = Schedule(1.2e-2, 0.5, clip=1, dropout=0.3)  # of `pyreft train`
-_USUAL = replace(DEFAULT, beta1=0.9)
-COMPARED = (DEFAULT, replace(_USUAL, lr=8e-3), *(replace(_USUAL, lr=lr, falls=True) for lr in (8e-3, 1.2e-2, 1.6e-2)))
+DEFAULT = Schedule(8e-3, clip=1, dropout=0.3)  # of `pyreft train`
+LESS_MOMENTUM = replace(DEFAULT, lr=1.2e-2, beta1=0.5)
+COMPARED = (DEFAULT, LESS_MOMENTUM, *(replace(DEFAULT, lr=lr, falls=True) for lr in (8e-3, 1.2e-2, 1.6e-2)))
 SCHEDULES = (
     *(Schedule(lr) for lr in (3e-3, 8e-3)),
     *(Schedule(lr, falls=True) for lr in (3e-3, 5e-3, 8e-3, 1.2e-2, 2e-2)),

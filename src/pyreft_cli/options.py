@@ -126,7 +126,7 @@ Dropout = Annotated[
 Epochs = Annotated[float | None, Option(help="Passes over the data.  [default: 10]")]
 LearningRate = Annotated[
     float | None,
-    Option(help="Learning rate.  [default: 0.001; for the formula lora 0.012, and less for more rank or width]"),
+    Option(help="Learning rate.  [default: 0.001; for the formula lora 0.008, less beyond a width of 576 or rank 4]"),
 ]
 BatchSize = Annotated[int | None, Option(help="Examples in a batch.  [default: 8]")]
 GradientAccumulation = Annotated[int | None, Option(help="Batches in a step.  [default: 1]")]
@@ -136,6 +136,10 @@ LrSchedulerType = Annotated[
     Option(
         help="The rate after that: constant, linear or cosine.  [default: constant for the formula lora, else linear]"
     ),
+]
+AdamBeta1 = Annotated[
+    float | None,
+    Option(help="Adam's momentum; with less, small models learn in fewer steps at a higher rate.  [default: 0.9]"),
 ]
 WeightDecay = Annotated[float | None, Option(help="Weight decay.  [default: 0]")]
 Seed = Annotated[int | None, Option(help="Seed.  [default: 42]")]

@@ -39,6 +39,7 @@ def train(
     gradient_accumulation: options.GradientAccumulation = None,
     warmup_ratio: options.WarmupRatio = None,
     lr_scheduler_type: options.LrSchedulerType = None,
+    adam_beta1: options.AdamBeta1 = None,
     weight_decay: options.WeightDecay = None,
     max_length: options.MaxLength = None,
     long_rows: options.LongRows = None,
@@ -70,14 +71,14 @@ def train(
 
     Everything is checked first. The output then holds the adapter, the loss as a table and a picture, and checkpoints.
     """
-    jobs = _make_jobs(recipe, read_settings(context.params, config), config)
-    results = [_train(job, shown=not (quiet or as_json)) for job in jobs]
+    results = [_train(job, shown=not (quiet or as_json)) for job in _make_jobs(recipe, context.params, config)]
     if as_json:
         print_json(results[0] if len(results) == 1 else results)
 
 
-def _make_jobs(recipe: str | None, settings: dict[str, Any], config: Path | None) -> list[Any]:
-    """The one job of these settings, or those of a recipe; of several, all are checked before the first is trained."""
+def _make_jobs(recipe: str | None, given: dict[str, Any], config: Path | None) -> list[Any]:
+    """The one job of what is given, or those of a recipe; of several, all are checked before the first is trained."""
+    settings = read_settings(given, config)
     if recipe is None:
         check_data(settings)
     elif Path(recipe).suffix.lower() in ENDINGS:

@@ -63,6 +63,7 @@ def tune(
     gradient_accumulation: options.GradientAccumulation = None,
     warmup_ratio: options.WarmupRatio = None,
     lr_scheduler_type: options.LrSchedulerType = None,
+    adam_beta1: options.AdamBeta1 = None,
     weight_decay: options.WeightDecay = None,
     limit: options.Limit = None,
     max_length: options.MaxLength = None,
@@ -91,8 +92,7 @@ def tune(
             raise typer.BadParameter("it is missing.", param_hint=f"--{name}")
     check_data(settings)
     hush()
-    shown = not (quiet or as_json)
-    found = _search(settings, shown)
+    found = _search(settings, shown := not (quiet or as_json))
     if as_json:
         print_json({"output": str(found.output), **found.to_dict()})
     elif shown:

@@ -96,7 +96,7 @@ def test_the_directory_of_the_user_is_found_behind_a_sign_and_in_a_file(tmp_path
     code = """
 import sys
 from pyreft_cli import app, train
-train._make_jobs = lambda recipe, settings, config: print(settings["output"], settings["data"]) or []
+train.check_data = lambda settings: print(settings["output"], settings["data"]) or sys.exit()
 for words in (["--output=~/a", "--data=b"], ["--config=~/c.yaml"]):
     sys.argv = ["pyreft", "train", *words]
     try:

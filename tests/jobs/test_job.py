@@ -93,32 +93,11 @@ def momentum(job):
     return {group["betas"][0] for group in state["param_groups"]}
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"intervention": "lora"}, 0.5),
-        ({}, 0.9),
-        ({"method": "lora", "intervention": None, "layers": "all", "positions": TrainingJob.positions}, 0.9),
-    ],
-)
-def test_located_lora_is_trained_with_less_momentum(data, tmp_path, changes, expected):
+@pytest.mark.parametrize(("changes", "expected"), [({}, 0.9), ({"adam_beta1": 0.5}, 0.5), ({"adam_beta1": 0}, 0)])
+def test_the_momentum_of_adam_is_as_asked(data, tmp_path, changes, expected):
     job = prepared(data, tmp_path, epochs=1, **changes)
     job.train()
     assert momentum(job) == {expected}
-
-
-def test_what_was_begun_with_the_usual_momentum_goes_on_with_it(data, tmp_path):
-    """As checkpoints were before: the optimiser is theirs, and so is all that it was told."""
-    job = prepared(data, tmp_path, epochs=1, intervention="lora")
-    job.train()
-    path = Path(job.last_checkpoint()) / "optimizer.pt"
-    state = torch.load(path, weights_only=True)
-    for group in state["param_groups"]:
-        group["betas"] = (0.9, 0.999)
-    torch.save(state, path)
-    job = prepared(data, tmp_path, epochs=2, intervention="lora", resume=True)
-    job.train()
-    assert momentum(job) == {0.9}
 
 
 def test_a_schedule_that_is_not_known(data, tmp_path):
@@ -231,6 +210,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(data, tmp_path):
         ({"layers": "1"}, r"was made with layers = \[3\], now it is \[1\]"),
         ({"format": "text"}, "was made with prompt_format = 'chat', now it is 'text'"),
         ({"lr": 0.02}, r"resume: .*was made with lr = 0\.01, now it is 0\.02; a training goes on with the settings it"),
+        ({"adam_beta1": 0.5}, r"was made with adam_beta1 = 0\.9, now it is 0\.5"),
         ({"warmup_ratio": 0.1}, r"was made with warmup_ratio = 0\.0, now it is 0\.1"),
         ({"lr_scheduler_type": "cosine"}, "was made with lr_scheduler_type = 'linear', now it is 'cosine'"),
         ({"seed": 7}, "was made with seed = 42, now it is 7"),
@@ -246,15 +226,22 @@ def test_other_settings_cannot_go_on_from_a_checkpoint(data, tmp_path, changes, 
         prepared(data, tmp_path, resume=True, **changes)
 
 
-def test_a_checkpoint_that_names_no_schedule_had_a_falling_rate(data, tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "was made with lr_scheduler_type = 'linear', now it is 'constant'"),
+        ({"lr_scheduler_type": "linear", "adam_beta1": 0.5}, r"was made with adam_beta1 = 0\.9, now it is 0\.5"),
+    ],
+)
+def test_a_checkpoint_that_names_no_schedule_and_no_momentum_had_the_usual_ones(data, tmp_path, changes, message):
     job = prepared(data, tmp_path, epochs=1, intervention="lora", lr_scheduler_type="linear")
     job.train()
     path = Path(job.last_checkpoint()) / DATA_FILE
     facts = json.loads(path.read_text())
-    del facts["settings"]["lr_scheduler_type"]
+    del facts["settings"]["lr_scheduler_type"], facts["settings"]["adam_beta1"]
     path.write_text(json.dumps(facts))
-    with pytest.raises(pyreft.ReftError, match="was made with lr_scheduler_type = 'linear', now it is 'constant'"):
-        prepared(data, tmp_path, resume=True, intervention="lora")
+    with pytest.raises(pyreft.ReftError, match=message):
+        prepared(data, tmp_path, resume=True, intervention="lora", **changes)
 
 
 def test_a_training_that_diverges_stops_there_and_leaves_nothing_of_it(data, tmp_path):

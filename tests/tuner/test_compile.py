@@ -186,6 +186,17 @@ def test_what_is_traced_edits_each_prompt_at_its_own_tokens(prompts, rule):
         torch.testing.assert_close(found, model(ids, attention_mask=mask).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+@pytest.mark.parametrize("rule", ["l2", "f1+l1", "prompt"])
+def test_a_formula_over_the_tokens_of_a_row_takes_the_located_ones(prompts, rule):
+    """ReFT-r1's mean breaks the graph; the others that a compiled forward has beside them are not in it."""
+    model = shaken(pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(positions=rule, intervention="reftr1")))
+    model.set_strength("default", 5)
+    expected, plain = (call(**batch(prompts)).logits for call in (model, tiny_llama()))
+    assert not torch.allclose(expected, plain, atol=0.1)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(**batch(prompts)).logits, expected)
+
+
 @pytest.mark.parametrize("wrap", [pyreft.get_reft_model, peft.get_peft_model])
 def test_a_file_fits_a_base_whether_it_is_compiled_or_not(prompts, tmp_path, wrap):
     """As wrapped before the adapter is put on, which puts `_orig_mod.` into the paths of all that is inside."""

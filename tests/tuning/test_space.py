@@ -29,7 +29,7 @@ def test_what_nobody_has_tuned_comes_first(model):
     space = find_space(model, TrainingJob(), ROWS)
     settings = space.settings(space.starts[0])
     assert make_config(TrainingJob(**settings)).to_dict() == make_config(TrainingJob()).to_dict()
-    assert (settings["lr"], settings["epochs"]) == (1.2e-2, TrainingJob.epochs)
+    assert (settings["lr"], settings["epochs"]) == (8e-3, TrainingJob.epochs)
     assert set(space.starts[0]) == set(Space.NAMES)
 
 

@@ -60,7 +60,7 @@ def test_what_a_tuning_leaves(tuned):
     assert [record.number for record in tuned.trials] == [0, 1, 2]
     assert json.loads((tuned.output / "trials.json").read_text()) == json.loads(json.dumps(tuned.to_dict()))
     default = tuned.default
-    assert (default.number, default.settings["lr"], default.settings["rank"]) == (0, 1.2e-2, 1)
+    assert (default.number, default.settings["lr"], default.settings["rank"]) == (0, 8e-3, 1)
     assert tuned.best.loss <= default.loss
     assert tuned.picture.read_text().count("not tuned") == 2
     for record in tuned.trials:

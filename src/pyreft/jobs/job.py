@@ -264,7 +264,7 @@ class PreparedJob:
             output_dir=str(self.output / CHECKPOINTS),
             num_train_epochs=job.epochs,
             learning_rate=job.lr,
-            adam_beta1=job.adam_beta1,
+            adam_beta1=float(job.adam_beta1),  # torch takes no 0
             per_device_train_batch_size=job.batch_size,
             per_device_eval_batch_size=job.batch_size,
             gradient_accumulation_steps=job.gradient_accumulation,

@@ -15,7 +15,7 @@ _POSITIVE = (
     *("epochs", "lr", "batch_size", "gradient_accumulation"),
     *("save_steps", "alpha", "limit", "early_stopping"),
 )
-_SHARES = ("dropout", "warmup_ratio", "validation_split")
+_SHARES = ("dropout", "warmup_ratio", "adam_beta1", "validation_split")
 
 
 def check_values(settings: Mapping[str, Any]) -> None:

@@ -64,16 +64,16 @@ def make_config(job: TrainingJob) -> PeftConfig:
 def learning_rate(job: TrainingJob, model: nn.Module) -> float:
     """The learning rate of a job, or if it has none what suits its formula and the base model.
 
-    It is 0.001; for LoRA at located tokens, of rank r on a model of width d, 0.012 · 192 / d / √r, and at most
-    0.012 / √r. Widths of 192 and 576 and ranks of 1 to 16 were tried (`benchmarks/RESULTS.md`): a step of A is felt by
-    as many numbers at once as it is wide, and one of B by as many as there are ranks.
+    It is 0.001, and for LoRA at located tokens 0.008, which served widths of 192 and 576 (`benchmarks/RESULTS.md`). On
+    wider models that falls as 1/width, since a step of A is felt by as many numbers at once; that is not measured. From
+    a rank of 4 on it falls as 1/√rank, since each step moves as many directions: a rank of 16 learns little at 0.008.
     """
     if job.lr is not None:
         return job.lr
     if job.formula != "lora":
         return 1e-3
     width = base_model_shape(model)["hidden_size"] or 0
-    return float(f"{1.2e-2 * 192 / max(width, 192) / math.sqrt(job.rank or 1):.2g}")
+    return float(f"{8e-3 * 576 / max(width, 576) / math.sqrt(max(job.rank or 1, 4) / 4):.2g}")
 
 
 def attach(model: nn.Module, config: PeftConfig, base: str | None) -> PeftModel:

@@ -42,7 +42,8 @@ def check_same_training(
             setting="resume",
         )
     earlier = before.get("settings", {})
-    earlier = {"lr_scheduler_type": "linear"} | earlier if earlier else {}  # all were, before it could be chosen
+    if earlier:  # what all were before it could be chosen
+        earlier = {"lr_scheduler_type": "linear", "adam_beta1": 0.9} | earlier
     for name, value in settings.items():
         if name in earlier and earlier[name] != value:
             raise ReftError(

@@ -195,8 +195,9 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         for number, (index, columns) in enumerate(zip(self.indices[name], self.columns[name], strict=True)):
             if (name, index) not in reading.at:
                 continue
-            at = reading.at[name, index].to(h.device)
             intervention, R = self._intervention(name, number, adapters, call, h)
+            at = reading.at[name, index].to(h.device)
+            at = at.alone() if intervention.by_row else at  # such a formula takes no other tokens
             context = _context(intervention, R, (name, index), at, reading, by_itself=not adapters)
             if getattr(intervention, "reads_input", False):
                 read = at.of(self._check_input(x, h))
@@ -207,9 +208,7 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
             new = _formula(intervention, states, strength, context).to(h.dtype).view_as(part)
             if at.valid is not None:
                 new = torch.where(at.valid[(..., *[None] * (part.dim() - 2))], new, part)
-            if columns is not None:
-                new = columns.put(there, new)
-            h = at.put(h, new)
+            h = at.put(h, new if columns is None else columns.put(there, new))
         return h
 
     def _check_input(self, x: Tensor | None, h: Tensor) -> Tensor:

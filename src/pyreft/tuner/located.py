@@ -41,6 +41,13 @@ class Tokens(NamedTuple):
         gathered = states.flatten(0, 1).index_select(0, self.places)
         return gathered.view(self.rows.shape[0], -1, *states.shape[2:])  # heads may stand apart
 
+    def alone(self) -> "Tokens":
+        """Without those that stay as they are, which a compiled forward has among them, and k = 1."""
+        if self.valid is None or self.places is not None:
+            return self
+        places = self.valid.flatten().nonzero().squeeze(-1)
+        return Tokens(places // self.valid.shape[1], places)
+
     def put(self, states: Tensor, new: Tensor) -> Tensor:
         """The states with others in the place of these, `[n, k, d]`."""
         if self.places is None:
