@@ -243,12 +243,17 @@ def _prompt_turns(row: dict[str, Any], used: tuple[str, ...], where: str) -> tup
         else:
             _string(row, name, where)
     (asked, _), (answered, learned) = sides
-    told = asked[0]["role"] == "system"
-    begin = next((at for at, turn in enumerate(answered) if told or turn["role"] != "system"), 0)
-    end = begin + len(asked)
-    if answered[begin:end] == asked:  # a completion that holds its prompt, as the preferences of some data sets do
-        return answered, [False] * end + learned[end:]
+    (told, questions), (again, rest) = (_told(turns) for turns in (asked, answered))
+    if rest[: len(questions)] == questions and (not told or not again or told == again):
+        asked, rest = (told or again) + questions, rest[len(questions) :]  # a completion that holds its prompt, too
+        return asked + rest, [False] * len(asked) + learned[len(answered) - len(rest) :]
     return asked + answered, [False] * len(asked) + learned
+
+
+def _told(turns: list[Turn]) -> tuple[list[Turn], list[Turn]]:
+    """The system's turn, where a chat begins with one, and the others."""
+    begin = int(turns[0]["role"] == "system")
+    return turns[:begin], turns[begin:]
 
 
 def _extras(extras: dict[str, Any], where: str) -> tuple[list[Turn], dict[str, Any]]:
