@@ -1,6 +1,7 @@
 """What comes of a job: the best adapter, answers before and after, the base model's name, an upload."""
 
 import base64
+import copy
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -56,6 +57,24 @@ def test_answers_before_and_after_are_those_of_held_out_prompts(trained):
         tokens = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=48, do_sample=False)
         answer = tokenizer.decode(tokens[0, len(tokenizer(text)["input_ids"]) :], skip_special_tokens=True).strip()
         assert answer == wanted
+
+
+def test_a_row_without_a_prompt_is_not_asked(trained):
+    """As an empty prompt is, where no token is put before it and the edits are at every token."""
+    job, _, _ = trained
+    bare = [{"input_ids": row["input_ids"], "labels": list(row["input_ids"])} for row in job.validation]
+    assert samples(job)[0].prompt == job.validation_examples[0].messages[0]["content"]
+    some = replace_rows(job, [bare[0], *job.validation[1:]])
+    assert {sample.prompt for sample in samples(some)} <= {
+        example.messages[0]["content"] for example in job.validation_examples[1:]
+    }
+    assert not samples(replace_rows(job, bare))
+
+
+def replace_rows(job, rows):
+    other = copy.copy(job)
+    other.validation = rows
+    return other
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,11 @@ def samples(job: PreparedJob, most: int = 3) -> list[Sample]:
     if job.job.suite:
         return []
     examples, rows = (job.validation_examples, job.validation) if job.validation else (job.examples, job.rows)
-    step = max((len(rows) - 1) / max(most - 1, 1), 1)
-    chosen = [number for number in (round(n * step) for n in range(most)) if number < len(rows)]
+    asked = [number for number, row in enumerate(rows) if row["labels"][0] == IGNORED]  # those with a prompt
+    step = max((len(asked) - 1) / max(most - 1, 1), 1)
+    chosen = [asked[at] for at in (round(n * step) for n in range(most)) if at < len(asked)]
+    if not chosen:
+        return []
     prompts = [rows[n]["input_ids"][: rows[n]["labels"].count(IGNORED)] for n in chosen]
 
     def ask() -> list[str]:
