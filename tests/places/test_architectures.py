@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import inspect
 from pathlib import Path
 
 import peft
@@ -260,16 +261,17 @@ def test_recurrent_states_are_continued_where_they_were_left(name, rule):
     adapted = shaken(adapt(model, positions=rule))
     ids = torch.randint(3, 90, (2, 9))
     expected = adapted.generate(input_ids=ids, **GREEDY)
+    held = "cache" if "cache" in inspect.signature(model.forward).parameters else "cache_params"
     output = adapted(ids, use_cache=True)
     found = [output.logits[:, -1:].argmax(-1)]
     for _ in range(4):
-        output = adapted(found[-1], cache_params=output.cache_params)
+        output = adapted(found[-1], **{held: output[held]})
         found.append(output.logits[:, -1:].argmax(-1))
     assert torch.equal(torch.cat(found, -1), expected[:, 9:])
     with adapted.disable_adapter():
-        states = adapted(ids, use_cache=True).cache_params
+        states = adapted(ids, use_cache=True)[held]
     with pytest.raises(pyreft.ReftError, match="does not say how many tokens it has seen"):
-        adapted(ids[:, :1], cache_params=states)
+        adapted(ids[:, :1], **{held: states})
 
 
 def test_every_exception_has_a_check():

@@ -6,7 +6,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
 import pyreft
-from conftest import shaken, tiny_llama
+from conftest import CACHE, shaken, tiny_llama
 from pyreft.tuner.packed import find_packed, tokens_of
 
 RULES = ["f7+l7", "f1", "l2", "f1+l1", "prompt", "all"]
@@ -105,12 +105,12 @@ def test_a_formula_over_the_tokens_of_a_row_behind_packed_ones():
     row = torch.tensor([number for number, one in enumerate(ROWS) for _ in one])
     sees = (row[:, None] == row) & (torch.arange(len(row))[:, None] >= torch.arange(len(row)))
     with torch.no_grad():
-        cache = model(**given | {"use_cache": True, "attention_mask": sees[None, None]}).past_key_values
+        cache = model(**given | {"use_cache": True, "attention_mask": sees[None, None]})[CACHE]
         step = {"input_ids": torch.tensor([[9]]), "position_ids": torch.tensor([[len(ROWS[-1])]])}
         seen = torch.cat((row == len(ROWS) - 1, torch.tensor([True])))[None, None, None]
-        packed = model(**step, past_key_values=cache, attention_mask=seen).logits
-        cache = model(input_ids=torch.tensor([ROWS[-1]]), use_cache=True).past_key_values
-        torch.testing.assert_close(packed, model(**step, past_key_values=cache).logits)
+        packed = model(**step, **{CACHE: cache}, attention_mask=seen).logits
+        cache = model(input_ids=torch.tensor([ROWS[-1]]), use_cache=True)[CACHE]
+        torch.testing.assert_close(packed, model(**step, **{CACHE: cache}).logits)
 
 
 def test_several_packed_rows():
