@@ -139,7 +139,7 @@ LrSchedulerType = Annotated[
 ]
 AdamBeta1 = Annotated[
     float | None,
-    Option(help="Adam's momentum; with less, small models learn in fewer steps at a higher rate.  [default: 0.9]"),
+    Option(help="Adam's momentum; with less, small models may learn in fewer steps at a higher rate.  [default: 0.9]"),
 ]
 WeightDecay = Annotated[float | None, Option(help="Weight decay.  [default: 0]")]
 Seed = Annotated[int | None, Option(help="Seed.  [default: 42]")]

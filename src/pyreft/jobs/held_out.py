@@ -58,8 +58,8 @@ def evaluate_file(
     check_rules(adapter)
     adapted, tokenizer = load_adapted(adapter, model, dtype or "auto")
     form: Any = read_format(adapter) or default_format(tokenizer, examples)
-    how: Any = {"limit": context_length(adapted.get_base_model(), tokenizer), "least": least_prompt(adapter)}
-    examples, rows = encode_all(tokenizer, examples, form, long_rows=long_rows, tally=tally, **how)
+    limit, least = context_length(adapted.get_base_model(), tokenizer), least_prompt(adapter)
+    examples, rows = encode_all(tokenizer, examples, form, limit, long_rows=long_rows, tally=tally, least=least)
     _check_asked(examples, rows)
     answers: list[dict[str, Any]] = []
     found = answered(adapted, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens)

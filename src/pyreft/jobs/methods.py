@@ -66,7 +66,7 @@ def learning_rate(job: TrainingJob, model: nn.Module) -> float:
 
     It is 0.001, and for LoRA at located tokens 0.008, which served widths of 192 and 576 (`benchmarks/RESULTS.md`). On
     wider models that falls as 1/width, since a step of A is felt by as many numbers at once; that is not measured. From
-    a rank of 4 on it falls as 1/√rank, since each step moves as many directions: a rank of 16 learns little at 0.008.
+    a rank of 4 on it falls as 1/√rank, since each step moves as many directions: a rank of 16 learns less at 0.008.
     """
     if job.lr is not None:
         return job.lr

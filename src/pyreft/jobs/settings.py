@@ -19,10 +19,7 @@ from .limits import METHODS, check_values
 
 LORA = "lora"
 REFT_ALONE = ("layers", "positions", "component", "intervention", "share_weights")
-_SETTLED = (
-    *("lr", "batch_size", "gradient_accumulation", "warmup_ratio", "adam_beta1", "weight_decay"),
-    *("seed", "dtype"),
-)
+_SETTLED = "lr", "batch_size", "gradient_accumulation", "warmup_ratio", "adam_beta1", "weight_decay", "seed", "dtype"
 # what `generate` may be told: whole numbers with the least that can be, and numbers above 0
 _COUNTS = {"max_new_tokens": 1, "max_length": 1, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0}
 _DECODING = (*_COUNTS, "temperature", "top_p", "repetition_penalty")
@@ -54,8 +51,8 @@ class TrainingJob:
         lr_scheduler_type: whether the rate, once it is warm, stays, `constant`, or falls to 0, `linear` or `cosine`;
             by default it stays for the formula `lora`, which learns more so (`benchmarks/schedules.py`), and falls in a
             line for others.
-        adam_beta1: Adam's momentum; with less, such as 0.5, and a higher rate, small models learn in fewer steps
-            (`benchmarks/curves.py`).
+        adam_beta1: Adam's momentum; with less, such as 0.5, and a higher rate, a small model may learn in fewer
+            steps (`benchmarks/curves.py`).
         max_length: the most tokens of a row, the model's context if not given.
         long_rows: what becomes of rows with more: `refuse`, `cut` their prompts from the left, or `skip` them.
         format: how prompts are written: `text`, `chat` or `alpaca`; by default as the data and tokenizer suggest.
