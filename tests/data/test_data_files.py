@@ -67,7 +67,11 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ("a.json", '{"prompt": "a"}', "row 1: the field 'completion' is missing"),
         ("a.json", "3", "expected a list of objects, got int"),
         ("a.json", '[{"prompt": "a", "completion": "b"}, 3]', "row 2: expected an object with fields, got int"),
-        ("a.csv", "prompt,completion\na,b\nc\n", "line 3: expected 2 columns as in the first line"),
+        (
+            "a.csv",
+            "prompt,completion\na,b\nc\n",
+            "line 3: expected 2 columns as in the first line, got 1 column; a text",
+        ),
         ("a.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "line 3: this is not valid CSV (unexpected end of data)"),
         ("a.csv", 'prompt,completion\n"A" cat?,b\n', "A quote within a text is written twice."),
         ("a.csv", "prompt,answer\na,b\n", "line 2: the field 'completion' is missing; the row has prompt, answer."),
@@ -195,7 +199,7 @@ def test_an_answer_that_only_ends_is_refused(tmp_path, tokenizer, form):
         encode(tokenizer, found, form, 512)
 
 
-@pytest.mark.parametrize("name", ["label", "Label"])
+@pytest.mark.parametrize("name", ["label", "Label", "kto_tag"])
 @pytest.mark.parametrize(("labels", "learned"), [(("spam", False), "ab"), ((False, 2), "ab"), ((True, False), "a")])
 def test_a_label_marks_a_bad_answer_where_all_are_true_or_false(tmp_path, labels, learned, name):
     path = tmp_path / "a.csv"

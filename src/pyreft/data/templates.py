@@ -44,6 +44,7 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[st
     turns = _with_input(example)
     try:
         prompt = chat_text(tokenizer, turns[:-1], example.extras)
+        _check_bare(turns[-2], prompt)
         answer = _answer(tokenizer, turns, example.extras, prompt)
         thought, rest = _thought_of(turns[-1])
         if thought is not None and _REOPENED.match(answer):  # a template that looks for it in its own field alone
@@ -54,6 +55,18 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[st
         also = ("format", "prompt", "completion", *error.also)
         raise ReftError(f"{example.where}: {error.problem}", setting=error.setting, also=also) from None
     return prompt, answer
+
+
+def _check_bare(turn: Turn, prompt: str) -> None:
+    """Refuse a prompt that someone has written in the template already, as its end tells."""
+    asked = turn["content"].strip()
+    ending = prompt[prompt.rfind(asked) + len(asked) :].strip() if asked in prompt else ""
+    if ending and asked.endswith(ending):
+        raise ReftError(
+            f"the prompt is in the chat template already, since it ends with {ending!r}, and would be written into it "
+            "once more; give the bare prompt, or `format` text.",
+            also=["format"],
+        )
 
 
 def unread_fields(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], text: str) -> set[str]:
