@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from pyreft import pocket
-from pyreft.data.encode import default_format, encode, encode_all
+from pyreft.data.encode import default_format, encode, encode_all, prompt_text
 from pyreft.data.fields import alpaca_prompt
 from pyreft.data.files import Reading, read_examples
 from pyreft.data.tally import Tally
@@ -397,6 +397,9 @@ def test_a_prompt_that_is_in_the_template_already_is_not_written_into_it_once_mo
         encode(tokenizer, found, "chat", 512)
     if "prompt" in row:
         assert parts(tokenizer, found, "text") == ("<|user|>A cat?</s><|assistant|>", "C")
+    with pytest.raises(ReftError, match=r"^the prompt is in the chat template already, .* give the bare prompt\.$"):
+        prompt_text(tokenizer, WRITTEN, "chat")
+    assert prompt_text(tokenizer, WRITTEN, "text") == WRITTEN
     (found,) = examples(tmp_path, {"prompt": "What is </s><|assistant|>?", "completion": "C"})
     assert parts(tokenizer, found)[1] == "C"
 

@@ -44,7 +44,7 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[st
     turns = _with_input(example)
     try:
         prompt = chat_text(tokenizer, turns[:-1], example.extras)
-        _check_bare(turns[-2], prompt)
+        check_bare(turns[-2]["content"], prompt, "give the bare prompt, or `format` text.")
         answer = _answer(tokenizer, turns, example.extras, prompt)
         thought, rest = _thought_of(turns[-1])
         if thought is not None and _REOPENED.match(answer):  # a template that looks for it in its own field alone
@@ -57,15 +57,18 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[st
     return prompt, answer
 
 
-def _check_bare(turn: Turn, prompt: str) -> None:
-    """Refuse a prompt that someone has written in the template already, as its end tells."""
-    asked = turn["content"].strip()
+def check_bare(asked: str, prompt: str, way_out: str = "give the bare prompt.") -> None:
+    """Refuse what was in the template before it was written into it as a `prompt`, as its end tells.
+
+    Raises:
+        ReftError: with the way out.
+    """
+    asked = asked.strip()
     ending = prompt[prompt.rfind(asked) + len(asked) :].strip() if asked in prompt else ""
     if ending and asked.endswith(ending):
         raise ReftError(
             f"the prompt is in the chat template already, since it ends with {ending!r}, and would be written into it "
-            "once more; give the bare prompt, or `format` text.",
-            also=["format"],
+            f"once more; {way_out}"
         )
 
 
