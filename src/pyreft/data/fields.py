@@ -94,7 +94,12 @@ def plain_names(row: dict[str, Any], kept: Collection[str | None] = ()) -> dict[
 
 
 def read_fields(
-    row: dict[str, Any], where: str, *, turns: Turns = "each", fields: Names = (None, None)
+    row: dict[str, Any],
+    where: str,
+    *,
+    turns: Turns = "each",
+    fields: Names = (None, None),
+    missing: Collection[str] = (),
 ) -> tuple[str, list[Example], list[str]]:
     """Return the form of a row, its examples, and the names of fields that mean nothing here.
 
@@ -103,6 +108,7 @@ def read_fields(
         where: the row, for messages.
         turns: learn each answer of a chat, or the last alone.
         fields: the names of the prompt and the completion, None for one that is found by itself.
+        missing: texts by which the file says that there is none.
 
     Raises:
         ReftError: a field that is missing, of another type, or that could not be learned from.
@@ -111,6 +117,11 @@ def read_fields(
     row = {name: value for name, value in named.items() if value is not None}
     form, used = _form(row, where, fields, named.keys() - row.keys())
     _check_learned(row, where, used)
+    if (empty := next((name for name in used if row.get(name) in missing), None)) is not None:
+        raise ReftError(
+            f"{where}: the field {empty!r} is {row[empty]!r}, as pandas writes one that is missing; leave it empty, or "
+            "the row out. If it is meant as a text, save the table as JSON Lines."
+        )
     for name in _OTHERS:
         if row.get(name):
             raise ReftError(f"{where}: the field {name!r} cannot be learned from; only text is read.")

@@ -24,7 +24,7 @@ from .fields import (
     plain_names,
     read_fields,
 )
-from .tables import ENDINGS, read_rows, try_rows, without_nulls
+from .tables import CELLS, ENDINGS, MISSING, read_rows, try_rows, without_nulls
 from .tally import OnError, Tally
 
 __all__ = [
@@ -98,13 +98,14 @@ def read_examples(path: str | Path, reading: Reading | None = None, tally: Tally
     examples: list[Example] = []
     labels: dict[str, dict[str, Any]] = {name: {} for name in LABELS}
     first: str | None = None
+    missing = MISSING if Path(path).suffix.lower() in CELLS else ()
     for where, row in try_rows(path, reading.encoding, (*KNOWN, *filter(None, reading.fields))):
         tally.rows += 1
         with tally.watch(where):
             if isinstance(row, ReftError):
                 raise row
             check_characters(row, where)
-            form, found, unread = read_fields(row, where, turns=reading.turns, fields=reading.fields)
+            form, found, unread = read_fields(row, where, turns=reading.turns, fields=reading.fields, missing=missing)
             first = first or form
             if form != first:
                 raise ReftError(f"{where}: rows of different kinds in one file; the first has others than this one.")

@@ -16,9 +16,12 @@ from ..files.text import check_file, parse_json, parse_values, repeated, too_dee
 from .encodings import open_text
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+CELLS = (".csv", ".tsv")  # in which all is text
+MISSING = ("nan", "NaN", "<NA>")  # of these, what pandas writes into a cell for nothing if asked for a text
 _SEPARATORS = (",", ";", "\t", "|")
 _LARGEST = 2**31 - 1  # characters of a field of a CSV
 _NAMED = re.compile(r'"?sep=(.)"?\r?\n?', flags=re.I)  # a first line with which Excel names one
+_QUOTED = re.compile(r' +".*" *', flags=re.DOTALL)  # what was meant to be in quotes
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:]*))?(:(?P<split>.+))?")
 
 Row = tuple[str, dict[str, Any] | ReftError]  # where it stands, and its fields or what is wrong with it
@@ -66,7 +69,7 @@ def try_rows(source: str | Path, encoding: str | None = None, known: Collection[
         )
     if kind == ".parquet":
         return _parquet(path, known)
-    if kind in (".csv", ".tsv"):
+    if kind in CELLS:
         return _csv(path, encoding, known)
     return (_json if kind == ".json" else _json_lines)(path, encoding, known)
 
@@ -177,6 +180,9 @@ def _csv(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[R
                     came = f"{_counted(columns)} as in the first line, got {_counted(values)}"
                     hint = f"a text with {separator!r} in it stands in double quotes."
                     yield where, ReftError(f"{where}: expected {came}; {hint}")
+                elif known and not spaced and any(_QUOTED.fullmatch(value) for value in values):
+                    hint = "take it out, else the quotes are a part of the text."
+                    yield where, ReftError(f"{where}: a text in quotes has a space before it; {hint}")
                 else:
                     yield where, dict(zip(columns, values, strict=True))
         except csv.Error as error:
