@@ -214,6 +214,13 @@ def test_calls_of_tools_are_given_to_the_template(tmp_path, tokenizer):
     ]
     (found,) = examples(tmp_path, {"messages": as_text})
     assert json.loads(parts(tokenizer, found)[1]) == [CALL]
+    as_llama = [CALLED[0], {"role": "assistant", "tool_calls": [{"name": "weather", "parameters": {"city": "Oslo"}}]}]
+    (found,) = examples(tmp_path, {"messages": as_llama})
+    assert json.loads(parts(tokenizer, found)[1]) == [CALL]
+    for nothing in (None, "", {}):
+        bare = {"type": "function", "function": {"name": "weather", "arguments": nothing}}
+        (found,) = examples(tmp_path, {"messages": [CALLED[0], {"role": "assistant", "tool_calls": [bare]}]})
+        assert json.loads(parts(tokenizer, found)[1])[0]["function"] == {"name": "weather", "arguments": {}}
     sharegpt = [
         {"from": "human", "value": "Weather?"},
         {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
@@ -330,6 +337,8 @@ def test_fields_of_turns_that_the_template_makes_nothing_of_are_counted(tmp_path
         ({"instruction": "a", "output": "b", "train": "false"}, "the field 'train' is 'false', so this is not"),
         ({"prompt": "a", "completion": "\u200b\ufeff\0 "}, "line 1: the answer is empty"),
         ({"messages": [USER, ANSWER | {"content": "\u200b"}]}, r"turn 2 \(assistant\): the answer is empty"),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{"name": "w", "input": {"a": 1}}]}]}, "the field .input. of a"),
+        ({"prompt": None, "completion": "b"}, "line 1: the field 'prompt' is null; give it a text"),
         ({"prompt": "a", "completion": "b", "kto_tag": False}, "line 1: the field 'kto_tag' is False, .*LLaMA-Factory"),
         ({"messages": [USER, ANSWER | {"train_detail": [{"begin_offset": 0, "end_offset": 0, "train": False}]}]},
          r"turn 2 \(assistant\): 'train_detail' leaves out a part of an answer"),

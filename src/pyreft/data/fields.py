@@ -3,6 +3,7 @@
 Knows nothing of files, tokenizers or templates.
 """
 
+import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -84,7 +85,7 @@ def plain_names(row: dict[str, Any], kept: Collection[str | None] = ()) -> dict[
     """A row whose known fields have their names in small letters, whatever a spreadsheet or another program made."""
     named: dict[str, Any] = {}
     for name, value in row.items():
-        small = str(name).strip().lower()
+        small = "".join(letter for letter in str(name) if unicodedata.category(letter) != "Cf").strip().lower()
         small = _ALSO.get(small, small)
         free = row.get(small) is None and named.get(small) is None
         key = small if small in KNOWN and free and name not in kept else str(name)
@@ -179,7 +180,8 @@ def _form(row: dict[str, Any], where: str, fields: Names, nulls: Collection[str]
     """Which form a row has, and the fields that it is made of; `nulls` are those without a value."""
     pairs = " They are pairs of a better and a worse answer, for TRL's DPOTrainer." if "chosen" in row else ""
     prompt, answer = fields
-    found = next((name for name in ("prompt", "instruction") if name in row and name != answer), None)
+    names = (name for held in (row, nulls) for name in ("prompt", "instruction") if name in held)
+    found = next((name for name in names if name != answer), None)
     if not any(fields) and (chat := next((name for name in _CHATS if name in row), None)):
         return "messages", (chat,)
     if not any(fields) and found is None:
