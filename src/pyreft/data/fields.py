@@ -85,13 +85,20 @@ def plain_names(row: dict[str, Any], kept: Collection[str | None] = ()) -> dict[
     """A row whose known fields have their names in small letters, whatever a spreadsheet or another program made."""
     named: dict[str, Any] = {}
     for name, value in row.items():
-        small = "".join(letter for letter in str(name) if unicodedata.category(letter) != "Cf").strip().lower()
+        small = _shown(str(name)).strip().lower()
         small = _ALSO.get(small, small)
         free = row.get(small) is None and named.get(small) is None
         key = small if small in KNOWN and free and name not in kept else str(name)
         if value is not None or key not in named:
             named[key] = value
     return named
+
+
+def _shown(name: str) -> str:
+    """A name without marks and letters of no width, which nobody sees."""
+    if name.isascii():
+        return name
+    return "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
 
 
 def read_fields(
