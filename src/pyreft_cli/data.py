@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from rich.text import Text
 from typer import Argument, Context, Option
 
+from pyreft.data.tally import listed_fields
 from pyreft_cli import options
 from pyreft_cli.console import console, counted, hush, print_json
 from pyreft_cli.early import check_data
@@ -70,8 +71,7 @@ def _tell(found: Any) -> None:
             f"(--long-rows {found.long_rows}; others are refuse, cut, skip)."
         )
     if found.unread:
-        fields = ", ".join(f"{name} ({count:,})" for name, count in found.unread.items())
-        console.print(f"Not read: {fields}.", markup=False)
+        console.print(f"Not read: {listed_fields(found.unread)}.", markup=False)
     if found.errors:
         console.print(f"Wrong: {counted(found.errors, 'row')} (--on-error stop, or skip to leave them out):")
         console.print(found.wrong, markup=False)

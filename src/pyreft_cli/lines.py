@@ -16,6 +16,8 @@ _KEPT = 1000  # lines
 
 def typed() -> Iterator[str]:
     """Yield the lines, without spaces around them, up to the end of the input or a key to interrupt."""
+    if sys.stdin is None:  # closed
+        return
     talks = sys.stdin.isatty()
     history = _history() if talks and readline is not None else None
     try:

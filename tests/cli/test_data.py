@@ -51,6 +51,9 @@ def test_a_training_says_what_it_does_not_read(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     words = ("--data", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--layers", 6, "--epochs", 1)
     assert "Not read: id (1), name of a turn (1)." in run("train", *words).stdout
+    table = tmp_path / "a.csv"
+    table.write_text(",prompt,completion\n0,a,b\n", encoding="utf-8")
+    assert "Not read: a column without a name (1)." in run("data", table).stdout
 
 
 @pytest.mark.parametrize("command", ["train", "plan", "data"])

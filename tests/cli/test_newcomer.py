@@ -16,6 +16,7 @@ from commands import run
 from pyreft.errors import is_disk_full
 from pyreft_cli import app
 from pyreft_cli.console import progress_bar
+from pyreft_cli.lines import typed as lines_typed
 
 
 def ended(monkeypatch, *words):
@@ -90,6 +91,11 @@ def test_an_output_that_the_shell_has_closed():
     code = "import sys; from pyreft_cli.app import main; sys.argv = ['pyreft', '--version']; main()"
     done = subprocess.run(["sh", "-c", '"$0" -c "$1" >&-', sys.executable, code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_input_that_the_shell_has_closed(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert list(lines_typed()) == []
 
 
 def test_the_directory_of_the_user_is_found_behind_a_sign_and_in_a_file(tmp_path):

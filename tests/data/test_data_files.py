@@ -67,8 +67,15 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ("a.json", '{"prompt": "a"}', "row 1: the field 'completion' is missing"),
         ("a.json", "3", "expected a list of objects, got int"),
         ("a.json", '[{"prompt": "a", "completion": "b"}, 3]', "row 2: expected an object with fields, got int"),
-        ("a.csv", "prompt,completion\na,b\nc\n", "line 3: expected 2 columns as in the first line"),
+        (
+            "a.csv",
+            "prompt,completion\na,b\nc\n",
+            "line 3: expected 2 columns as in the first line, got 1 column; a text",
+        ),
         ("a.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "line 3: this is not valid CSV (unexpected end of data)"),
+        ("a.csv", 'prompt,completion\na,b\nc, "d"\n', "line 3: a text in quotes has a space before it"),
+        ("a.csv", "prompt,completion\na,b\nc,nan\n", "line 3: the field 'completion' is 'nan', as pandas writes one"),
+        ("a.csv", "instruction,input,output\na,NaN,b\n", "line 2: the field 'input' is 'NaN'"),
         ("a.csv", 'prompt,completion\n"A" cat?,b\n', "A quote within a text is written twice."),
         ("a.csv", "prompt,answer\na,b\n", "line 2: the field 'completion' is missing; the row has prompt, answer."),
         ("a.jsonl", "", "the file has no examples"),
@@ -195,7 +202,7 @@ def test_an_answer_that_only_ends_is_refused(tmp_path, tokenizer, form):
         encode(tokenizer, found, form, 512)
 
 
-@pytest.mark.parametrize("name", ["label", "Label"])
+@pytest.mark.parametrize("name", ["label", "Label", "kto_tag"])
 @pytest.mark.parametrize(("labels", "learned"), [(("spam", False), "ab"), ((False, 2), "ab"), ((True, False), "a")])
 def test_a_label_marks_a_bad_answer_where_all_are_true_or_false(tmp_path, labels, learned, name):
     path = tmp_path / "a.csv"
@@ -229,6 +236,16 @@ def test_a_prompt_may_be_what_the_template_makes_of_other_fields(tmp_path, token
     answer = "{% if not add_generation_prompt %}{{ messages[-1].content }}{% endif %}"
     tokenizer.chat_template = "{% for d in documents %}{{ d.text }}{% endfor %}{{ messages[0].content }}:" + answer
     assert len(encode_all(tokenizer, [found], "chat", 512, least=1)[1]) == 1
+
+
+def test_what_is_missing_elsewhere_in_a_table_is_not_told(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("prompt,completion,score\na,None,nan\n")
+    assert read_examples(path)[0].completion == "None"
+    (found,) = read_examples(write(tmp_path, "a.jsonl", {"prompt": "0 / 0 in JavaScript?", "completion": "NaN"}))
+    assert found.completion == "NaN"
+    path.write_text("prompt,completion\na,nan\n")
+    assert read_prompts(path) == [("a", "")]
 
 
 def test_an_instruction_may_be_in_its_input_alone(tmp_path, tokenizer):

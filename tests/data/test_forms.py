@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from pyreft import pocket
-from pyreft.data.encode import default_format, encode, encode_all
+from pyreft.data.encode import default_format, encode, encode_all, prompt_text
 from pyreft.data.fields import alpaca_prompt
 from pyreft.data.files import Reading, read_examples
 from pyreft.data.tally import Tally
@@ -96,6 +96,8 @@ def test_an_answer_may_be_left_out_of_what_is_learned(tmp_path, tokenizer, mark)
         {"messages": json.dumps([USER, ANSWER])},
         {"messages": [USER | {"role": "Human"}, ANSWER | {"role": "gpt"}]},
         {"messages": [USER | {"role": "User "}, ANSWER | {"role": "ASSISTANT", "value": "C"}]},
+        {"messages": [USER, ANSWER | {"refusal": None, "train_detail": None}]},
+        {"messages": [USER, {"role": "assistant", "content": None, "refusal": "C"}]},
         {"conversations": [{"from": "Human", "value": "A cat?"}, {"from": "GPT", "value": "C"}]},
         {"prompt": "ignored", "messages": [USER, ANSWER]},
     ],
@@ -167,6 +169,24 @@ def test_two_columns_of_any_names(tmp_path, tokenizer):
         examples(tmp_path, {"Q": "a ", "A": "b"}, prompt_field="Q", completion_field="B")
 
 
+@pytest.mark.parametrize("fields", [{}, {"prompt_field": "instruction"}])
+def test_one_column_of_another_name(tmp_path, fields):
+    """The other one is found by itself, and an instruction keeps its further input."""
+    (found,) = examples(tmp_path, {"Instruction": "a", "Input": "b", "response": "c"}, completion_field="response")
+    assert (found.format, found.messages[0]["content"], found.given, found.completion) == ("alpaca", "a", "b", "c")
+    (found,) = examples(tmp_path, {"prompt": "a", "response": "c"}, completion_field="response")
+    assert (found.format, found.prompt, found.completion) == ("text", "a", "c")
+    (found,) = examples(tmp_path, {"question": "a", "completion": "c"}, prompt_field="question")
+    assert (found.format, found.prompt, found.completion) == ("text", "a", "c")
+    row = {"instruction": "a", "input": "b", "response": "c"}
+    (found,) = examples(tmp_path, row, completion_field="response", **fields)
+    assert (found.format, found.given) == ("alpaca", "b")
+    with pytest.raises(ReftError, match=r"line 1: the field 'prompt' is missing; the row has prompt, x. Another name"):
+        examples(tmp_path, {"prompt": "a", "x": "b"}, completion_field="prompt")
+    with pytest.raises(ReftError, match=r"line 1: the field 'completion' is missing; .* given by `completion_field`"):
+        examples(tmp_path, {"completion": "a", "x": "b"}, prompt_field="completion")
+
+
 @pytest.mark.parametrize("form", ["text", "chat", "alpaca"])
 def test_an_instruction_is_trained_as_it_is_asked_in_each_format(tmp_path, form):
     tokenizer = pocket.load()[1]
@@ -194,6 +214,13 @@ def test_calls_of_tools_are_given_to_the_template(tmp_path, tokenizer):
     ]
     (found,) = examples(tmp_path, {"messages": as_text})
     assert json.loads(parts(tokenizer, found)[1]) == [CALL]
+    as_llama = [CALLED[0], {"role": "assistant", "tool_calls": [{"name": "weather", "parameters": {"city": "Oslo"}}]}]
+    (found,) = examples(tmp_path, {"messages": as_llama})
+    assert json.loads(parts(tokenizer, found)[1]) == [CALL]
+    for nothing in (None, "", {}):
+        bare = {"type": "function", "function": {"name": "weather", "arguments": nothing}}
+        (found,) = examples(tmp_path, {"messages": [CALLED[0], {"role": "assistant", "tool_calls": [bare]}]})
+        assert json.loads(parts(tokenizer, found)[1])[0]["function"] == {"name": "weather", "arguments": {}}
     sharegpt = [
         {"from": "human", "value": "Weather?"},
         {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Oslo"}}'},
@@ -310,6 +337,14 @@ def test_fields_of_turns_that_the_template_makes_nothing_of_are_counted(tmp_path
         ({"instruction": "a", "output": "b", "train": "false"}, "the field 'train' is 'false', so this is not"),
         ({"prompt": "a", "completion": "\u200b\ufeff\0 "}, "line 1: the answer is empty"),
         ({"messages": [USER, ANSWER | {"content": "\u200b"}]}, r"turn 2 \(assistant\): the answer is empty"),
+        ({"messages": [USER, ANSWER | {"tool_calls": [{"name": "w", "input": {"a": 1}}]}]}, "the field .input. of a"),
+        ({"prompt": None, "completion": "b"}, "line 1: the field 'prompt' is null; give it a text"),
+        ({"prompt": "a", "completion": "b", "kto_tag": False}, "line 1: the field 'kto_tag' is False, .*LLaMA-Factory"),
+        ({"messages": [USER, ANSWER | {"train_detail": [{"begin_offset": 0, "end_offset": 0, "train": False}]}]},
+         r"turn 2 \(assistant\): 'train_detail' leaves out a part of an answer"),
+        ({"messages": [USER, ANSWER | {"refusal": "No."}]}, "turn 2 .assistant.: 'content' and 'refusal' say"),
+        ({"instruction": "a", "input": "b", "response": "c"}, "is missing; .* response. Another name .* `completion_f"),
+        ({"text": "a", "completion": "b"}, "got text, completion. Two of other names are given by `prompt_field`"),
         ({"prompt": "a", "completion": None}, "line 1: the field 'completion' is null; give it a text, or leave"),
     ],
 )  # fmt: skip
@@ -317,6 +352,8 @@ def test_what_cannot_be_learned_is_refused_by_name(tmp_path, row, message):
     with pytest.raises(ReftError, match=message):
         examples(tmp_path, row)
 
+
+WRITTEN = "<|user|>A cat?</s><|assistant|>"
 
 # -- templates that do not take every chat ------------------------------------------------------------------------
 
@@ -358,6 +395,22 @@ OWN_FIELD = THINKING.replace("m['content']", "('<think>\\n' + (m['reasoning_cont
 def test_a_thought_that_the_prompt_opens(tmp_path, template, answer, learned):
     (found,) = examples(tmp_path, {"messages": [USER, ANSWER | answer]})
     assert parts(tokenizer_with(template), found) == ("<|user|>A cat?</s><|assistant|><think>\n", learned)
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": WRITTEN, "completion": "C"}, {"messages": [USER | {"content": WRITTEN}, ANSWER]}]
+)
+def test_a_prompt_that_is_in_the_template_already_is_not_written_into_it_once_more(tmp_path, tokenizer, row):
+    (found,) = examples(tmp_path, row)
+    with pytest.raises(ReftError, match=r"line 1: the prompt is in the chat template already, .*</s><|assistant|>"):
+        encode(tokenizer, found, "chat", 512)
+    if "prompt" in row:
+        assert parts(tokenizer, found, "text") == ("<|user|>A cat?</s><|assistant|>", "C")
+    with pytest.raises(ReftError, match=r"^the prompt is in the chat template already, .* give the bare prompt\.$"):
+        prompt_text(tokenizer, WRITTEN, "chat")
+    assert prompt_text(tokenizer, WRITTEN, "text") == WRITTEN
+    (found,) = examples(tmp_path, {"prompt": "What is </s><|assistant|>?", "completion": "C"})
+    assert parts(tokenizer, found)[1] == "C"
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused(tmp_path):

@@ -23,6 +23,7 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
     [
         ("a.csv", COMMA, "utf-8"),
         ("a.csv", COMMA, "utf-8-sig"),
+        ("a.csv", "\ufeff" + COMMA.replace("Completion", "Completion\u200b"), "utf-8-sig"),
         ("a.csv", SEMICOLON, "utf-16"),
         ("a.csv", "\n" + SEMICOLON.upper().replace("JA", "ja").replace("B;", "b;").replace("C; D", "c; d"), "utf-8"),
         ("a.tsv", SEMICOLON.replace("n\nÜ", "n\nÜ").replace(";", "\t").replace("c\t d", "c; d"), "utf-8"),
@@ -34,6 +35,10 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
         ("a.json", json.dumps(ROWS), "utf-8-sig"),
         ("a.jsonl", json.dumps(ROWS), "utf-8"),
         ("a.jsonl", json.dumps(ROWS, indent=1), "utf-8"),
+        ("a.jsonl", "\n".join(json.dumps(row, indent=1) for row in ROWS), "utf-8"),
+        ("a.json", "\n".join(json.dumps(row, indent=1) for row in ROWS), "utf-8-sig"),
+        ("a.jsonl", LINES.replace("\n", ""), "utf-8"),
+        ("a.jsonl", LINES.replace("\n", ",\n"), "utf-8"),
         ("a.csv", COMMA.replace(",ja", ", ja").replace(',"c', ', "c'), "utf-8"),
         ("a.csv", "sep=;\r\n" + SEMICOLON + ";\n; \n", "utf-8"),
     ],
@@ -230,3 +235,15 @@ def test_a_packed_file_is_told_by_its_kind(tmp_path, begin, kind):
     (tmp_path / "a.csv").write_bytes(begin + bytes(range(256)))
     with pytest.raises(ReftError, match=f"expected text, this is a .*{kind}.*; unpack it"):
         read_examples(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize(
+    ("begin", "said"),
+    [("version https://git-lfs.github.com/spec/v1\noid", "`git lfs pull` brings"), ("\n<!DOCTYPE html>", "a web page")],
+)
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv"])
+def test_what_was_downloaded_in_place_of_a_file(tmp_path, begin, said, ending):
+    path = tmp_path / f"a.{ending}"
+    path.write_text(begin)
+    with pytest.raises(ReftError, match=said):
+        read_examples(path)

@@ -204,6 +204,10 @@ def test_a_state_answers_to_the_originals_names(tmp_path):
     state = module.state_dict()
     assert state.keys() == {"rotate_layer.free", "learned_source.weight", "learned_source.bias"}
     assert torch.equal(state["rotate_layer"], module.rotate_layer.weight)
+    assert [name in state for name in ("rotate_layer", "weight", "bias", "proj_layer")] == [True, True, True, False]
+    assert torch.equal(state.get("weight"), module.learned_source.weight)
+    assert state.get("proj_layer") is None
+    assert "rotate_layer" not in random_one("noreft", low_rank_dimension=4).state_dict()
     assert torch.equal(state["weight"], module.learned_source.weight)
     assert torch.equal(state["bias"], module.learned_source.bias)
     with pytest.raises(KeyError, match="rotate"):

@@ -423,6 +423,8 @@ def test_an_adapter_is_not_overwritten_by_accident(data, tmp_path):
 def test_an_unknown_setting_names_the_nearest():
     with pytest.raises(pyreft.ReftError, match=r"a.yaml: there is no setting 'layer'. Did you mean 'layers'\?"):
         TrainingJob.from_settings({"data": "a", "output": "b", "layer": 3}, "a.yaml")
+    with pytest.raises(pyreft.ReftError, match=r"no setting 'learning_rate'. `pyreft train --help` lists them\."):
+        TrainingJob.from_settings({"data": "a", "output": "b", "learning_rate": 3}, "a.yaml")
     with pytest.raises(pyreft.ReftError, match="the setting 'output' is missing"):
         TrainingJob.from_settings({"data": "a"}, "a.yaml")
 

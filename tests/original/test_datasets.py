@@ -202,6 +202,14 @@ def test_more_bad_input(tokenizer, tmp_path):
     with pytest.raises(pyreft.ReftError, match="Row 0: all of its 2 labels are -100"):
         NothingToLearn("raw", None, tokenizer, dataset=ROWS, **arguments)
 
+    class OfClasses(pyreft.ReftDataset):
+        def tokenize(self, data_item):
+            return {"input_ids": torch.tensor([5, 6]), "labels": 1}, 2
+
+    with pytest.raises(pyreft.ReftError, match=r"Row 0: labels: expected a value for each token, .*=\['input_ids'\]\."):
+        OfClasses("raw", None, tokenizer, dataset=ROWS, **arguments)
+    assert OfClasses("raw", None, tokenizer, dataset=ROWS, fields_to_pad=["input_ids"], **arguments)[0]["labels"] == 1
+
 
 @pytest.mark.parametrize("label", ["label", "text", None])
 def test_texts_and_their_labels(tokenizer, label):

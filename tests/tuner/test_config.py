@@ -270,6 +270,8 @@ def test_keys_of_the_original_that_go_without_saying():
             {"representations": [{"layer": 1}] * 2, "intervention_types": ["loreft"]},
             "expected 2, one for each entry",
         ),
+        ({"representations": {"layer": "all"}}, "layer: expected the number of one layer, got 'all'; write a"),
+        ({"representations": {"layer": "1;2"}}, "layer: expected the number of one layer, got '1;2'"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -15,7 +15,7 @@ from ..positions import IGNORED
 from .boundary import pair_ids, token_ids
 from .fields import FORMATS, Example, Format, alpaca_prompt
 from .tally import LongRows, Tally
-from .templates import chat_text, chat_texts, unread_fields
+from .templates import chat_text, chat_texts, check_bare, unread_fields
 from .turns import is_blank
 
 __all__ = [
@@ -41,14 +41,18 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, prompt: str, form: Format, g
     """Return what the model reads before it answers a prompt of one turn; `given` is an instruction's input.
 
     Raises:
-        ReftError: another format, which the file of an adapter may name.
+        ReftError: another format, which the file of an adapter may name; or a prompt that is in the template already.
     """
     if form not in FORMATS:
         raise ReftError(f"expected {', '.join(FORMATS)}, got {form!r}.{did_you_mean(form, FORMATS)}", setting="format")
     if form == "alpaca":
         return alpaca_prompt(prompt, given)
     text = f"{prompt}\n\n{given}" if given else prompt
-    return text if form == "text" else chat_text(tokenizer, [{"role": "user", "content": text}])
+    if form == "text":
+        return text
+    written = chat_text(tokenizer, [{"role": "user", "content": text}])
+    check_bare(text, written)
+    return written
 
 
 def texts(tokenizer: PreTrainedTokenizerBase, example: Example, form: Format) -> tuple[str, str]:

@@ -29,6 +29,12 @@ _PACKED = {
     b"\xd0\xcf\x11\xe0": "a file of an old Excel",
     b"PAR1": "a parquet file",
 }
+_PAGE = "a web page; download the file itself, its raw form."
+_OTHERS = {
+    b"version https://git-lfs": "a pointer of Git LFS; `git lfs pull` brings the file itself.",
+    b"<!doctype html": _PAGE,
+    b"<html": _PAGE,
+}
 _HEAD = 4096  # bytes
 
 
@@ -74,6 +80,9 @@ def _encoding_of(path: Path, given: str | None) -> str:
             raise ReftError(
                 f"{path}: expected text, this is {kind}; unpack it, save it as CSV, or give it its own ending."
             )
+    for begin, what in _OTHERS.items():
+        if head.lstrip().lower().startswith(begin):
+            raise ReftError(f"{path}: this is {what}")
     for mark, name in _MARKS:
         if head.startswith(mark):
             if given and not codecs.lookup(given).name.startswith(name.removesuffix("-sig")):

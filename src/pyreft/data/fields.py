@@ -3,6 +3,7 @@
 Knows nothing of files, tokenizers or templates.
 """
 
+import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from .turns import LEARN, Turn, check_answers, is_blank, read_turns
 
 Format = Literal["text", "chat", "alpaca"]
 Turns = Literal["each", "last"]
+Names = tuple[str | None, str | None]
 FORMATS: tuple[Format, ...] = ("text", "chat", "alpaca")
 _FORMS = {
     "prompt and completion": ("prompt", "completion"),
@@ -27,6 +29,7 @@ _DECIDED = {  # what a row may not say to the tokenizer
     *("tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
     *("return_assistant_tokens_mask", "messages"),
 }
+LABELS = {"label": "TRL's KTOTrainer", "kto_tag": "KTO in LLaMA-Factory"}  # which say that an answer is a bad one
 _OTHERS = ("images", "image", "videos", "video", "audio", "audios")
 _NONE = ("[]", "{}", "null")  # nothing, as a table of texts has it
 KNOWN = (*("prompt", "completion", "instruction", "input", "output"), *_CHATS, *EXTRAS)
@@ -78,11 +81,11 @@ def alpaca_prompt(instruction: str, given: str = "") -> str:
     )
 
 
-def plain_names(row: dict[str, Any], kept: tuple[str, ...] = ()) -> dict[str, Any]:
+def plain_names(row: dict[str, Any], kept: Collection[str | None] = ()) -> dict[str, Any]:
     """A row whose known fields have their names in small letters, whatever a spreadsheet or another program made."""
     named: dict[str, Any] = {}
     for name, value in row.items():
-        small = str(name).strip().lower()
+        small = _shown(str(name)).strip().lower()
         small = _ALSO.get(small, small)
         free = row.get(small) is None and named.get(small) is None
         key = small if small in KNOWN and free and name not in kept else str(name)
@@ -91,8 +94,20 @@ def plain_names(row: dict[str, Any], kept: tuple[str, ...] = ()) -> dict[str, An
     return named
 
 
+def _shown(name: str) -> str:
+    """A name without marks and letters of no width, which nobody sees."""
+    if name.isascii():
+        return name
+    return "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+
+
 def read_fields(
-    row: dict[str, Any], where: str, *, turns: Turns = "each", fields: tuple[str, str] | None = None
+    row: dict[str, Any],
+    where: str,
+    *,
+    turns: Turns = "each",
+    fields: Names = (None, None),
+    missing: Collection[str] = (),
 ) -> tuple[str, list[Example], list[str]]:
     """Return the form of a row, its examples, and the names of fields that mean nothing here.
 
@@ -100,15 +115,21 @@ def read_fields(
         row: with fields of one of the forms.
         where: the row, for messages.
         turns: learn each answer of a chat, or the last alone.
-        fields: the names of the prompt and the completion, if they have other ones.
+        fields: the names of the prompt and the completion, None for one that is found by itself.
+        missing: texts by which the file says that there is none.
 
     Raises:
         ReftError: a field that is missing, of another type, or that could not be learned from.
     """
-    named = plain_names(row, fields or ())
+    named = plain_names(row, fields)
     row = {name: value for name, value in named.items() if value is not None}
     form, used = _form(row, where, fields, named.keys() - row.keys())
     _check_learned(row, where, used)
+    if (empty := next((name for name in used if row.get(name) in missing), None)) is not None:
+        raise ReftError(
+            f"{where}: the field {empty!r} is {row[empty]!r}, as pandas writes one that is missing; leave it empty, or "
+            "the row out. If it is meant as a text, save the table as JSON Lines."
+        )
     for name in _OTHERS:
         if row.get(name):
             raise ReftError(f"{where}: the field {name!r} cannot be learned from; only text is read.")
@@ -142,18 +163,19 @@ def _check_learned(row: dict[str, Any], where: str, used: tuple[str, ...]) -> No
             )
 
 
-def bad_answers(labels: dict[str, Any]) -> dict[str, ReftError]:
-    """What to say of rows whose answers are bad ones, in pairs for TRL's KTOTrainer: all labels are true or false.
+def bad_answers(name: str, labels: dict[str, Any]) -> dict[str, ReftError]:
+    """What to say of rows whose answers are bad ones, in data for KTO: all labels are true or false.
 
     Args:
-        labels: the field `label` of the rows that have it, by their places.
+        name: the field, one of `LABELS`.
+        labels: what it says in the rows that have it, by their places.
     """
     said = {where: str(label).strip().lower() for where, label in labels.items()}
     if not {*said.values()} <= {"true", "false"}:
         return {}
     return {
         where: ReftError(
-            f"{where}: the field 'label' is {labels[where]!r}, with which data for TRL's KTOTrainer mark a bad answer; "
+            f"{where}: the field {name!r} is {labels[where]!r}, with which data for {LABELS[name]} mark a bad answer; "
             "leave the row out, or call the column something else if it means something else."
         )
         for where, label in said.items()
@@ -161,31 +183,32 @@ def bad_answers(labels: dict[str, Any]) -> dict[str, ReftError]:
     }
 
 
-def _form(
-    row: dict[str, Any], where: str, fields: tuple[str, str] | None, nulls: Collection[str]
-) -> tuple[str, tuple[str, ...]]:
+def _form(row: dict[str, Any], where: str, fields: Names, nulls: Collection[str]) -> tuple[str, tuple[str, ...]]:
     """Which form a row has, and the fields that it is made of; `nulls` are those without a value."""
     pairs = " They are pairs of a better and a worse answer, for TRL's DPOTrainer." if "chosen" in row else ""
-    if fields is not None:
-        form, used = "prompt", fields
-    elif chat := next((name for name in _CHATS if name in row), None):
+    prompt, answer = fields
+    names = (name for held in (row, nulls) for name in ("prompt", "instruction") if name in held)
+    found = next((name for name in names if name != answer), None)
+    if not any(fields) and (chat := next((name for name in _CHATS if name in row), None)):
         return "messages", (chat,)
-    elif "prompt" in row:
-        form, used = "prompt", ("prompt", "completion")
-    elif "instruction" in row:
-        form, used = "instruction", ("instruction", "output")
-    else:
+    if not any(fields) and found is None:
         raise ReftError(
             f"{where}: expected the fields {'; or '.join(_FORMS)}, got {_names(row)}.{pairs} Two of other names are "
             "given by `prompt_field` and `completion_field`.",
             also=["prompt_field", "completion_field"],
         )
-    for name in used:
-        if name not in row:
+    form = "instruction" if (prompt or found) == "instruction" else "prompt"
+    used = prompt or found or "prompt", answer or ("output" if form == "instruction" else "completion")
+    for name, option, given in zip(used, ("prompt_field", "completion_field"), fields, strict=True):
+        if name not in row or (used[0] == used[1] and given is None):
             if name in nulls:
                 raise ReftError(f"{where}: the field {name!r} is null; give it a text, or leave the row out.")
-            hint = pairs or did_you_mean(name, row.keys() - {*used})
-            raise ReftError(f"{where}: the field {name!r} is missing; the row has {_names(row)}.{hint}")
+            hint = pairs or did_you_mean(name, row.keys() - {*used, *KNOWN})
+            raise ReftError(
+                f"{where}: the field {name!r} is missing; the row has {_names(row)}.{hint} Another name is given by "
+                f"`{option}`.",
+                also=[option],
+            )
     return form, (*used, "input") if form == "instruction" else used
 
 

@@ -12,8 +12,19 @@ from typing import Any, get_args
 from ..errors import ReftError, did_you_mean
 from ..files.text import check_characters
 from .encodings import open_text
-from .fields import KNOWN, Example, Turns, alpaca_prompt, bad_answers, extras_of, plain_names, read_fields
-from .tables import ENDINGS, read_rows, try_rows, without_nulls
+from .fields import (
+    KNOWN,
+    LABELS,
+    Example,
+    Names,
+    Turns,
+    alpaca_prompt,
+    bad_answers,
+    extras_of,
+    plain_names,
+    read_fields,
+)
+from .tables import CELLS, ENDINGS, MISSING, read_rows, try_rows, without_nulls
 from .tally import OnError, Tally
 
 __all__ = [
@@ -33,7 +44,7 @@ class Reading:
 
     Args:
         turns: of a chat, learn `each` answer of the assistant with what comes before it, or the `last` alone.
-        prompt_field, completion_field: the names of the two columns, if they are not found by themselves.
+        prompt_field, completion_field: the names of the two columns, of each that is not found by itself.
         encoding: of a text file, if it does not say it itself, such as `cp1252`.
         on_error: whether rows that are wrong `stop` it, all told at once, or are left out (`skip`).
         limit: take the first so many rows.
@@ -56,7 +67,7 @@ class Reading:
                 raise ReftError(
                     f"expected {' or '.join(kinds)}, got {value!r}.{did_you_mean(value, kinds)}", setting=name
                 )
-        if self.fields and self.fields[0] == self.fields[1]:
+        if self.prompt_field is not None and self.prompt_field == self.completion_field:
             raise ReftError(
                 f"expected another column than that of the prompts, got {self.fields[1]!r}.", setting="completion_field"
             )
@@ -64,11 +75,9 @@ class Reading:
             raise ReftError(f"expected 1 or more, got {self.limit}.", setting="limit")
 
     @property
-    def fields(self) -> tuple[str, str] | None:
-        """The names of the prompt and the completion, if either is given."""
-        if self.prompt_field is None and self.completion_field is None:
-            return None
-        return self.prompt_field or "prompt", self.completion_field or "completion"
+    def fields(self) -> Names:
+        """The names of the prompt and the completion, None for one that is not given."""
+        return self.prompt_field, self.completion_field
 
 
 def read_examples(path: str | Path, reading: Reading | None = None, tally: Tally | None = None) -> list[Example]:
@@ -87,29 +96,33 @@ def read_examples(path: str | Path, reading: Reading | None = None, tally: Tally
     reading = reading or Reading()
     tally = tally or Tally(reading.on_error)
     examples: list[Example] = []
-    labels: dict[str, Any] = {}
+    labels: dict[str, dict[str, Any]] = {name: {} for name in LABELS}
     first: str | None = None
-    for where, row in try_rows(path, reading.encoding, (*KNOWN, *(reading.fields or ()))):
+    missing = MISSING if Path(path).suffix.lower() in CELLS else ()
+    for where, row in try_rows(path, reading.encoding, (*KNOWN, *filter(None, reading.fields))):
         tally.rows += 1
         with tally.watch(where):
             if isinstance(row, ReftError):
                 raise row
             check_characters(row, where)
-            form, found, unread = read_fields(row, where, turns=reading.turns, fields=reading.fields)
+            form, found, unread = read_fields(row, where, turns=reading.turns, fields=reading.fields, missing=missing)
             first = first or form
             if form != first:
                 raise ReftError(f"{where}: rows of different kinds in one file; the first has others than this one.")
             examples += found
             for name in unread:
-                if name.lower() == "label":
-                    labels[where] = row[name]
+                if name.lower() in LABELS:
+                    labels[name.lower()][where] = row[name]
                 tally.unread[name] = tally.unread.get(name, 0) + 1
         if reading.limit == tally.rows:
             break
-    if bad := bad_answers(labels):
-        tally.unread = {name: count for name, count in tally.unread.items() if name.lower() != "label"}
-        tally.wrong.update(bad)
-        tally.errors += bad.values()
+    bad: set[str] = set()
+    for label, said in labels.items():
+        if found_bad := bad_answers(label, said):
+            tally.unread = {name: count for name, count in tally.unread.items() if name.lower() != label}
+            bad.update(found_bad)
+            tally.errors += found_bad.values()
+    tally.wrong.update(bad)
     examples = [example for example in examples if (example.row or example.where) not in bad]
     tally.check()
     if not examples:

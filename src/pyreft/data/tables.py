@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ReftError, is_disk_full
-from ..files.text import check_file, parse_json, repeated, too_deep
+from ..files.text import check_file, parse_json, parse_values, repeated, too_deep
 from .encodings import open_text
 
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+CELLS = (".csv", ".tsv")  # in which all is text
+MISSING = ("nan", "NaN", "<NA>")  # of these, what pandas writes into a cell for nothing if asked for a text
 _SEPARATORS = (",", ";", "\t", "|")
 _LARGEST = 2**31 - 1  # characters of a field of a CSV
 _NAMED = re.compile(r'"?sep=(.)"?\r?\n?', flags=re.I)  # a first line with which Excel names one
+_QUOTED = re.compile(r' +".*" *', flags=re.DOTALL)  # what was meant to be in quotes
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:]*))?(:(?P<split>.+))?")
 
 Row = tuple[str, dict[str, Any] | ReftError]  # where it stands, and its fields or what is wrong with it
@@ -66,20 +69,20 @@ def try_rows(source: str | Path, encoding: str | None = None, known: Collection[
         )
     if kind == ".parquet":
         return _parquet(path, known)
-    if kind in (".csv", ".tsv"):
+    if kind in CELLS:
         return _csv(path, encoding, known)
     return (_json if kind == ".json" else _json_lines)(path, encoding, known)
 
 
 def _json_lines(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[Row]:
-    """An object a line; or one list of objects, by another name than its own."""
+    """An object a line; or, by another name than its own, a list of objects, or objects that have no line each."""
     with open_text(path, encoding) as file:
         begins = next((line for line in file if line.strip()), "")
-    if begins.lstrip().startswith("["):
-        rows = None
+    if begins.lstrip().startswith(("[", "{")) and isinstance(_object(begins, str(path)), ReftError):
+        rows: list[Row] = []
         with suppress(ReftError):  # then each line is told of
             rows = list(_json(path, encoding, known))
-        if rows is not None:
+        if any(isinstance(row, dict) for _, row in rows):
             yield from rows
             return
     with open_text(path, encoding) as file:
@@ -105,7 +108,10 @@ def _fields(value: Any, where: str) -> dict[str, Any]:
 
 
 def _json(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[Row]:
-    """A list of objects; the one list of them, or the columns, that an object holds; or JSON Lines by another name."""
+    """A list of objects; the one list of them, or the columns, that an object holds; or JSON Lines by another name.
+
+    Or objects one behind the other, over several lines each, or with a comma between.
+    """
     with open_text(path, encoding) as file:
         text = file.read()
     if not text.strip():
@@ -114,10 +120,14 @@ def _json(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[
         value = parse_json(text, str(path), lines=True)
     except ReftError:
         first = text.lstrip().split("\n", 1)[0]
-        if not isinstance(_object(first, str(path)), dict):
+        if isinstance(_object(first, str(path)), dict):
+            yield from _json_lines(path, encoding, known)
+            return
+        value = []
+        with suppress(ReftError):  # then the file is told of as a whole
+            value = parse_values(text, str(path))
+        if not (value and all(isinstance(row, dict) for row in value)):
             raise
-        yield from _json_lines(path, encoding, known)
-        return
     if isinstance(value, dict):
         lists = [held for held in value.values() if isinstance(held, list) and held and isinstance(held[0], dict)]
         row = any(name.strip().lower() in known for name in value)  # a turn or a tool is no row
@@ -167,13 +177,22 @@ def _csv(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[R
                 elif not any(value.strip() for value in values):
                     continue  # as a spreadsheet writes below its table
                 elif len(values) != len(columns):
-                    yield where, ReftError(f"{where}: expected {len(columns)} columns as in the first line.")
+                    came = f"{_counted(columns)} as in the first line, got {_counted(values)}"
+                    hint = f"a text with {separator!r} in it stands in double quotes."
+                    yield where, ReftError(f"{where}: expected {came}; {hint}")
+                elif known and not spaced and any(_QUOTED.fullmatch(value) for value in values):
+                    hint = "take it out, else the quotes are a part of the text."
+                    yield where, ReftError(f"{where}: a text in quotes has a space before it; {hint}")
                 else:
                     yield where, dict(zip(columns, values, strict=True))
         except csv.Error as error:
             hint = " A quote within a text is written twice." if "expected" in str(error) else ""
             hint = " A quote that opens there is not closed." if "unexpected end" in str(error) else hint
             raise ReftError(f"{path}, line {begins}: this is not valid CSV ({error}).{hint}") from None
+
+
+def _counted(columns: Sequence[str]) -> str:
+    return f"{len(columns)} column{'s' if len(columns) > 1 else ''}"
 
 
 def _check_columns(names: Sequence[str], where: str, known: Collection[str]) -> None:

@@ -1,6 +1,6 @@
 """What became of the rows of a file: how many there were, and those that are wrong, all told at once."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,6 +10,11 @@ from ..errors import ReftError
 OnError = Literal["stop", "skip"]
 LongRows = Literal["refuse", "cut", "skip"]
 _SHOWN = 10
+
+
+def listed_fields(counts: Mapping[str, int]) -> str:
+    """Names of fields with how many rows have them, in words."""
+    return ", ".join(f"{name or 'a column without a name'} ({count:,})" for name, count in counts.items())
 
 
 @dataclass
@@ -60,7 +65,7 @@ class Tally:
 
     def fields(self) -> str:
         """The fields that mean nothing here, with how many rows have them."""
-        return ", ".join(f"{name} ({count:,})" for name, count in self.unread.items())
+        return listed_fields(self.unread)
 
     def listed(self) -> str:
         """The first ten wrong rows, a line for each."""

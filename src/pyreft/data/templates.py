@@ -44,6 +44,7 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[st
     turns = _with_input(example)
     try:
         prompt = chat_text(tokenizer, turns[:-1], example.extras)
+        check_bare(turns[-2]["content"], prompt, "give the bare prompt, or `format` text.")
         answer = _answer(tokenizer, turns, example.extras, prompt)
         thought, rest = _thought_of(turns[-1])
         if thought is not None and _REOPENED.match(answer):  # a template that looks for it in its own field alone
@@ -54,6 +55,21 @@ def chat_texts(tokenizer: PreTrainedTokenizerBase, example: Example) -> tuple[st
         also = ("format", "prompt", "completion", *error.also)
         raise ReftError(f"{example.where}: {error.problem}", setting=error.setting, also=also) from None
     return prompt, answer
+
+
+def check_bare(asked: str, prompt: str, way_out: str = "give the bare prompt.") -> None:
+    """Refuse what was in the template before it was written into it as a `prompt`, as its end tells.
+
+    Raises:
+        ReftError: with the way out.
+    """
+    asked = asked.strip()
+    ending = prompt[prompt.rfind(asked) + len(asked) :].strip() if asked in prompt else ""
+    if ending and asked.endswith(ending):
+        raise ReftError(
+            f"the prompt is in the chat template already, since it ends with {ending!r}, and would be written into it "
+            f"once more; {way_out}"
+        )
 
 
 def unread_fields(tokenizer: PreTrainedTokenizerBase, turns: Sequence[Turn], text: str) -> set[str]:

@@ -26,8 +26,11 @@ _ROLES = {name: name for name in ("user", "assistant", "system", "developer", "t
     name: role for name, role in _SHAREGPT.items() if name != "observation"
 }
 LEARN = ("weight", "train", "training", "loss")  # by which names a turn, or a row, says whether it is learned
+_ARGUMENTS = ("arguments", "parameters")  # of a call, the latter as Llama writes it
+_OF_CALLS = {"id", "type", "index", "function", "name", *_ARGUMENTS}
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _TEXTS = ("text", "input_text", "output_text")  # the kinds of a content's parts that are read
+_IN_PART = ("train_detail", "training_detail")  # axolotl's: which letters of an answer are not learned
 _PICTURES = ("images", "image", "videos", "video", "audio", "audios", "image_url")
 
 
@@ -97,9 +100,16 @@ def _turn(turn: Turn, where: str) -> tuple[Turn, bool]:
     for name in _PICTURES:
         if turn.get(name):
             raise ReftError(f"{where}: {name!r} cannot be learned from; only text is read.")
-    read = {name: held for name, held in turn.items() if name not in ("from", "value", *LEARN)}
+    for name in _IN_PART:
+        if turn.get(name):
+            raise ReftError(
+                f"{where}: {name!r} leaves out a part of an answer, which is learned as a whole; write that part into "
+                "a turn of its own, or leave the field out."
+            )
+    read = {name: held for name, held in turn.items() if name not in ("from", "value", "refusal", *LEARN)}
     read["role"] = role
-    content = _either(turn, ("content", "value"), where)
+    refused = ("refusal",) if turn.get("refusal") else ()  # where OpenAI has what the assistant said in place of it
+    content = _either(turn, ("content", "value", *refused), where)
     if str(turn.get("role", turn.get("from"))).strip().lower() in _CALLS:
         called = _parsed(content, where)
         read["tool_calls"], content = called if isinstance(called, list) else [called], ""
@@ -180,7 +190,9 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ReftError(f"{where}: tool_calls: expected the name and the arguments of a function, got {call!r}.")
-    arguments = function.get("arguments", {})
+    if more := {name for held in (call, function) for name in held if held[name] is not None} - _OF_CALLS:
+        raise ReftError(f"{where}: tool_calls: the field {min(more)!r} of a call is not read; leave it out.")
+    arguments = _either(function, _ARGUMENTS, f"{where}: tool_calls") or {}
     if isinstance(arguments, str):
         arguments = json.loads(arguments) if _is_json(arguments) else arguments
     rest = {name: held for name, held in call.items() if name == "id"}

@@ -5,13 +5,14 @@ Knows nothing of what the files mean.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ..errors import ReftError
 
 LARGEST = 256 * 2**20  # bytes of a file that describes something; one of a user's data may have more
+_BETWEEN = re.compile(r"\s*,?\s*")  # what may stand between two values
 _DEEPEST = 64  # how deep the values of such a file may be nested; copies of them recurse
 
 
@@ -62,8 +63,31 @@ def parse_json(text: str, where: str, problem: str = "this is not valid JSON", l
     Raises:
         ReftError: it is no JSON, or Python cannot hold it.
     """
+    return _parsed(lambda: json.loads(text, object_pairs_hook=_fields), where, problem, lines)
+
+
+def parse_values(text: str, where: str) -> list[Any]:
+    """The values of JSON texts one behind the other, with white space, or a comma, between them.
+
+    Raises:
+        ReftError: as `parse_json`.
+    """
+    decoder = json.JSONDecoder(object_pairs_hook=_fields)
+
+    def values() -> list[Any]:
+        found, at = [], 0
+        while (at := _BETWEEN.match(text, at).end()) < len(text):  # type: ignore[union-attr]
+            value, at = decoder.raw_decode(text, at)
+            found.append(value)
+        return found
+
+    return _parsed(values, where, "this is not valid JSON", True)
+
+
+def _parsed(parse: Callable[[], Any], where: str, problem: str, lines: bool) -> Any:
+    """What `parse` gives, or what is wrong with its text."""
     try:
-        return json.loads(text, object_pairs_hook=_fields)
+        return parse()
     except json.JSONDecodeError as error:
         where += f", line {error.lineno}" if lines else ""
         why = f"{error.msg} at column {error.colno}"

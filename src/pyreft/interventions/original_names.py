@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -25,6 +26,14 @@ class State(OrderedDict):
 
     It is stored as a plain dict, so a file of it can be read with `weights_only=True`.
     """
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or super().__contains__(_NAMES.get(str(name)))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        with suppress(KeyError):
+            return self[name]
+        return default
 
     def __missing__(self, name: str) -> Tensor:
         if _NAMES.get(name) not in self:

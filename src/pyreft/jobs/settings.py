@@ -160,7 +160,8 @@ class TrainingJob:
         known = {f.name: f.type for f in fields(cls)}
         for name in settings:
             if name not in known:
-                raise ReftError(f"there is no setting {name!r}.{did_you_mean(name, known)}", where=where)
+                hint = did_you_mean(name, known) or " `pyreft train --help` lists them."
+                raise ReftError(f"there is no setting {name!r}.{hint}", where=where)
         for name in needed:
             if name == "data" and settings.get("suite"):
                 continue

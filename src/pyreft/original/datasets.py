@@ -130,6 +130,11 @@ class ReftDataset(Dataset):
         for field in self.fields_to_pad:
             if field in result:
                 fill = IGNORED if field == "labels" else self.tokenizer.pad_token_id
+                if not result[field].dim():
+                    raise ReftError(
+                        f"Row {id}: {field}: expected a value for each token, got one for the row; leave it as it is "
+                        f"with fields_to_pad={[name for name in self.fields_to_pad if name != field]}."
+                    )
                 result[field] = self._padded(result[field], fill)
         shift = 1 if self.pad_mode == "first" else 0
         result["intervention_locations"] = [[at + shift for at in row] for row in places]

@@ -56,7 +56,15 @@ class Representation:
     def __post_init__(self) -> None:
         check_fields(self, SETTING_TYPES | {"component": (str,), "layer": (int, str), "head": (int,)})
         if isinstance(self.layer, str):
-            (self.layer,) = read_layers(self.layer)
+            layers = read_layers(self.layer)
+            if layers == "all" or len(layers) > 1:
+                raise ReftError(
+                    f"expected the number of one layer, got {self.layer!r}; write a representation for each layer, or "
+                    "`layers` in place of `representations`.",
+                    setting="layer",
+                    also=["layers", "representations"],
+                )
+            (self.layer,) = layers
         if (other := layer_of_path(self.component, self.layer)) is not None:
             raise ReftError(
                 f"expected that of the path {self.component!r}, got {self.layer}; give {other}, or the path alone "
