@@ -485,12 +485,16 @@ def test_adapters_whose_names_are_numbers_of_layers(tmp_path):
         peft.get_peft_model_state_dict(model, given, adapter_name="1")
 
 
-@pytest.mark.parametrize("name", ["model", "base_layer"])
-def test_a_name_of_which_peft_would_save_nothing(adapted, name):
-    with pytest.raises(ReftError, match=f"PEFT calls something else '{name}'; give another name"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [(name, f"PEFT or torch calls something else '{name}'; give another") for name in ("model", "base_layer", "training")]
+    + [(name, "adapter_name: an adapter is saved in .* leads out of where") for name in ("..", "a/../../b", "/tmp/a")],
+)
+def test_a_name_under_which_nothing_would_be_saved(adapted, name, message):
+    with pytest.raises(ReftError, match=message):
         adapted.add_adapter(name, pyreft.ReftConfig())
     assert list(adapted.peft_config) == ["default"]
-    with pytest.raises(ReftError, match="PEFT calls something else"):
+    with pytest.raises(ReftError, match=message):
         pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(), adapter_name=name)
 
 
