@@ -86,6 +86,8 @@ class Methods:
             answers = type(self.model).generate(self.model, *args, **kwargs)
         if self.edits.removed or len(self.edits.gone) > call.gone:
             self.edits.check_running(call)
+        if call.generating and not isinstance(outer, Call):
+            self.edits.tell_of_unreached(call)
         return answers
 
     def _by_name(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
