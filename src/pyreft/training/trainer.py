@@ -147,6 +147,18 @@ class ReftTrainer(Trainer):
         self._check_parameters()
         super()._save_checkpoint(model, trial)
 
+    def _load_best_model(self) -> None:
+        """Load the active adapters from the best checkpoint, each from where it was saved.
+
+        `Trainer` looks at the first of them alone, and always where the one called `default` is saved.
+        """
+        if not isinstance(self.model, PeftModel) or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return super()._load_best_model()
+        for name in self.model.active_adapters:
+            best = Path(str(self.state.best_model_checkpoint))
+            self.model.load_adapter(str(best if name == "default" else best / name), name)
+        return None
+
     def _check_parameters(self) -> None:
         """Refuse to go on with, or to keep, an adapter of numbers that are none.
 
