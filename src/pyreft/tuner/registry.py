@@ -59,7 +59,7 @@ class Edits:
         self.kinds: dict[str, Any] = {}  # of each adapter: equal for those whose edits can be stacked, none otherwise
         self.made: dict[str, dict[str, Any]] = {}  # of each adapter: what its config said of its edits
         self.told_of_labels = self.told_of_short = False  # that labels do not say where prompts end; see `short`
-        self.told_of_unreached = False
+        self.told_of_unreached = self.told_of_cached = False
         self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
         self.causal = generates(model)
         self.removed = False
