@@ -133,10 +133,8 @@ class Methods:
         if self.edits.told_of_cached or is_empty(cache) or not counts(cache):
             return
         past, known = int(cache.get_seq_length()), past_of(self.edits, cache)
-        if known is not None and known.located is None:
-            return
         held = Located() if known is None else known.located
-        if not held.agrees(located, past):
+        if held is not None and not held.agrees(located, past):
             self.edits.told_of_cached = True
             warnings.warn(
                 f"The cache holds the first {past} tokens of the prompts, edited at others than the whole prompts are, "
