@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BatchEncoding
+from transformers import BatchEncoding, GenerationConfig
 
 import pyreft
 from conftest import pad, shaken, tiny_llama
@@ -485,13 +485,36 @@ def test_adapters_whose_names_are_numbers_of_layers(tmp_path):
         peft.get_peft_model_state_dict(model, given, adapter_name="1")
 
 
-@pytest.mark.parametrize("name", ["model", "base_layer"])
-def test_a_name_of_which_peft_would_save_nothing(adapted, name):
-    with pytest.raises(ReftError, match=f"PEFT calls something else '{name}'; give another name"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (name, f"PEFT or torch calls something else '{name}'; give another")
+        for name in ("model", "base_layer", "training")
+    ]
+    + [(name, "adapter_name: an adapter is saved in .* leads out of where") for name in ("..", "a/../../b", "/tmp/a")],
+)
+def test_a_name_under_which_nothing_would_be_saved(adapted, name, message):
+    with pytest.raises(ReftError, match=message):
         adapted.add_adapter(name, pyreft.ReftConfig())
     assert list(adapted.peft_config) == ["default"]
-    with pytest.raises(ReftError, match="PEFT calls something else"):
+    with pytest.raises(ReftError, match=message):
         pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(), adapter_name=name)
+
+
+def test_what_is_set_for_generation_and_for_the_loss_is_the_base_models():
+    """Seq2SeqTrainer sets the one, transformers documents the other."""
+    adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(layers=[1], positions="l1")).eval()
+    adapted.generation_config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    assert adapted.generate(input_ids=IDS).shape[1] == IDS.shape[1] + 3
+    adapted.loss_function = lambda logits, labels, **_: logits.sum() * 0 + 7
+    assert adapted(input_ids=IDS, labels=IDS).loss.item() == 7
+    assert adapted.get_base_model().generation_config is adapted.generation_config
+    assert copy.deepcopy(adapted).generation_config.max_new_tokens == 3
+    network = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    plain = pyreft.get_reft_model(
+        network, pyreft.ReftConfig(representations={"component": "0.output", "intervention": "bias"})
+    )
+    assert not hasattr(plain, "generation_config")
 
 
 @pytest.mark.parametrize("change", [{"act_fn": "relu"}, {"positions": "f1"}, {"intervention": "lobireft"}])

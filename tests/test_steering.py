@@ -37,6 +37,19 @@ def test_the_vector_is_the_difference_of_the_means(base):
     torch.testing.assert_close(intervention.bias.detach(), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_padding_moves_no_learned_position(base):
+    model, tokenizer = next(one for one in ARCHITECTURES if one.name == "GPT-2").make(), base[1]
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tokenizer.padding_side = "left"
+    texts = ["a whale swims in the sea", "oak"], ["the castle is old", "no"]
+    vectors = []
+    for batch_size in (1, 2):
+        adapted = pyreft.diff_mean(model, tokenizer, *texts, 1, batch_size=batch_size)
+        vectors += [intervention.bias.detach() for intervention in adapted.interventions.values()]
+        adapted.unload()
+    torch.testing.assert_close(vectors[0], vectors[1], atol=1e-4, rtol=1e-4)
+
+
 def test_the_vector_of_values_that_alternate_with_queries_and_keys(base):
     model, tokenizer = next(one for one in ARCHITECTURES if one.name == "GPT-NeoX").make(), base[1]
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

@@ -35,6 +35,14 @@ from .tuner.row_heads import heed
 from .tuner.tuner import tuner_of
 
 
+def _of_base(name: str) -> property:
+    """An attribute of the base model: what is set on the adapted one is meant for it, and read there alone."""
+    return property(
+        lambda self: getattr(self.get_base_model(), name),
+        lambda self, value: setattr(self.get_base_model(), name, value),
+    )
+
+
 class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
     """A frozen base model with representation edits.
 
@@ -50,6 +58,9 @@ class ReftModel(OriginalMembers, OriginalSaving, PeftModel):
             if nothing is said as they are made, which is float32 or the type that an intervention was given.
         low_cpu_mem_usage: leave the adapter's parameters without values, for those of a file to take their place.
     """
+
+    generation_config = _of_base("generation_config")
+    loss_function = _of_base("loss_function")
 
     def __init__(
         self,

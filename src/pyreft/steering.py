@@ -88,7 +88,8 @@ def _sum_of_states(
 
     module = base.get_submodule(site.path)
     handle = module.register_forward_hook(keep) if site.side == "output" else module.register_forward_pre_hook(keep)
-    batch = tokenizer(list(texts), padding=True, return_tensors="pt", return_special_tokens_mask=True)
+    asked = {"padding": True, "padding_side": "right"}  # a base that is told no positions counts from the left
+    batch = tokenizer(list(texts), **asked, return_tensors="pt", return_special_tokens_mask=True)
     chosen = batch.pop("special_tokens_mask") == 0
     batch = batch.to(next(base.parameters()).device)
     try:

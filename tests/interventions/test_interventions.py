@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 import pyreft
-from conftest import shaken, tiny_llama
+from conftest import FORMULAS, shaken, tiny_llama
 from pyreft.errors import ReftError
 from pyreft.interventions import (
     INTERVENTIONS,
@@ -13,6 +13,7 @@ from pyreft.interventions import (
     orthonormal_columns,
     orthonormalize,
 )
+from pyreft.interventions.low_rank import LowRankIntervention
 
 D, RANK = 24, 3
 
@@ -38,6 +39,19 @@ def test_formula(name):
     module = INTERVENTIONS[name](embed_dim=D, low_rank_dimension=RANK)
     h = torch.randn(5, D)
     torch.testing.assert_close(module(h), written_out(name, module, h), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("usual", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", FORMULAS)
+def test_parameters_are_float32_whatever_torch_makes_by_itself(name, usual):
+    sizes = {"low_rank_dimension": RANK, "input_dim": D} if name == "lora" else {}
+    sizes = sizes or ({"low_rank_dimension": RANK} if issubclass(INTERVENTIONS[name], LowRankIntervention) else {})
+    torch.set_default_dtype(usual)
+    try:
+        made = INTERVENTIONS[name](embed_dim=D, **sizes)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
 
 
 def test_activation_is_on_the_source_alone():

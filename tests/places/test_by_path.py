@@ -4,6 +4,7 @@ import peft
 import pytest
 import torch
 from torch import nn
+from transformers import XLMConfig, XLMModel
 
 import pyreft
 from conftest import shaken
@@ -175,3 +176,22 @@ def test_a_module_that_is_never_called_is_refused():
     plain = base.eval()(X)
     config = pyreft.ReftConfig(representations={"component": "0.self_attn.output", "positions": "all"})
     assert not torch.allclose(shaken(peft.get_peft_model(base, config)).eval()(X), plain, atol=1e-3)
+
+
+def test_lists_of_parts_are_no_blocks():
+    """XLM keeps its attentions, MLPs and norms in lists of their own: what is called a block there is an MLP."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "emb_dim": 16, "n_layers": 3, "n_heads": 2, "dropout": 0, "attention_dropout": 0}
+    model = XLMModel(XLMConfig(**sizes)).eval()
+    with pytest.raises(pyreft.ReftError, match=r"XLMModel has no blocks, but lists of their parts, such as 'ffns'"):
+        pyreft.get_reft_model(model, pyreft.ReftConfig(layers=[1], component="block_output"))
+    place = {"component": "layer_norm2[1].output", "intervention": "bias", "positions": "l1"}
+    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(representations=place)).eval()
+    (edit,) = adapted.interventions.values()
+    edit.bias.data += 1
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        states = adapted(ids, output_hidden_states=True).hidden_states[2]
+        with adapted.disable_adapter():
+            plain = adapted(ids, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(states - plain, torch.tensor([0.0, 0.0, 1.0])[None, :, None].expand(1, 3, 16))

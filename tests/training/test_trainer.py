@@ -260,6 +260,33 @@ def tiny_bert():
     return BertForSequenceClassification(BertConfig(vocab_size=96, initializer_range=0.2, **sizes))
 
 
+@pytest.mark.parametrize("active", [["default"], ["second"], ["second", "default"]])
+def test_the_best_of_each_active_adapter_is_loaded(tokenizer, tmp_path, active):
+    """They are alike, so the files of one would fit another."""
+    config = {"positions": "l1", "low_rank_dimension": 4, "intervention": "loreft"}
+    adapted = pyreft.get_reft_model(tiny_llama(), pyreft.ReftConfig(**config))
+    adapted.add_adapter("second", pyreft.ReftConfig(**config))
+    adapted.base_model.set_adapter(active)
+    data = examples(False)
+    early = {
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "metric_for_best_model": "loss",
+        "greater_is_better": True,
+    }
+    trainer = pyreft.ReftTrainer(
+        model=adapted,
+        args=arguments(tmp_path, load_best_model_at_end=True, **early),  # the highest loss: the first epoch
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+    )
+    trainer.train()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert losses[-1] < max(losses) - 0.1
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), abs=1e-4)
+
+
 def told_of_unreached(model, directory, length=24, **settings):
     """What is told of edits without a gradient, in a training of two steps."""
     rows = torch.randint(5, 90, (8, length)).tolist()

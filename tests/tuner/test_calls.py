@@ -380,6 +380,28 @@ def test_a_module_that_a_training_step_does_not_call_is_told_once():
         adapted(input_ids=ids, labels=ids)
 
 
+@pytest.mark.parametrize("way", ["forward", "generate"])
+def test_blocks_whose_forward_alone_is_called_are_told_without_training(way):
+    model, ids = tiny_llama(), torch.arange(3, 11).view(2, 4)
+    adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(layers=[1, 2], component="block_output")).eval()
+    block = model.model.layers[1]
+
+    class Around(nn.Module):  # in the manner of SqueezeBERT's encoder, and of models from the hub
+        def __init__(self):
+            super().__init__()
+            self.inside = [block]  # no child, so the paths stay
+
+        def forward(self, *args, **kwargs):
+            return self.inside[0].forward(*args, **kwargs)
+
+    model.model.layers[1] = Around()
+    with pytest.warns(UserWarning, match="The model has not called .*, so what is to be edited there was not. Some"):
+        adapted(input_ids=ids) if way == "forward" else adapted.generate(input_ids=ids, max_new_tokens=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted(input_ids=ids)
+
+
 def test_a_step_that_raises_says_nothing_of_what_it_did_not_call():
     model, ids = tiny_llama(), torch.arange(3, 11).view(2, 4)
     adapted = pyreft.get_reft_model(model, pyreft.ReftConfig(layers="all", positions="all")).train()

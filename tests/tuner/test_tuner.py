@@ -4,6 +4,7 @@ import contextlib
 import copy
 import pickle
 import re
+import warnings
 
 import peft
 import pytest
@@ -184,6 +185,39 @@ def test_a_prefix_from_a_cache_changes_nothing(model, prompts, rule, known):
         with adapted.disable_adapter(), torch.no_grad():
             adapted(ids[:, :known], **{CACHE: cache})
         assert torch.equal(adapted.generate(input_ids=ids, **GREEDY, **{CACHE: cache}), expected)
+
+
+@pytest.mark.parametrize(
+    ("rule", "filled", "told"),
+    [
+        ("l1", "by_itself", True),
+        ("f1", "by_itself", False),
+        ("all", "by_itself", False),
+        ("l1", "disabled", False),
+        ("f1", "disabled", True),
+        ("f1", "other", True),
+        ("l1", "turn", False),
+    ],
+)
+def test_a_cache_of_a_prefix_that_is_edited_otherwise_is_told(model, prompts, rule, filled, told):
+    adapted = adapt(model, positions=rule)
+    adapted.add_adapter("other", pyreft.ReftConfig(positions="f1"))
+    ids, cache = torch.tensor([prompts[0]]), DynamicCache(config=model.config)
+    with torch.no_grad():
+        if filled == "turn":
+            adapted.generate(input_ids=ids[:, :4], max_new_tokens=2, **{CACHE: cache})
+            ids = torch.cat((ids[:, :4], torch.tensor([[5, 6, 7, 8]])), 1)
+        elif filled == "disabled":
+            with adapted.disable_adapter():
+                adapted(ids[:, :4], **{CACHE: cache})
+        else:
+            adapted.set_adapter("other" if filled == "other" else "default")
+            adapted(ids[:, :4], **{CACHE: cache})
+    adapted.set_adapter("default")
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        adapted.generate(input_ids=ids, **GREEDY, **{CACHE: cache})
+    assert any("The cache holds the first 4 tokens" in str(one.message) for one in found) is told
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -53,8 +53,9 @@ class LoraIntervention(Intervention):
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
             raise ReftError(f"expected a number above 0, got {alpha!r}.", setting="alpha")
         self.input_dim, self.low_rank_dimension, self.alpha = input_dim, low_rank_dimension, float(alpha)
-        self.A = nn.Linear(input_dim, low_rank_dimension, bias=False)  # begins as PEFT's: Kaiming's uniform, a = √5
-        self.B = nn.Linear(low_rank_dimension, embed_dim, bias=False)
+        # begins as PEFT's: Kaiming's uniform, a = √5
+        self.A = nn.Linear(input_dim, low_rank_dimension, bias=False, dtype=torch.float32)
+        self.B = nn.Linear(low_rank_dimension, embed_dim, bias=False, dtype=torch.float32)
         nn.init.zeros_(self.B.weight)
         self.to(device=device, dtype=dtype)
 

@@ -129,7 +129,7 @@ class LoreftIntervention(LowRankIntervention):
 
     def make_parameters(self, d: int, r: int) -> None:
         self.rotate_layer = OrthonormalColumns(d, r)
-        self.learned_source = nn.Linear(d, r)
+        self.learned_source = nn.Linear(d, r, dtype=torch.float32)
 
     def basis(self) -> Tensor:
         return self.rotate_layer.weight.mT
@@ -147,8 +147,8 @@ class NoreftIntervention(LowRankIntervention):
     stackable = True
 
     def make_parameters(self, d: int, r: int) -> None:
-        self.proj_layer = nn.Linear(d, r, bias=self.add_bias)  # W₂
-        self.learned_source = nn.Linear(d, r)  # W₁, b
+        self.proj_layer = nn.Linear(d, r, bias=self.add_bias, dtype=torch.float32)  # W₂
+        self.learned_source = nn.Linear(d, r, dtype=torch.float32)  # W₁, b
 
     def basis(self) -> Tensor:
         return self.proj_layer.weight.float()
@@ -169,7 +169,7 @@ class ConsreftIntervention(LoreftIntervention):
 
     def make_parameters(self, d: int, r: int) -> None:
         self.rotate_layer = OrthonormalColumns(d, r)
-        self.learned_source = nn.Parameter(torch.rand(r))
+        self.learned_source = nn.Parameter(torch.rand(r, dtype=torch.float32))
 
     def begin_at_identity(self) -> None:
         LowRankIntervention.begin_at_identity(self)

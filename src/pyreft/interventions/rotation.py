@@ -26,7 +26,7 @@ class OrthonormalColumns(nn.Module):
 
     def __init__(self, embed_dim: int, low_rank_dimension: int) -> None:
         super().__init__()
-        self.free = nn.Parameter(torch.empty(embed_dim, low_rank_dimension))
+        self.free = nn.Parameter(torch.empty(embed_dim, low_rank_dimension, dtype=torch.float32))
         if not self.free.is_meta:
             nn.init.orthogonal_(self.free)
 

@@ -16,7 +16,7 @@ class BiasIntervention(Intervention):
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
-        self.bias = nn.Parameter(torch.zeros(embed_dim))
+        self.bias = nn.Parameter(torch.zeros(embed_dim, dtype=torch.float32))
 
     def formula(self, h: Tensor) -> Tensor:
         return h + self.bias.float()
@@ -29,8 +29,8 @@ class RedIntervention(Intervention):
 
     def __init__(self, *, embed_dim: int, dropout: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
-        self.scale = nn.Parameter(torch.ones(embed_dim))
-        self.bias = nn.Parameter(torch.zeros(embed_dim))
+        self.scale = nn.Parameter(torch.ones(embed_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(embed_dim, dtype=torch.float32))
 
     def formula(self, h: Tensor) -> Tensor:
         return self.scale.float() * h + self.bias.float()
@@ -53,8 +53,8 @@ class RoadIntervention(Intervention):
             raise ReftError(
                 f"'road' rotates pairs of dimensions; the width {embed_dim} is odd.", setting="intervention"
             )
-        self.theta = nn.Parameter(torch.zeros(embed_dim // 2))
-        self.alpha = nn.Parameter(torch.ones(embed_dim // 2))
+        self.theta = nn.Parameter(torch.zeros(embed_dim // 2, dtype=torch.float32))
+        self.alpha = nn.Parameter(torch.ones(embed_dim // 2, dtype=torch.float32))
 
     def formula(self, h: Tensor) -> Tensor:
         cos, sin = self.alpha.float() * self.theta.float().cos(), self.alpha.float() * self.theta.float().sin()
@@ -76,7 +76,7 @@ class LofitIntervention(Intervention):
     def __init__(self, *, embed_dim: int, dropout: float = 0.0, l1: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
         self.l1 = l1
-        self.scale = nn.Parameter(torch.zeros(embed_dim))
+        self.scale = nn.Parameter(torch.zeros(embed_dim, dtype=torch.float32))
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -106,9 +106,9 @@ class JolaIntervention(Intervention):
     def __init__(self, *, embed_dim: int, dropout: float = 0.0, l0: float = 0.0) -> None:
         super().__init__(embed_dim=embed_dim, dropout=dropout)
         self.l0 = l0
-        self.scale = nn.Parameter(torch.zeros(embed_dim))
-        self.bias = nn.Parameter(torch.zeros(embed_dim))
-        self.log_alpha = nn.Parameter(torch.zeros(2))
+        self.scale = nn.Parameter(torch.zeros(embed_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(embed_dim, dtype=torch.float32))
+        self.log_alpha = nn.Parameter(torch.zeros(2, dtype=torch.float32))
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 from peft import TaskType
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from ..data.encode import context_length
+from ..data.padding import pads_classified
 from ..errors import ReftError
 from ..loading import load_base
 from ..tasks.glue import Pair, Task, find_task, read, split_validation
@@ -46,7 +47,7 @@ class PreparedClassifier(PreparedJob):
         limit = context_length(model, self.tokenizer, job.max_length)
         self.rows = encode_pairs(self.tokenizer, self.task, pairs, limit)
         self.validation = encode_pairs(self.tokenizer, self.task, choosing, limit)
-        self.collator = DataCollatorWithPadding(self.tokenizer)
+        self.collator = pads_classified(self.tokenizer)
         self.options = {
             "save_strategy": "epoch",
             "load_best_model_at_end": True,

@@ -4,7 +4,7 @@ Where a row is cut, `tuner.resolve.locate` and `reach.rows.cut` say. What follow
 `SkipPrefixes` and `SkipLayers` do: a prefix once, a window in each step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -101,14 +101,13 @@ def cut_rows(edits: Edits, rows: Sequence[dict[str, Any]]) -> list[CutRow]:
 
 
 def count_batches(
-    way: SkipPrefixes | SkipLayers | None, batches: Sequence[Sequence[CutRow]], held: Held, width: int, left: bool
+    way: SkipPrefixes | SkipLayers | None, batches: Sequence[Sequence[CutRow]], held: Held, width: int
 ) -> Count:
     """Count what a pass over batches computes, and put into `held` what it would hold.
 
     Args:
         way: see `Reach.find_way`.
         width: how many bytes a token's state takes between two layers.
-        left: whether padding comes first.
     """
     count = Count()
     for batch in batches:
@@ -116,30 +115,25 @@ def count_batches(
         computed = tokens
         if isinstance(way, SkipPrefixes):
             computed = len(batch) * max(row.end - row.start for row in batch)
-            count.frozen += _count_behind(way, batch, held, width, left)
+            count.frozen += _count_behind(way, batch, held, width)
         elif way is not None:
-            count.frozen += _count_above(way, batch, held, width, left)
+            count.frozen += _count_above(way, batch, held, width)
         count.tokens += tokens
         count.computed += computed
         count.largest = max(count.largest, computed)
     return count
 
 
-def _offsets(batch: Sequence[CutRow], left: bool) -> Iterator[int]:
-    length = max(row.length for row in batch)
-    return (length - row.length if left else 0 for row in batch)
-
-
-def _count_behind(way: SkipPrefixes, batch: Sequence[CutRow], held: Held, width: int, left: bool) -> int:
+def _count_behind(way: SkipPrefixes, batch: Sequence[CutRow], held: Held, width: int) -> int:
     """Tokens times layers of the prefixes, and below the edits of the windows, that are not held yet."""
     prefixes: dict[Any, int] = {}
     windows: dict[Any, tuple[int, Any]] = {}
-    for row, offset in zip(batch, _offsets(batch, left and way.offsets), strict=True):
-        prefix = ("prefix", offset, row.start, row.prefix)
+    for row in batch:
+        prefix = ("prefix", row.start, row.prefix)
         if row.start:
             prefixes[prefix] = row.start
         if way.kept:
-            windows["states", offset, row.start, row.whole] = row.end - row.start, prefix
+            windows["states", row.start, row.whole] = row.end - row.start, prefix
     lacking = {key: found for key, found in windows.items() if key not in held.known}
     unknown = [key for key in prefixes if key not in held.known]
     again = {prefix for _, prefix in lacking.values()}  # run as far as the windows below the edits need them
@@ -156,12 +150,12 @@ def _count_behind(way: SkipPrefixes, batch: Sequence[CutRow], held: Held, width:
     return frozen
 
 
-def _count_above(way: SkipLayers, batch: Sequence[CutRow], held: Held, width: int, left: bool) -> int:
+def _count_above(way: SkipLayers, batch: Sequence[CutRow], held: Held, width: int) -> int:
     """Tokens times layers below the edits that are not held yet."""
     longest = max(row.length for row in batch)
     lacking = {}
-    for row, offset in zip(batch, _offsets(batch, left), strict=True):
-        key = (longest if way.padding else offset), row.length, row.whole
+    for row in batch:
+        key = (longest if way.padding else 0), row.length, row.whole
         if key not in held.known:
             lacking[key] = (longest if way.padding else row.length) * width
     for key, size in lacking.items():

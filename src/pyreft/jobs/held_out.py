@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..data.encode import context_length, default_format, encode_all
 from ..data.fields import Example
 from ..data.files import Reading, Tally, read_examples
+from ..data.padding import pads_rows
 from ..data.tally import LongRows
 from ..errors import ReftError
 from ..files.record import read_format
@@ -109,7 +110,7 @@ def padded_batches(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """Rows in their order, padded."""
-    pad = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    pad = pads_rows(tokenizer)
     for start in range(0, len(rows), batch_size):
         yield pad(list(rows[start : start + batch_size]))
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from peft import PeftConfig, TaskType
 from transformers import (
-    DataCollatorForSeq2Seq,
     EarlyStoppingCallback,
     PrinterCallback,
     TrainerCallback,
@@ -25,6 +24,7 @@ from transformers import (
 
 from ..data.encode import context_length, default_format, encode, encode_all
 from ..data.files import Example, Tally, read_examples
+from ..data.padding import pads_rows
 from ..errors import ReftError
 from ..files.checkpoints import last_complete, steps_done
 from ..files.record import FILE as RECORD
@@ -117,7 +117,7 @@ class PreparedJob:
             self._hold_out()
         learned = set(map(_mark, self.rows)) if self.validation else set()
         self.shared = sum(_mark(row) in learned for row in self.validation)
-        self.collator = DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
+        self.collator = pads_rows(self.tokenizer)
         self._attach(model)
 
     def _examples(self) -> list[Example]:

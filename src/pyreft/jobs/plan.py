@@ -12,7 +12,6 @@ from typing import Any, cast
 
 from accelerate.data_loader import SeedableRandomSampler
 from torch import nn
-from transformers import DataCollatorForSeq2Seq
 
 from ..errors import ReftError
 from ..places.components import number_of_layers
@@ -196,7 +195,7 @@ def _count(
     with following(edits, rule):
         cuts, held_out = cut_rows(edits, rows), cut_rows(edits, prepared.validation)
     held = Held(prepared.reach.store.budget if prepared.reach else 0, spills=job.reach_directory is not None)
-    fixed = held, *_layout(prepared)
+    fixed = held, _width(prepared)
     epochs: list[Count] = []
     for epoch in (0, 1):
         order = batches_of(len(cuts), job.batch_size, job.seed + epoch)
@@ -224,7 +223,7 @@ def _add_times(plan: Plan, prepared: PreparedJob, edits: Edits, way: SkipPrefixe
     for cost in (fewest, largest):
         with following(edits, Positions.parse(cost.positions)):
             measured.append(measure_step(prepared.model, prepared.reach if way else None, collate(prepared, rows)))
-            counts.append(count_batches(way, [cut_rows(edits, rows)], Held(_ANY), *_layout(prepared)))
+            counts.append(count_batches(way, [cut_rows(edits, rows)], Held(_ANY), _width(prepared)))
     rates = Rates(measured[0], measured[1], (counts[0].computed, counts[1].computed), counts[0].frozen)
     on_cpu = prepared.model.get_device().type == "cpu"  # where what is held lies beside the model
     for cost in plan.costs:
@@ -254,10 +253,10 @@ def _lengths(rows: Sequence[dict[str, Any]]) -> list[int]:
     return [len(row["input_ids"]) for row in rows]
 
 
-def _layout(prepared: PreparedJob) -> tuple[int, bool]:
-    """How many bytes a token's state takes between two layers, and whether padding comes first."""
+def _width(prepared: PreparedJob) -> int:
+    """How many bytes a token's state takes between two layers."""
     base = prepared.model.get_base_model()
-    return hidden_width(base) * base.dtype.itemsize, prepared.tokenizer.padding_side == "left"
+    return hidden_width(base) * base.dtype.itemsize
 
 
 def batches_of(rows: int, size: int, seed: int) -> list[list[int]]:
@@ -268,7 +267,7 @@ def batches_of(rows: int, size: int, seed: int) -> list[list[int]]:
 
 def collate(prepared: PreparedJob, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of rows, where the model is."""
-    batch = DataCollatorForSeq2Seq(prepared.tokenizer, label_pad_token_id=IGNORED)(list(rows))
+    batch = prepared.collator(list(rows))
     return {name: value.to(prepared.model.get_device()) for name, value in batch.items()}
 
 

@@ -68,7 +68,7 @@ def find_blocks(model: nn.Module, stack: Stack = "") -> tuple[str, nn.ModuleList
     parameters. Of a model for text and images or sound, the blocks are those of its language model.
 
     Raises:
-        ReftError: if there is no such list.
+        ReftError: if there is no such list, or lists of norms, attentions and MLPs instead, as in XLM.
     """
     scope = _scope(model, stack)
     count = getattr(getattr(scope, "config", None), "num_hidden_layers", None)
@@ -80,7 +80,14 @@ def find_blocks(model: nn.Module, stack: Stack = "") -> tuple[str, nn.ModuleList
         )
     lists = [found for found in lists if len(found) == count] or lists
     blocks = lists[0] if len(lists) == 1 else max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
-    return path_of(model, blocks), blocks
+    path = path_of(model, blocks)
+    beside = model.get_submodule(path.rpartition(".")[0]).children()
+    if any(len(found) == len(blocks) and _are_norms(found) for found in beside if isinstance(found, nn.ModuleList)):
+        raise ReftError(
+            f"{type(model).__name__} has no blocks, but lists of their parts, such as {path!r}. Give the place to edit "
+            f"by its path instead, as in component='{path}[{len(blocks) - 1}].output'."
+        )
+    return path, blocks
 
 
 def path_of(model: nn.Module, module: nn.Module) -> str:
@@ -142,6 +149,11 @@ def _scope(model: Any, stack: Stack) -> Any:
     """The part of a model that holds the blocks: a stack, the language model of a composite model, or all of it."""
     inner = None if stack else text_model(model)
     return stack_module(model, stack) if inner is None else inner
+
+
+def _are_norms(parts: nn.ModuleList) -> bool:
+    shapes = [shape_of(parameter) for parameter in parts.parameters()]
+    return bool(shapes) and all(len(shape) == 1 for shape in shapes)
 
 
 def _outermost_lists(module: nn.Module) -> Iterator[nn.ModuleList]:

@@ -147,6 +147,21 @@ class ReftTrainer(Trainer):
         self._check_parameters()
         super()._save_checkpoint(model, trial)
 
+    def _load_best_model(self) -> None:
+        """Load the active adapters from the best checkpoint, each from where it was saved.
+
+        `Trainer` looks at the first of them alone, and always where the one called `default` is saved.
+        """
+        names = self.model.active_adapters if isinstance(self.model, PeftModel) else []
+        best = Path(str(self.state.best_model_checkpoint))
+        places = {name: best if name == "default" else best / name for name in names}
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if sharded or not places or not all(place.is_dir() for place in places.values()):
+            return super()._load_best_model()
+        for name, place in places.items():
+            self.model.load_adapter(str(place), name)
+        return None
+
     def _check_parameters(self) -> None:
         """Refuse to go on with, or to keep, an adapter of numbers that are none.
 

@@ -75,6 +75,7 @@ class Call:
         self.rotations: dict[Any, Tensor] = {}  # R of the layers that need it, `[r, d]`
         self.rotated: set[Key] = set()  # the representations for which R has been computed
         self.stacked: dict[tuple, Any] = {}  # interventions that rows with adapters of their own share
+        self.asked: set[Key] = set()  # the representations that had tokens to edit
         self.reached: set[int] = set()  # the numbers of the layers that have edited
         self.located: Located | None = None  # of the whole prompt, in a generation; of every forward, while `serving`
         self.serving = self.generating = False
@@ -99,6 +100,7 @@ class Call:
             located: where they are edited.
         """
         at = {} if past >= located.until else located.within(past, tokens, rows)
+        self.asked.update(at)
         names = dict.fromkeys(name for name, _ in at)
         adapters = {name: located.adapters(name, rows) if located.groups else [] for name in names}
         strengths = {name: [self.strength(one) for one in own or [name]] for name, own in adapters.items()}

@@ -129,8 +129,7 @@ class Entry:
                 self.edits.steps.watch(output)
             if output is not None:  # as where it raised
                 self.edits.check_running(call)
-                if call.trains:
-                    self.edits.tell_of_unreached(call)
+                self.edits.tell_of_unreached(call)
         elif call.readings:
             call.readings.clear()
 

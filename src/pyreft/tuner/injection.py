@@ -1,8 +1,10 @@
 """How edits come onto a model and off it: what fits is checked first, then its calls are watched."""
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -140,9 +142,17 @@ def site_of(entry: Representation, model: nn.Module) -> Site:
 
 
 def check_name(adapter_name: str) -> None:
-    """Refuse a name by which PEFT would take an adapter's modules for others, and save nothing of them."""
-    if adapter_name in ("model", "base_layer"):
-        raise ReftError(f"PEFT calls something else {adapter_name!r}; give another name.", setting="adapter_name")
+    """Refuse a name by which PEFT would take an adapter's modules for others, or save them elsewhere than asked."""
+    if adapter_name in ("model", "base_layer", "training"):
+        raise ReftError(
+            f"PEFT or torch calls something else {adapter_name!r}; give another name.", setting="adapter_name"
+        )
+    if os.path.isabs(adapter_name) or ".." in Path(adapter_name).parts:
+        raise ReftError(
+            f"an adapter is saved in a directory of its name, and {adapter_name!r} leads out of where it is saved; "
+            "give another name.",
+            setting="adapter_name",
+        )
 
 
 def check_free(model: nn.Module, adapter_name: str, wrapped: bool) -> None:

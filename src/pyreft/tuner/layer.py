@@ -191,7 +191,8 @@ class ReftLayer(nn.ModuleDict, BaseTunerLayer):
         adapters = reading.adapters[name]
         strength: float | Tensor = reading.strengths[name][0]
         if len(set(reading.strengths[name])) > 1:
-            strength = torch.tensor(reading.strengths[name], device=h.device).view(-1, 1, 1)
+            strengths = torch.tensor(reading.strengths[name], dtype=torch.float32, device=h.device)
+            strength = strengths.view(-1, 1, 1)
         for number, (index, columns) in enumerate(zip(self.indices[name], self.columns[name], strict=True)):
             if (name, index) not in reading.at:
                 continue

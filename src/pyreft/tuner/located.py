@@ -89,6 +89,28 @@ class Located:
             self.endless.add(key)
         self.until = math.inf if self.endless else self.length
 
+    def agrees(self, other: "Located", past: int) -> bool:
+        """Whether both have the same tokens before `past`; rows of either may stand for several of the other."""
+        for key in self.masks.keys() | other.masks.keys():
+            parts = [one.masks[key][:, :past] for one in (self, other) if key in one.masks]
+            if len(parts) < 2:
+                if bool(parts[0].any()):
+                    return False
+                continue
+            rows, wide = max(map(len, parts)), max(part.shape[1] for part in parts)
+            if any(rows % len(part) for part in parts):
+                return False
+            endless = key in self.endless or key in other.endless
+            a, b = (
+                nn.functional.pad(part, (0, wide - part.shape[1]), value=endless).repeat_interleave(
+                    rows // len(part), 0
+                )
+                for part in parts
+            )
+            if not torch.equal(a, b.to(a.device)):
+                return False
+        return True
+
     def reorder(self, order: Tensor) -> None:
         """Move the tokens of each row, `order` `[batch, tokens]`: the new token j is what token `order[:, j]` was."""
         moved = {id(mask): take(mask, order) for mask in self.masks.values()}

@@ -8,12 +8,12 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
-from .caches import cache_of, is_empty
+from .caches import cache_of, counts, is_empty
 from .call import Call, innermost, within
 from .changing import one_at_a_time
 from .continuous import Batches, check_requests
-from .hooks import Preparing, take_given
-from .located import take
+from .hooks import Preparing, past_of, take_given
+from .located import Located, take
 from .registry import Edits
 from .resolve import resolve
 
@@ -86,6 +86,8 @@ class Methods:
             answers = type(self.model).generate(self.model, *args, **kwargs)
         if self.edits.removed or len(self.edits.gone) > call.gone:
             self.edits.check_running(call)
+        if call.generating and not isinstance(outer, Call):
+            self.edits.tell_of_unreached(call)
         return answers
 
     def _by_name(self, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -123,6 +125,25 @@ class Methods:
         mask = inputs.ne(pad)
         return None if bool(mask.all()) else mask.long()
 
+    def _tell_of_cached(self, located: Located, cache: Any) -> None:
+        """Warn, once, where a cache holds tokens of the prompts that were edited otherwise than they are to be.
+
+        One that a generation left holds an earlier turn, whose edits were its own.
+        """
+        if self.edits.told_of_cached or is_empty(cache) or not counts(cache):
+            return
+        past, known = int(cache.get_seq_length()), past_of(self.edits, cache)
+        held = Located() if known is None else known.located
+        if held is not None and not held.agrees(located, past):
+            self.edits.told_of_cached = True
+            warnings.warn(
+                f"The cache holds the first {past} tokens of the prompts, edited at others than the whole prompts are, "
+                "so the answers differ from those without it. Fill it with prompt_lengths=[...], the numbers of tokens "
+                "of the whole prompts; or, where the edits are behind it, with disable_adapter().",
+                UserWarning,
+                stacklevel=4,
+            )
+
     def _locate(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Find the located tokens of the prompts; return the arguments with the prompts aligned to the right."""
         name = next((n for n in ("inputs", "input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
@@ -137,6 +158,8 @@ class Methods:
         tokens = inputs.new_ones(inputs.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
         ids = inputs if inputs.dim() == 2 and inputs.shape == tokens.shape else None
         located = resolve(self.edits, call, "", tokens, None, ids)
+        if call.row_adapters is None:
+            self._tell_of_cached(located, cache_of(kwargs))
         if mask is not None and not bool(tokens[:, -1].all()) and is_empty(cache_of(kwargs)):
             order = tokens.long().argsort(dim=1, stable=True)
             for aligned in [key for key, value in kwargs.items() if _is_by_token(key, value, mask)]:

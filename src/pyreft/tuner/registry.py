@@ -59,7 +59,7 @@ class Edits:
         self.kinds: dict[str, Any] = {}  # of each adapter: equal for those whose edits can be stacked, none otherwise
         self.made: dict[str, dict[str, Any]] = {}  # of each adapter: what its config said of its edits
         self.told_of_labels = self.told_of_short = False  # that labels do not say where prompts end; see `short`
-        self.told_of_unreached = False
+        self.told_of_unreached = self.told_of_cached = False
         self.strengths: dict[str, float] = {}  # of each adapter, 1 if it is not here
         self.causal = generates(model)
         self.removed = False
@@ -145,24 +145,24 @@ class Edits:
             raise ReftError(f"{what} while a call with it ran, which cannot be ended as it began. Wait for its end.")
 
     def tell_of_unreached(self, call: Call) -> None:
-        """Warn, once, where a step in training has not called an edited module, as fused kernels that read weights."""
+        """Warn, once, where a call has not called an edited module, as fused kernels that read weights do not."""
         if self.told_of_unreached or torch.compiler.is_compiling():
             return
         for layer in self.layers:
-            reading = call.readings.get(layer.stack)
-            if reading is None or layer.number in call.reached:
+            if layer.number in call.reached:
                 continue
             names = layer.indices if call.row_adapters is not None else call.enabled_at(layer.number)
-            if any((name, index) in reading.at for name in names for index in layer.indices.get(name, ())):
+            if any((name, index) in call.asked for name in names for index in layer.indices.get(name, ())):
                 self.told_of_unreached = True
-                if _skips_blocks(self.model):  # at random, so it is another one in the next step
+                if call.trains and _skips_blocks(self.model):  # at random, so it is another one in the next step
                     return
                 module = layer.get_base_layer()
                 paths = (path for path, one in self.model.named_modules() if one is module)
                 path = next(paths, type(module).__name__)  # of one that was taken out of the model
                 warnings.warn(
-                    f"A training step has not called {path!r}, so what is to be edited there was not, and learns "
-                    "nothing. Some fused kernels read a module's weights instead; edit another component then.",
+                    f"The model has not called {path!r}, so what is to be edited there was not"
+                    f"{', and learns nothing' if call.trains else ''}. Some fused kernels read a module's weights "
+                    "instead, and some models call its forward alone; edit another component then.",
                     stacklevel=2,
                 )
                 return

@@ -50,7 +50,6 @@ class Shared:
         self.model = self.first.model.get_base_model()
         detach(self.model)
         self.store = Store(read_budget(job.reach_memory))
-        self.padding_side = self.first.tokenizer.padding_side
 
     def fingerprint(self) -> dict[str, Any]:
         """What the data and the base model are, by digests."""
@@ -93,7 +92,6 @@ class Attempt(PreparedJob):
         first = self._shared.first
         self.examples, self.rows, self.validation = first.examples, first.rows, first.validation
         self.format, self.collator, self.tokenizer = first.format, first.collator, first.tokenizer
-        self.tokenizer.padding_side = self._shared.padding_side  # a training leaves it as generation needs it
         self.config.prompt_format = self.format
         self._attach(self._shared.model)
 
