@@ -175,7 +175,11 @@ def test_what_is_exported_edits_each_prompt_at_its_own_tokens(prompts, rule):
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning",
+    "ignore:.*torch.jit.trace:DeprecationWarning",
+    "ignore:.*torch.jit.trace:FutureWarning",  # from Python 3.14 on
+)
 @pytest.mark.parametrize("rule", ["l2", "f1+l2", "all"])
 def test_what_is_traced_edits_each_prompt_at_its_own_tokens(prompts, rule):
     config = pyreft.ReftConfig(positions=rule, low_rank_dimension=4, intervention="loreft")
