@@ -491,7 +491,10 @@ def test_adapters_whose_names_are_numbers_of_layers(tmp_path):
         (name, f"PEFT or torch calls something else '{name}'; give another")
         for name in ("model", "base_layer", "training")
     ]
-    + [(name, "adapter_name: an adapter is saved in .* leads out of where") for name in ("..", "a/../../b", "/tmp/a")],
+    + [
+        (name, "adapter_name: an adapter is saved in .* names none within that where it is saved")
+        for name in ("..", "a/../../b", "/tmp/a", "", "./")
+    ],
 )
 def test_a_name_under_which_nothing_would_be_saved(adapted, name, message):
     with pytest.raises(ReftError, match=message):

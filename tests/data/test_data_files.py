@@ -75,7 +75,9 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         ("a.csv", 'prompt,completion\na,b\nc,"d\ne,f\n', "line 3: this is not valid CSV (unexpected end of data)"),
         ("a.csv", 'prompt,completion\na,b\nc, "d"\n', "line 3: a text in quotes has a space before it"),
         ("a.csv", "prompt,completion\na,b\nc,nan\n", "line 3: the field 'completion' is 'nan', as pandas writes one"),
+        ("a.csv", 'prompt,completion\n "a",b\n', "line 2: a text in quotes has a space before it"),
         ("a.csv", "instruction,input,output\na,NaN,b\n", "line 2: the field 'input' is 'NaN'"),
+        ("a.csv", "prompt,completion,system\na,b,nan\n", "line 2: the field 'system' is 'nan'"),
         ("a.csv", 'prompt,completion\n"A" cat?,b\n', "A quote within a text is written twice."),
         ("a.csv", "prompt,answer\na,b\n", "line 2: the field 'completion' is missing; the row has prompt, answer."),
         ("a.jsonl", "", "the file has no examples"),
@@ -236,6 +238,21 @@ def test_a_prompt_may_be_what_the_template_makes_of_other_fields(tmp_path, token
     answer = "{% if not add_generation_prompt %}{{ messages[-1].content }}{% endif %}"
     tokenizer.chat_template = "{% for d in documents %}{{ d.text }}{% endfor %}{{ messages[0].content }}:" + answer
     assert len(encode_all(tokenizer, [found], "chat", 512, least=1)[1]) == 1
+
+
+def test_quotes_behind_a_space_may_be_meant(tmp_path):
+    """Where the whole text is in quotes, and where nothing is made of it."""
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,completion,note\n" ""A"" cat, ""B""?",b,x\n"a\n"," ""C"" ", "d"\n')
+    first, second = read_examples(path)
+    assert (first.prompt, second.completion) == (' "A" cat, "B"?', ' "C" ')
+
+
+def test_a_row_with_both_marks_of_a_bad_answer_is_one_that_is_wrong(tmp_path):
+    path, tally = tmp_path / "a.csv", Tally("skip")
+    path.write_text("prompt,completion,label,kto_tag\na,b,False,false\na,c,True,true\n")
+    (found,) = read_examples(path, tally=tally)
+    assert (found.completion, len(tally.errors), len(tally.wrong)) == ("c", 1, 1)
 
 
 def test_what_is_missing_elsewhere_in_a_table_is_not_told(tmp_path):

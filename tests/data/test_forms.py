@@ -181,6 +181,8 @@ def test_one_column_of_another_name(tmp_path, fields):
     row = {"instruction": "a", "input": "b", "response": "c"}
     (found,) = examples(tmp_path, row, completion_field="response", **fields)
     assert (found.format, found.given) == ("alpaca", "b")
+    (found,) = examples(tmp_path, {"instruction": "a", "input": "b"}, completion_field="input")
+    assert (found.given, found.completion) == ("", "b")
     with pytest.raises(ReftError, match=r"line 1: the field 'prompt' is missing; the row has prompt, x. Another name"):
         examples(tmp_path, {"prompt": "a", "x": "b"}, completion_field="prompt")
     with pytest.raises(ReftError, match=r"line 1: the field 'completion' is missing; .* given by `completion_field`"):
@@ -215,6 +217,9 @@ def test_calls_of_tools_are_given_to_the_template(tmp_path, tokenizer):
     (found,) = examples(tmp_path, {"messages": as_text})
     assert json.loads(parts(tokenizer, found)[1]) == [CALL]
     as_llama = [CALLED[0], {"role": "assistant", "tool_calls": [{"name": "weather", "parameters": {"city": "Oslo"}}]}]
+    (found,) = examples(tmp_path, {"messages": as_llama})
+    assert json.loads(parts(tokenizer, found)[1]) == [CALL]
+    as_llama[1]["tool_calls"][0] |= {"arguments": None, "description": ""}
     (found,) = examples(tmp_path, {"messages": as_llama})
     assert json.loads(parts(tokenizer, found)[1]) == [CALL]
     for nothing in (None, "", {}):
@@ -402,7 +407,7 @@ def test_a_thought_that_the_prompt_opens(tmp_path, template, answer, learned):
 )
 def test_a_prompt_that_is_in_the_template_already_is_not_written_into_it_once_more(tmp_path, tokenizer, row):
     (found,) = examples(tmp_path, row)
-    with pytest.raises(ReftError, match=r"line 1: the prompt is in the chat template already, .*</s><|assistant|>"):
+    with pytest.raises(ReftError, match=r"line 1: the prompt is in the chat template already, .*</s><\|assistant\|>'"):
         encode(tokenizer, found, "chat", 512)
     if "prompt" in row:
         assert parts(tokenizer, found, "text") == ("<|user|>A cat?</s><|assistant|>", "C")

@@ -54,6 +54,19 @@ def test_parameters_are_float32_whatever_torch_makes_by_itself(name, usual):
     assert {parameter.dtype for parameter in made.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("usual", [torch.bfloat16, torch.float64])
+def test_numbers_do_not_depend_on_what_torch_makes_by_itself(usual):
+    loreft = random_one("loreft", low_rank_dimension=RANK)
+    jola, h = INTERVENTIONS["jola"](embed_dim=D, l0=0.1), torch.randn(5, D)
+    expected = loreft(h), jola.penalty()
+    torch.set_default_dtype(usual)
+    try:
+        found = loreft(h), jola.penalty()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 def test_activation_is_on_the_source_alone():
     module = INTERVENTIONS["loreft"](embed_dim=D, low_rank_dimension=RANK, act_fn="relu")
     h = torch.randn(5, D)

@@ -178,6 +178,23 @@ def test_a_module_that_is_never_called_is_refused():
     assert not torch.allclose(shaken(peft.get_peft_model(base, config)).eval()(X), plain, atol=1e-3)
 
 
+def test_blocks_with_norms_between_them_are_blocks():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)) for _ in range(2))
+            self.norms = nn.ModuleList(nn.LayerNorm(4) for _ in range(2))
+
+        def forward(self, x):
+            for layer, norm in zip(self.layers, self.norms, strict=True):
+                x = norm(layer(x))
+            return x
+
+    config = pyreft.ReftConfig(layers=[1], component="block_output", intervention="bias", positions="all")
+    adapted = pyreft.get_reft_model(Network(), config)
+    assert "layers.1.reft_output" in dict(adapted.get_base_model().named_modules())
+
+
 def test_lists_of_parts_are_no_blocks():
     """XLM keeps its attentions, MLPs and norms in lists of their own: what is called a block there is an MLP."""
     torch.manual_seed(0)

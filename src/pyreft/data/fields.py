@@ -125,7 +125,7 @@ def read_fields(
     row = {name: value for name, value in named.items() if value is not None}
     form, used = _form(row, where, fields, named.keys() - row.keys())
     _check_learned(row, where, used)
-    if (empty := next((name for name in used if row.get(name) in missing), None)) is not None:
+    if (empty := next((name for name in (*used, *EXTRAS) if row.get(name) in missing), None)) is not None:
         raise ReftError(
             f"{where}: the field {empty!r} is {row[empty]!r}, as pandas writes one that is missing; leave it empty, or "
             "the row out. If it is meant as a text, save the table as JSON Lines."
@@ -218,8 +218,10 @@ def _names(row: dict[str, Any]) -> str:
 
 
 def _pair(row: dict[str, Any], form: str, used: tuple[str, ...], extras: dict[str, Any], where: str) -> Example:
-    prompt, answer = _string(row, used[0], where), _string(row, used[1], where)
-    given = _string(row, "input", where) if form == "instruction" and row.get("input", []) != [] else ""
+    asked, answered = used[:2]
+    prompt, answer = _string(row, asked, where), _string(row, answered, where)
+    more = form == "instruction" and answered != "input" and row.get("input", []) != []
+    given = _string(row, "input", where) if more else ""
     if is_blank(answer):
         raise ReftError(f"{where}: the answer is empty, there is nothing to learn.")
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

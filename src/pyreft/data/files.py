@@ -116,13 +116,13 @@ def read_examples(path: str | Path, reading: Reading | None = None, tally: Tally
                 tally.unread[name] = tally.unread.get(name, 0) + 1
         if reading.limit == tally.rows:
             break
-    bad: set[str] = set()
+    bad: dict[str, ReftError] = {}
     for label, said in labels.items():
         if found_bad := bad_answers(label, said):
             tally.unread = {name: count for name, count in tally.unread.items() if name.lower() != label}
-            bad.update(found_bad)
-            tally.errors += found_bad.values()
+            bad |= found_bad
     tally.wrong.update(bad)
+    tally.errors += bad.values()
     examples = [example for example in examples if (example.row or example.where) not in bad]
     tally.check()
     if not examples:

@@ -5,7 +5,7 @@ Knows nothing of what the fields mean.
 
 import csv
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ MISSING = ("nan", "NaN", "<NA>")  # of these, what pandas writes into a cell for
 _SEPARATORS = (",", ";", "\t", "|")
 _LARGEST = 2**31 - 1  # characters of a field of a CSV
 _NAMED = re.compile(r'"?sep=(.)"?\r?\n?', flags=re.I)  # a first line with which Excel names one
-_QUOTED = re.compile(r' +".*" *', flags=re.DOTALL)  # what was meant to be in quotes
+_QUOTED = re.compile(r' +".*" *')  # what was meant to be in quotes
 _HUB = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[^:]*))?(:(?P<split>.+))?")
 
 Row = tuple[str, dict[str, Any] | ReftError]  # where it stands, and its fields or what is wrong with it
@@ -165,22 +165,28 @@ def _csv(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[R
         while header and (not header.strip() or (named := _NAMED.fullmatch(header))):
             skipped, header = skipped + 1, file.readline()
         separator, spaced = _separator(header, known, named[1] if named else _SEPARATORS)
-        lines = csv.reader(chain((header,), file), delimiter=separator, skipinitialspace=spaced, strict=True)
+        text: list[str] = []  # of a row, as it stands
+        lines = csv.reader(
+            _noted(chain((header,), file), text), delimiter=separator, skipinitialspace=spaced, strict=True
+        )
         columns: list[str] | None = None
         begins = skipped + 1
         try:
             for values in lines:
                 where, begins = f"{path}, line {begins}", skipped + lines.line_num + 1
+                written = "".join(text)
+                text.clear()
                 if columns is None:
                     columns = [name.strip() for name in values]
                     _check_columns(columns, str(path), known)
+                    read = [number for number, name in enumerate(columns) if name in known or name.lower() in known]
                 elif not any(value.strip() for value in values):
                     continue  # as a spreadsheet writes below its table
                 elif len(values) != len(columns):
                     came = f"{_counted(columns)} as in the first line, got {_counted(values)}"
                     hint = f"a text with {separator!r} in it stands in double quotes."
                     yield where, ReftError(f"{where}: expected {came}; {hint}")
-                elif known and not spaced and any(_QUOTED.fullmatch(value) for value in values):
+                elif not spaced and any(_QUOTED.fullmatch(values[n]) and values[n] in written for n in read):
                     hint = "take it out, else the quotes are a part of the text."
                     yield where, ReftError(f"{where}: a text in quotes has a space before it; {hint}")
                 else:
@@ -189,6 +195,13 @@ def _csv(path: Path, encoding: str | None, known: Collection[str]) -> Iterator[R
             hint = " A quote within a text is written twice." if "expected" in str(error) else ""
             hint = " A quote that opens there is not closed." if "unexpected end" in str(error) else hint
             raise ReftError(f"{path}, line {begins}: this is not valid CSV ({error}).{hint}") from None
+
+
+def _noted(lines: Iterable[str], text: list[str]) -> Iterator[str]:
+    """The lines, each put into a text when it is read."""
+    for line in lines:
+        text.append(line)
+        yield line
 
 
 def _counted(columns: Sequence[str]) -> str:

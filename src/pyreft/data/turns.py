@@ -190,9 +190,10 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ReftError(f"{where}: tool_calls: expected the name and the arguments of a function, got {call!r}.")
-    if more := {name for held in (call, function) for name in held if held[name] is not None} - _OF_CALLS:
+    said = {name: value for held in (call, function) for name, value in held.items() if value not in (None, "", {})}
+    if more := said.keys() - _OF_CALLS:
         raise ReftError(f"{where}: tool_calls: the field {min(more)!r} of a call is not read; leave it out.")
-    arguments = _either(function, _ARGUMENTS, f"{where}: tool_calls") or {}
+    arguments = _either(said, _ARGUMENTS, f"{where}: tool_calls") or {}
     if isinstance(arguments, str):
         arguments = json.loads(arguments) if _is_json(arguments) else arguments
     rest = {name: held for name, held in call.items() if name == "id"}

@@ -15,7 +15,7 @@ def orthonormal_columns(free: Tensor) -> Tensor:
     orthonormal columns as it is. Matrices of one shape go through one batched call.
     """
     q, r = torch.linalg.qr(free.float())
-    return q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).unsqueeze(-2)
+    return q * torch.where(torch.diagonal(r, dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
 
 
 class OrthonormalColumns(nn.Module):

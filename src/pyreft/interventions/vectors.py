@@ -1,5 +1,6 @@
 """Edits with one number or two for each dimension of the state, without a rank."""
 
+import math
 from typing import Any
 
 import torch
@@ -128,5 +129,5 @@ class JolaIntervention(Intervention):
     def penalty(self) -> Tensor | None:
         if not self.l0:
             return None
-        shift = self.TEMPERATURE * torch.log(torch.tensor(-self.LOW / self.HIGH))
+        shift = self.TEMPERATURE * math.log(-self.LOW / self.HIGH)
         return self.l0 * (self.log_alpha.float() - shift).sigmoid().sum()

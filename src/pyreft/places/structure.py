@@ -82,7 +82,8 @@ def find_blocks(model: nn.Module, stack: Stack = "") -> tuple[str, nn.ModuleList
     blocks = lists[0] if len(lists) == 1 else max(lists, key=lambda found: sum(p.numel() for p in found.parameters()))
     path = path_of(model, blocks)
     beside = model.get_submodule(path.rpartition(".")[0]).children()
-    if any(len(found) == len(blocks) and _are_norms(found) for found in beside if isinstance(found, nn.ModuleList)):
+    alike = [found for found in beside if isinstance(found, nn.ModuleList) and len(found) == len(blocks)]
+    if 0 < sum(map(_are_norms, alike)) < len(alike) - 1:  # not of norms that stand between blocks
         raise ReftError(
             f"{type(model).__name__} has no blocks, but lists of their parts, such as {path!r}. Give the place to edit "
             f"by its path instead, as in component='{path}[{len(blocks) - 1}].output'."

@@ -147,10 +147,11 @@ def check_name(adapter_name: str) -> None:
         raise ReftError(
             f"PEFT or torch calls something else {adapter_name!r}; give another name.", setting="adapter_name"
         )
-    if os.path.isabs(adapter_name) or ".." in Path(adapter_name).parts:
+    parts = Path(adapter_name).parts
+    if os.path.isabs(adapter_name) or not parts or ".." in parts:
         raise ReftError(
-            f"an adapter is saved in a directory of its name, and {adapter_name!r} leads out of where it is saved; "
-            "give another name.",
+            f"an adapter is saved in a directory of its name, and {adapter_name!r} names none within that where it is "
+            "saved; give another name.",
             setting="adapter_name",
         )
 
